@@ -1,0 +1,156 @@
+"""Configuration of DETRIS: two frozen backbones, the adapters inside them and the head behind them."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# A dense block splits its width d into branches as narrow as d / 16 (official `model/adapter.py`).
+ADAPTER_DIM_DIVISOR = 16
+
+
+@strict
+class DetrisConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DetrisForReferringSegmentation`]. The defaults are the paper's base recipe on RefCOCO.
+
+    Layers are counted from 0, as in the official configuration files.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision backbone, of type `dinov2_with_registers` (default) or `dinov2`. Its
+            `image_size` always becomes the `image_size` below: the model keeps its position table at its own grid.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the CLIP text backbone (`clip_text_model`). Its `projection_dim` is the width of the
+            sentence embedding.
+        vision_adapter_layers (`list[int]`, *optional*, defaults to `[1, 3, 5, 7, 9, 11]`):
+            Layers of the vision backbone that hold a dense aligner.
+        vision_adapter_dim (`int`, *optional*, defaults to 128):
+            Width of the dense aligners, divisible by 16.
+        text_adapter_layers (`list[int]`, *optional*, defaults to `[1, 3, 5, 7, 9, 11]`):
+            Layers of the text backbone that hold a text adapter.
+        text_adapter_dim (`int`, *optional*, defaults to 64):
+            Width of the text adapters, divisible by 16.
+        adapter_scale (`float`, *optional*, defaults to 0.2):
+            Factor on what an adapter adds to its layer.
+        aligner_attention_dim (`int`, *optional*, defaults to 128):
+            Width of the aligners' attention from image patches to words.
+        aligner_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of that attention.
+        aligner_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on that attention's weights.
+        feature_layers (`list[int]`, *optional*, defaults to `[4, 8]`):
+            Layers of the vision backbone whose output, not normalised, is a feature map of the head. The backbone's
+            final, normalised output is always the last one.
+        decoder_dim (`int`, *optional*, defaults to 512):
+            Width of neck and decoder, divisible by 4; the mask head ends at half of it.
+        decoder_layers (`int`, *optional*, defaults to 3):
+            Number of decoder layers.
+        decoder_heads (`int`, *optional*, defaults to 8):
+            Attention heads of a decoder layer.
+        decoder_ffn_dim (`int`, *optional*, defaults to 512):
+            Inner width of a decoder layer's feed-forward network.
+        decoder_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout in the decoder.
+        image_size (`int`, *optional*, defaults to 448):
+            Side of the square input in pixels, divisible by the vision backbone's patch size.
+        max_text_length (`int`, *optional*, defaults to 17):
+            Tokens of a phrase, start and end token included. 17 for RefCOCO, RefCOCO+ and G-Ref (google), 22 for
+            G-Ref (umd).
+        mask_threshold (`float`, *optional*, defaults to 0.35):
+            Probability above which a pixel belongs to the mask.
+        freeze_backbones (`bool`, *optional*, defaults to `True`):
+            Whether only adapters and head are trained.
+
+    Raises:
+        ValueError: if a field has a value that cannot work; the message names field, value and remedy.
+    """
+
+    model_type = "detris"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="dinov2_with_registers",
+            init_kwargs={"image_size": 518, "patch_size": 14},
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_text_model",
+            init_kwargs={"bos_token_id": 49406, "eos_token_id": 49407},
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_adapter_layers: list[int] | tuple[int, ...] = (1, 3, 5, 7, 9, 11)
+    vision_adapter_dim: int = 128
+    text_adapter_layers: list[int] | tuple[int, ...] = (1, 3, 5, 7, 9, 11)
+    text_adapter_dim: int = 64
+    adapter_scale: float = 0.2
+    aligner_attention_dim: int = 128
+    aligner_attention_heads: int = 8
+    aligner_dropout: float | int = 0.1
+    feature_layers: list[int] | tuple[int, ...] = (4, 8)
+    decoder_dim: int = 512
+    decoder_layers: int = 3
+    decoder_heads: int = 8
+    decoder_ffn_dim: int = 512
+    decoder_dropout: float | int = 0.1
+    image_size: int = 448
+    max_text_length: int = 17
+    mask_threshold: float = 0.35
+    freeze_backbones: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_fields()
+        # The sub-config may belong to the caller: change a copy.
+        self.vision_config = type(self.vision_config).from_dict(
+            self.vision_config.to_dict() | {"image_size": self.image_size}
+        )
+
+    def _check_fields(self) -> None:
+        vision, text = self.vision_config, self.text_config
+        if vision.model_type not in ("dinov2", "dinov2_with_registers"):
+            raise ValueError(
+                f"vision_config.model_type is {vision.model_type!r}: give a 'dinov2' or 'dinov2_with_registers' config."
+            )
+        if text.model_type != "clip_text_model":
+            raise ValueError(f"text_config.model_type is {text.model_type!r}: give a 'clip_text_model' config.")
+        for field, depth in (
+            ("vision_adapter_layers", vision.num_hidden_layers),
+            ("text_adapter_layers", text.num_hidden_layers),
+            ("feature_layers", vision.num_hidden_layers),
+        ):
+            layers = getattr(self, field)
+            wrong = [layer for layer in layers if not 0 <= layer < depth]
+            if wrong:
+                raise ValueError(
+                    f"{field} names layers {wrong}, which do not exist: the backbone has layers 0 to {depth - 1}."
+                )
+            if sorted(set(layers)) != list(layers):
+                raise ValueError(f"{field} is {list(layers)}: give each layer once, in ascending order.")
+        for field, divisor in (
+            ("vision_adapter_dim", ADAPTER_DIM_DIVISOR),
+            ("text_adapter_dim", ADAPTER_DIM_DIVISOR),
+            ("image_size", vision.patch_size),
+            ("aligner_attention_dim", self.aligner_attention_heads),
+            ("decoder_dim", self.decoder_heads),
+            # The 2-D sine positions of the decoder are made of four equal parts.
+            ("decoder_dim", 4),
+        ):
+            value = getattr(self, field)
+            if value <= 0 or value % divisor:
+                raise ValueError(f"{field} is {value}: it must be a positive multiple of {divisor}.")
+        if not 2 <= self.max_text_length <= text.max_position_embeddings:
+            raise ValueError(
+                f"max_text_length is {self.max_text_length}: it must lie between 2 and the "
+                f"{text.max_position_embeddings} positions of the text backbone."
+            )
+        if not 0 < self.mask_threshold < 1:
+            raise ValueError(f"mask_threshold is {self.mask_threshold}: it is a probability between 0 and 1.")
+
+
+DetrisConfig.register_for_auto_class()
+
+__all__ = ["DetrisConfig"]

@@ -1,0 +1,2 @@
+"""Referring data as Hugging Face datasets. A row is one referred object: `image`, `mask`, `sentences`, `ref_id`,
+`ann_id`, `image_id`, `category`, `bbox`; `refer.py` defines them."""

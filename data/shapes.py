@@ -1,0 +1,726 @@
+"""A synthetic referring set drawn from a seed: the project's embedded default. Look at it with
+
+    python -m data.shapes --output shapes.png
+
+A scene holds two to five textured shapes, some of them partly hidden, and phrases that name one object each. What a
+phrase means is an `Expression`; `referents` says which objects of a scene fit it, and a phrase is used only when that
+is exactly one object. All borders have margins, and a phrase is dropped when any object that matters stands within
+one, so that reasonable readings agree. With S the side of the image, in pixels:
+
+* attribute ("small striped star"): the only object with these attributes. Middle sizes are neither small nor large.
+* position ("circle on the left"): the only circle whose centre lies in the left 40 % of the image (right, top and
+  bottom alike; corners are two of them at once; the middle is the square from 0.35 S to 0.65 S), every other circle's
+  centre being at least 0.03 S beyond that border. The left circle is therefore the leftmost circle too.
+* relation ("star left of the green circle"): the only star whose centre lies left of the anchor's by 0.1 S or more,
+  within 45° of that direction. In front of and behind: one hides at least 0.4 % of the image of the other.
+  Closest to: by centres, others at least 1.3 times as far.
+* superlative ("largest circle", "leftmost object"): by visible area and by radius, 1.3 and 1.12 times the next;
+  by centre, 0.06 S from the next.
+* ordinal ("second circle from the left"): by centre, 0.06 S from its neighbours in that order.
+
+Colour and shape pairs in `HELD_OUT` appear in the split `unseen` only, and every object referred to there is of one.
+"""
+
+import argparse
+import colorsys
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import cv2
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageDraw, ImageFont
+
+from .refer import FEATURES
+
+
+DEFAULT_SIZES = {"train": 4000, "val": 250, "testA": 200, "testB": 200, "unseen": 150}  # images
+FAMILIES = ("attribute", "position", "relation", "superlative", "ordinal")
+# How often each family is tried. Some fit more rarely than others: the shares that come out are near RefCOCO's,
+# about 45, 25, 12, 10 and 8 %.
+_ALL = (0.43, 0.24, 0.15, 0.10, 0.08)
+FAMILY_WEIGHTS = {
+    "train": _ALL,
+    "val": _ALL,
+    "testA": (0.64, 0.36, 0, 0, 0),
+    "testB": (0, 0, 0.45, 0.30, 0.25),
+    "unseen": _ALL,
+}
+
+COLORS = {  # hue in degrees, saturation, value
+    "red": (0, 0.88, 0.86),
+    "orange": (27, 0.95, 0.97),
+    "yellow": (54, 0.88, 0.96),
+    "green": (130, 0.80, 0.62),
+    "blue": (220, 0.85, 0.88),
+    "purple": (284, 0.70, 0.72),
+    "white": (0, 0.0, 0.97),
+    "black": (0, 0.0, 0.08),
+}
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+RADII = {"small": (9.0, 11.0), "medium": (13.0, 15.0), "large": (18.0, 22.0)}  # pixels of an image of side 96
+HELD_OUT = {
+    ("red", "star"),
+    ("orange", "cross"),
+    ("yellow", "ring"),
+    ("green", "triangle"),
+    ("blue", "heart"),
+    ("purple", "square"),
+    ("white", "diamond"),
+    ("black", "circle"),
+}
+
+MIN_IMAGE_SIZE = 48
+REFERENCE_SIZE = 96
+MIN_VISIBLE_SHARE = 0.6  # of an object's own pixels
+MIN_VISIBLE_AREA = 0.012  # of the image; below that an object is not referred to
+MIN_COVER, NO_COVER = 0.004, 0.0005  # of the image: clearly in front, clearly not
+BORDER_MARGIN = 0.03
+ORDER_GAP = 0.06
+RELATION_OFFSET = 0.1
+DISTANCE_RATIO, AREA_RATIO, RADIUS_RATIO = 1.3, 1.3, 1.12
+MAX_WORDS = 10
+SUPERSAMPLING, SUBPIXEL_BITS = 4, 4
+
+
+@dataclass(frozen=True)
+class Description:
+    """Attributes that an object must have; `None` leaves one open."""
+
+    shape: str | None = None
+    color: str | None = None
+    texture: str | None = None
+    size: str | None = None
+
+    def fits(self, thing: "SceneObject") -> bool:
+        return (
+            self.shape in (None, thing.shape)
+            and self.color in (None, thing.color)
+            and self.texture in (None, thing.texture)
+            and self.size in (None, thing.size)
+        )
+
+
+@dataclass(frozen=True)
+class Expression:
+    """What a phrase means: the target's attributes and, but for the family "attribute", a condition on its place.
+
+    `word` is a key of `PLACES`, `RELATIONS`, `SUPERLATIVES` or `DIRECTIONS`, as the family has it; `anchor` describes
+    a relation's other object; `rank` counts an ordinal from 1.
+    """
+
+    family: str
+    target: Description
+    word: str = ""
+    anchor: Description | None = None
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Phrase:
+    text: str
+    expression: Expression
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape. `x, y` is its centre and `radius` that of a disc of equal outer area over 0.75, in pixels; `angle`
+    and `grain` turn the outline and the texture, in radians; `visible_area` counts the pixels that show it."""
+
+    shape: str
+    color: str
+    texture: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    grain: float
+    rgb: tuple[float, float, float]
+    visible_area: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects from back to front. `covers[i][j]` counts the pixels where object `i` shows and hides object `j`;
+    `phrases[i]` are those that name object `i`, none when it is not referred to; `key` seeds what is left to chance in
+    the picture."""
+
+    key: str
+    image_size: int
+    objects: tuple[SceneObject, ...]
+    covers: tuple[tuple[int, ...], ...]
+    phrases: tuple[tuple[Phrase, ...], ...] = ()
+
+
+# --- shapes and pixels ------------------------------------------------------------------------------------------
+
+
+def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
+    turns = np.arange(corners) / corners * 2 * np.pi - np.pi / 2
+    return np.stack([np.cos(turns), np.sin(turns)], 1) * np.where(np.arange(corners) % 2, inner, 1.0)[:, None]
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y], 1)
+
+
+def _outlines() -> dict[str, list[np.ndarray]]:
+    """Closed polygons (corners, 2) of each shape, its bounding box centred on 0 and its outer area 0.75 π."""
+    arm = 0.36
+    cross = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
+    outer = {
+        "circle": _polygon(48),
+        "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+        "triangle": _polygon(3),
+        "star": _polygon(10, inner=0.45),
+        "cross": np.array(cross + [(-x, -y) for x, y in cross]),
+        "ring": _polygon(48),
+        "diamond": np.array([(0, -1), (0.66, 0), (0, 1), (-0.66, 0)]),
+        "heart": _heart(),
+    }
+    outlines = {}
+    for shape, points in outer.items():
+        points = points - (points.max(0) + points.min(0)) / 2
+        following = np.roll(points, -1, 0)
+        area = abs(np.sum(points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0])) / 2
+        outlines[shape] = [points * math.sqrt(0.75 * math.pi / area)]
+    outlines["ring"].append(outlines["ring"][0] * 0.52)
+    return outlines
+
+
+OUTLINES = _outlines()
+SHAPES = tuple(OUTLINES)
+REACH = {shape: float(np.linalg.norm(polygons[0], axis=1).max()) for shape, polygons in OUTLINES.items()}
+MAX_TILT = {"circle": 0.0, "ring": 0.0, "star": 0.6, "square": 0.2, "diamond": 0.15}  # radians; 0.3 for the rest
+
+
+def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """A window of the image around the object (with room for its shadow) and the share of each pixel it covers."""
+    reach = thing.radius * REACH[thing.shape] + image_size / 24
+    left, top = max(0, int(thing.x - reach)), max(0, int(thing.y - reach))
+    right, bottom = min(image_size, int(thing.x + reach) + 1), min(image_size, int(thing.y + reach) + 1)
+    cosine, sine = math.cos(thing.angle) * thing.radius, math.sin(thing.angle) * thing.radius
+    turn = np.array([[cosine, sine], [-sine, cosine]])
+    origin = np.array([thing.x - left, thing.y - top])
+    # OpenCV counts from the middle of the first pixel.
+    polygons = [
+        np.rint((((points @ turn + origin) * SUPERSAMPLING) - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
+        for points in OUTLINES[thing.shape]
+    ]
+    canvas = np.zeros(((bottom - top) * SUPERSAMPLING, (right - left) * SUPERSAMPLING), np.uint8)
+    cv2.fillPoly(canvas, polygons, 255, shift=SUBPIXEL_BITS)
+    coverage = cv2.resize(canvas, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+    return (slice(top, bottom), slice(left, right)), coverage
+
+
+def _silhouette(thing: SceneObject, image_size: int) -> np.ndarray:
+    mask = np.zeros((image_size, image_size), bool)
+    window, coverage = _coverage(thing, image_size)
+    mask[window] = coverage >= 128
+    return mask
+
+
+def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np.ndarray | float:
+    """How much of the second tone each pixel of the window shows, 0 … 1."""
+    if thing.texture == "plain":
+        return 0.0
+    y, x = (np.arange(side.start, side.stop, dtype=np.float32) + 0.5 for side in window)
+    period = {"striped": 5.5, "dotted": 5.5, "checkered": 9.0}[thing.texture] * unit
+    cosine, sine = math.cos(thing.grain) * 2 * math.pi / period, math.sin(thing.grain) * 2 * math.pi / period
+    x, y = (x - thing.x)[None], (y - thing.y)[:, None]
+    across, along = np.cos(x * cosine + y * sine), np.cos(y * cosine - x * sine)
+    field = {"striped": across, "dotted": across + along - 0.6, "checkered": across * along}[thing.texture]
+    return np.clip(field * (1.6 * unit) + 0.5, 0, 1)[..., None]  # (h, w, 1)
+
+
+def _second_tone(rgb: np.ndarray) -> np.ndarray:
+    """Lighter for dark colours, darker for light ones, far enough to be seen and near enough to keep the name."""
+    luminance = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    if luminance < 40:
+        return rgb + 85
+    return rgb * 0.45 if luminance > 140 else rgb + (255 - rgb) * 0.62
+
+
+def _background(rng: random.Random, image_size: int) -> np.ndarray:
+    """A dim, slightly coloured picture: a gradient, blotches, grain, stripes or checks. (S, S, 3) float32."""
+    noise = np.random.default_rng(rng.getrandbits(64))
+    base = np.array([rng.uniform(95, 155) + rng.uniform(-20, 20) for _ in range(3)], np.float32)
+    cells = rng.choice((2, 2, 5, 8, 24))
+    grid = base + noise.uniform(-1, 1, (cells, cells, 3)).astype(np.float32) * (24 if cells < 20 else 14)
+    picture = cv2.resize(grid, (image_size, image_size), interpolation=cv2.INTER_LINEAR)
+    pattern = rng.choice(("none", "stripes", "checks"))
+    if pattern != "none":
+        turn, frequency = rng.uniform(0, math.pi), 2 * math.pi / (rng.uniform(0.07, 0.3) * image_size)
+        side = np.arange(image_size, dtype=np.float32) * frequency
+        wave = np.sin(side[None] * math.cos(turn) + side[:, None] * math.sin(turn))
+        if pattern == "checks":
+            wave *= np.sin(side[:, None] * math.cos(turn) - side[None] * math.sin(turn))
+        tint = np.array([rng.uniform(6, 18) for _ in range(3)], np.float32)
+        picture += wave[..., None] * tint
+    return picture
+
+
+def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene: the image (S, S, 3) uint8 RGB, and labels (S, S) uint8, 0 for background and `i + 1` where object
+    `i` shows."""
+    rng = random.Random(f"{scene.key}/pixels")
+    size, unit = scene.image_size, scene.image_size / REFERENCE_SIZE
+    picture = _background(rng, size)  # (S, S, 3)
+    labels = np.zeros((size, size), np.uint8)
+    softness = 2 * round(1.5 * unit) + 1
+    for index, thing in enumerate(scene.objects):
+        window, coverage = _coverage(thing, size)
+        labels[window][coverage >= 128] = index + 1
+        alpha = coverage[..., None].astype(np.float32) / 255  # (h, w, 1)
+        shadow = cv2.blur(coverage, (softness, softness))[..., None] * np.float32(0.5 / 255)
+        rgb = np.array(thing.rgb, np.float32)
+        paint = rgb + (_second_tone(rgb) - rgb) * _texture(thing, window, unit)
+        patch = picture[window] * (1 - shadow)
+        picture[window] = patch + (paint - patch) * alpha
+    slope = np.linspace(-1, 1, size, dtype=np.float32)
+    light = rng.uniform(0.88, 1.04) + slope[:, None] * rng.uniform(-0.1, 0.1) + slope * rng.uniform(-0.1, 0.1)
+    speckle = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size) * (rng.uniform(3, 10) / 255)
+    picture = picture * light[..., None] + speckle[..., None]
+    return np.clip(picture, 0, 255).astype(np.uint8), labels
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------
+
+
+def _draw_object(rng: random.Random, image_size: int, earlier: list[SceneObject], held_out: bool) -> SceneObject:
+    unit = image_size / REFERENCE_SIZE
+    # Shared attributes are what makes phrases need more than a noun.
+    model = rng.choice(earlier) if earlier else None
+    shape = model.shape if model and rng.random() < 0.4 else rng.choice(SHAPES)
+    color = model.color if model and rng.random() < 0.25 else rng.choice(tuple(COLORS))
+    if held_out:
+        color, shape = rng.choice(sorted(HELD_OUT))
+    texture = rng.choice(TEXTURES) if rng.random() < 0.7 else "plain"
+    size = rng.choices(tuple(RADII), (0.32, 0.28, 0.4))[0]
+    radius = rng.uniform(*RADII[size]) * unit
+    tilt = MAX_TILT.get(shape, 0.3)
+    hue, saturation, value = COLORS[color]
+    rgb = colorsys.hsv_to_rgb(
+        (hue + rng.uniform(-5, 5)) / 360 % 1,
+        min(1, saturation * rng.uniform(0.92, 1.08)),
+        min(1, value * rng.uniform(0.93, 1.05)),
+    )
+    margin = radius * REACH[shape] + 1
+    x, y = (rng.uniform(margin, image_size - margin) for _ in range(2))
+    if earlier and rng.random() < 0.4:  # beside another one, so that they overlap
+        beside, turn = rng.choice(earlier), rng.uniform(0, 2 * math.pi)
+        distance = (radius + beside.radius) * rng.uniform(0.6, 0.95)
+        x = min(max(beside.x + distance * math.cos(turn), margin), image_size - margin)
+        y = min(max(beside.y + distance * math.sin(turn), margin), image_size - margin)
+    return SceneObject(
+        shape,
+        color,
+        texture,
+        size,
+        x,
+        y,
+        radius,
+        rng.uniform(-tilt, tilt),
+        rng.uniform(0, math.pi),
+        tuple(round(255 * channel, 1) for channel in rgb),
+    )
+
+
+def _compose(rng: random.Random, key: str, split: str, image_size: int) -> Scene:
+    """Place objects from back to front, keeping of each what `MIN_VISIBLE_SHARE` asks."""
+    count = rng.choices((2, 3, 4, 5), (0.12, 0.30, 0.33, 0.25))[0]
+    held_out = set(rng.sample(range(count), min(count, rng.choice((1, 1, 2))))) if split == "unseen" else set()
+    objects: list[SceneObject] = []
+    whole: list[np.ndarray] = []  # silhouettes
+    labels = np.zeros((image_size, image_size), np.uint8)
+    for index in range(count):
+        for _ in range(20):
+            thing = _draw_object(rng, image_size, objects, index in held_out)
+            if split != "unseen" and (thing.color, thing.shape) in HELD_OUT:
+                continue
+            silhouette = _silhouette(thing, image_size)
+            trial = labels.copy()
+            trial[silhouette] = len(objects) + 1
+            shown = np.bincount(trial.ravel(), minlength=len(objects) + 2)[1:]
+            if all(shown[i] >= MIN_VISIBLE_SHARE * np.count_nonzero(mask) for i, mask in enumerate(whole)):
+                objects.append(thing)
+                whole.append(silhouette)
+                labels = trial
+                break
+    shown = np.bincount(labels.ravel(), minlength=len(objects) + 1)[1:]
+    hidden = [np.bincount(labels[mask], minlength=len(objects) + 1)[1:] for mask in whole]
+    covers = tuple(
+        tuple(int(hidden[j][i]) if i > j else 0 for j in range(len(objects))) for i in range(len(objects))
+    )
+    objects = [replace(thing, visible_area=int(area)) for thing, area in zip(objects, shown)]
+    return Scene(key, image_size, tuple(objects), covers)
+
+
+def draw_scene(seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE) -> Scene:
+    """The scene of one image with its phrases (at least one). The same arguments always give the same scene, however
+    many others are drawn.
+
+    Raises:
+        ValueError: for an unknown split or an image size below `MIN_IMAGE_SIZE`.
+    """
+    if split not in FAMILY_WEIGHTS:
+        raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(FAMILY_WEIGHTS)}")
+    if image_size < MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size is {image_size}, but shapes cannot be told apart below {MIN_IMAGE_SIZE} pixels")
+    key = f"{seed}/{split}/{index}"
+    rng = random.Random(key)
+    while True:
+        scene = _compose(rng, key, split, image_size)
+        phrases = tuple(_draw_phrases(rng, scene, i, split) for i in range(len(scene.objects)))
+        if any(phrases):
+            return replace(scene, phrases=phrases)
+
+
+# --- what phrases mean ------------------------------------------------------------------------------------------
+
+_LOW, _HIGH, _MIDDLE, _ANY = (-math.inf, 0.4), (0.6, math.inf), (0.35, 0.65), (-math.inf, math.inf)
+PLACES = {  # where the centre is, across and down, as shares of the side
+    "left": (_LOW, _ANY),
+    "right": (_HIGH, _ANY),
+    "top": (_ANY, _LOW),
+    "bottom": (_ANY, _HIGH),
+    "middle": (_MIDDLE, _MIDDLE),
+    "top left": (_LOW, _LOW),
+    "top right": (_HIGH, _LOW),
+    "bottom left": (_LOW, _HIGH),
+    "bottom right": (_HIGH, _HIGH),
+}
+DIRECTIONS = {"left": (1, 0), "right": (-1, 0), "top": (0, 1), "bottom": (0, -1)}  # the way one counts from there
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = (*SIDES, "in front of", "behind", "closest to")
+EXTREMES = {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}
+SUPERLATIVES = ("largest", "smallest", *EXTREMES)
+RANKS = (1, 2, 3)
+
+
+def _all(*verdicts: bool | None) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _within(value: float, low: float, high: float) -> bool | None:
+    """Whether `value` lies in the interval; `None` within the margin of a border."""
+    if low + BORDER_MARGIN <= value <= high - BORDER_MARGIN:
+        return True
+    return False if value < low - BORDER_MARGIN or value > high + BORDER_MARGIN else None
+
+
+def _related(word: str, index: int, anchor: int, scene: Scene) -> bool | None:
+    """Whether object `index` stands to the anchor as a word says; `None` when that is open to dispute."""
+    if word in SIDES:
+        one, other = scene.objects[index], scene.objects[anchor]
+        x, y = (one.x - other.x) / scene.image_size, (one.y - other.y) / scene.image_size
+        along = x * SIDES[word][0] + y * SIDES[word][1]
+        aside = abs(x * SIDES[word][1]) + abs(y * SIDES[word][0])
+        if along >= max(RELATION_OFFSET, aside):
+            return True
+        return False if along <= -BORDER_MARGIN else None
+    front, back = (index, anchor) if word == "in front of" else (anchor, index)
+    share = scene.covers[front][back] / scene.image_size**2
+    return True if share >= MIN_COVER else False if share <= NO_COVER else None
+
+
+def _ranked(values: dict[int, float], rank: int, gap: float) -> list[int]:
+    """The object whose value is the `rank`-th smallest, if it is apart from its neighbours by `gap`."""
+    order = sorted(values, key=values.get)
+    neighbours = zip(order[max(0, rank - 2) : rank], order[max(0, rank - 2) + 1 : rank + 1])
+    if rank > len(order) or any(values[after] - values[before] < gap for before, after in neighbours):
+        return []
+    return [order[rank - 1]]
+
+
+def referents(expression: Expression, scene: Scene) -> list[int]:
+    """Indices of the objects that the expression describes; empty too when a margin is not met."""
+    things, word = scene.objects, expression.word
+    fitting = [i for i, thing in enumerate(things) if expression.target.fits(thing)]
+    if expression.family == "attribute":
+        return fitting
+    if expression.family in ("position", "relation") and word != "closest to":
+        if expression.family == "position":
+            across, down = PLACES[word]
+            verdicts = {
+                i: _all(
+                    _within(things[i].x / scene.image_size, *across), _within(things[i].y / scene.image_size, *down)
+                )
+                for i in fitting
+            }
+        else:
+            anchors = [i for i, thing in enumerate(things) if expression.anchor.fits(thing)]
+            if len(anchors) != 1:
+                return []
+            verdicts = {i: _related(word, i, anchors[0], scene) for i in fitting if i != anchors[0]}
+        return [] if None in verdicts.values() else [i for i, verdict in verdicts.items() if verdict]
+    # What is left compares the fitting objects with each other, so there must be two.
+    if expression.family == "relation":
+        anchors = [i for i, thing in enumerate(things) if expression.anchor.fits(thing)]
+        if len(anchors) != 1:
+            return []
+        anchor = things[anchors[0]]
+        distances = {
+            i: math.log(math.dist((things[i].x, things[i].y), (anchor.x, anchor.y)) + 1e-6)
+            for i in fitting
+            if i != anchors[0]
+        }
+        return _ranked(distances, 1, math.log(DISTANCE_RATIO)) if len(distances) > 1 else []
+    if len(fitting) < 2:
+        return []
+    if word in ("largest", "smallest"):
+        sign = -1 if word == "largest" else 1
+        by_area = _ranked({i: sign * math.log(things[i].visible_area) for i in fitting}, 1, math.log(AREA_RATIO))
+        by_radius = _ranked({i: sign * math.log(things[i].radius) for i in fitting}, 1, math.log(RADIUS_RATIO))
+        return by_area if by_area == by_radius else []
+    across, down = DIRECTIONS[EXTREMES.get(word, word)]
+    places = {i: across * things[i].x + down * things[i].y for i in fitting}
+    return _ranked(places, expression.rank or 1, ORDER_GAP * scene.image_size)
+
+
+# --- how phrases are worded -------------------------------------------------------------------------------------
+
+NOUNS = ("object", "one", "shape", "thing")
+SYNONYMS = {"large": ("large", "big"), "small": ("small", "little"), "dotted": ("dotted", "spotted")}
+TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
+_SIDE_WORDINGS = ("{side} {target}", "{target} on the {side}", "{target} on {side}", "{target} on the {side} side")
+_END_WORDINGS = ("{side} {target}", "{target} at the {side}", "{target} at {side}", "{target} at the very {side}")
+_CORNER_WORDINGS = ("{side} {target}", "{target} in the {side} corner", "{target} on the {side}", "{target} {side}")
+WORDINGS = {
+    ("position", "left"): _SIDE_WORDINGS,
+    ("position", "right"): _SIDE_WORDINGS,
+    ("position", "top"): _END_WORDINGS[:3],
+    ("position", "bottom"): _END_WORDINGS[:3],
+    ("position", "middle"): ("{target} in the middle of the image", "{target} in the center", "center {target}"),
+    ("relation", "left of"): ("{target} left of {anchor}", "{target} to the left of {anchor}"),
+    ("relation", "right of"): ("{target} right of {anchor}", "{target} to the right of {anchor}"),
+    ("relation", "above"): ("{target} above {anchor}",),
+    ("relation", "below"): ("{target} below {anchor}",),
+    ("relation", "in front of"): ("{target} in front of {anchor}", "{target} covering {anchor}"),
+    ("relation", "behind"): ("{target} behind {anchor}", "{target} partly behind {anchor}"),
+    ("relation", "closest to"): ("{target} closest to {anchor}", "{target} nearest to {anchor}"),
+    ("superlative", "largest"): ("largest {target}", "biggest {target}"),
+    ("superlative", "smallest"): ("smallest {target}",),
+    ("superlative", "leftmost"): ("leftmost {target}", "{target} farthest left", "{target} furthest to the left"),
+    ("superlative", "rightmost"): ("rightmost {target}", "{target} farthest right", "{target} furthest to the right"),
+    ("superlative", "topmost"): ("topmost {target}", "highest {target}"),
+    ("superlative", "bottommost"): ("lowest {target}", "bottommost {target}"),
+}
+RANK_WORDS = {1: "first", 2: "second", 3: "third"}
+
+
+def _word_description(rng: random.Random, description: Description, tails: bool = False) -> str:
+    """ "small striped red star", or with tails allowed now and then "small red star with stripes"."""
+    tail = TEXTURE_TAILS.get(description.texture) if tails and rng.random() < 0.4 else None
+    words = [
+        rng.choice(SYNONYMS.get(attribute, (attribute,)))
+        for attribute in (description.size, None if tail else description.texture, description.color)
+        if attribute
+    ]
+    words.append(description.shape or rng.choice(NOUNS))
+    return " ".join(words + ([tail] if tail else []))
+
+
+def _word(rng: random.Random, expression: Expression) -> str:
+    family, word = expression.family, expression.word
+    target = _word_description(rng, expression.target, tails=family == "attribute")
+    if family == "attribute":
+        text = target
+    elif family == "ordinal":
+        text = f"{RANK_WORDS[expression.rank]} {target} from {rng.choice(('the ', 'the ', ''))}{word}"
+    else:
+        anchor = ""
+        if expression.anchor:
+            anchor = rng.choice(("the ", "the ", "the ", "")) + _word_description(rng, expression.anchor)
+        side = word
+        if " " in word and family == "position":
+            side = word.replace("top", rng.choice(("top", "upper"))).replace("bottom", rng.choice(("bottom", "lower")))
+        template = rng.choice(WORDINGS.get((family, word), _CORNER_WORDINGS))
+        text = template.format(target=target, anchor=anchor, side=side)
+    return f"the {text}" if rng.random() < 0.35 else text
+
+
+# Chances that shape, colour, texture and size are said, by family.
+_SAID = {
+    "attribute": (0.85, 0.6, 0.3, 0.35),
+    "position": (0.75, 0.35, 0.1, 0.1),
+    "relation": (0.7, 0.25, 0.1, 0.1),
+    "superlative": (0.55, 0.25, 0.1, 0.0),
+    "ordinal": (0.5, 0.2, 0.1, 0.05),
+    "anchor": (0.8, 0.7, 0.1, 0.1),
+}
+
+
+def _describe(rng: random.Random, thing: SceneObject, role: str) -> Description:
+    """Some true attributes of an object, as many as the role (a family, or "anchor") usually has."""
+    shape, color, texture, size = (rng.random() < chance for chance in _SAID[role])
+    return Description(
+        thing.shape if shape else None,
+        thing.color if color else None,
+        thing.texture if texture else None,
+        thing.size if size and thing.size != "medium" else None,
+    )
+
+
+def _propose(rng: random.Random, scene: Scene, index: int, family: str) -> Iterator[Expression]:
+    """Expressions of the family that may fit object `index`."""
+    target = _describe(rng, scene.objects[index], family)
+    if family == "attribute":
+        if target != Description():
+            yield Expression(family, target)
+    elif family == "position":
+        yield from (Expression(family, target, place) for place in PLACES)
+    elif family == "relation":
+        other = rng.randrange(len(scene.objects))
+        if other == index:
+            return
+        anchor = _describe(rng, scene.objects[other], "anchor")
+        alone = sum(target.fits(thing) for i, thing in enumerate(scene.objects) if i != other) == 1
+        if anchor == Description() or (alone and rng.random() < 0.5):  # mostly where the relation is needed
+            return
+        yield from (Expression(family, target, word, anchor) for word in RELATIONS)
+    elif family == "superlative":
+        yield from (Expression(family, target, word) for word in SUPERLATIVES)
+    else:
+        yield from (Expression(family, target, word, rank=rank) for word in DIRECTIONS for rank in RANKS)
+
+
+def _draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> tuple[Phrase, ...]:
+    """One to three phrases that name object `index` and nothing else, or none."""
+    thing = scene.objects[index]
+    if thing.visible_area < MIN_VISIBLE_AREA * scene.image_size**2:
+        return ()
+    if split == "unseen" and (thing.color, thing.shape) not in HELD_OUT:
+        return ()
+    wanted = rng.choices((1, 2, 3), (0.2, 0.35, 0.45))[0]
+    phrases: dict[str, Phrase] = {}
+    for _ in range(4 * wanted):
+        if len(phrases) == wanted:
+            break
+        family = rng.choices(FAMILIES, FAMILY_WEIGHTS[split])[0]
+        for _ in range(4):
+            fitting = [e for e in _propose(rng, scene, index, family) if referents(e, scene) == [index]]
+            if fitting:
+                expression = rng.choice(fitting)
+                text = _word(rng, expression)
+                if len(text.split()) <= MAX_WORDS:
+                    phrases.setdefault(text, Phrase(text, expression))
+                break
+    return tuple(phrases.values())
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE_SIZE) -> Iterator[dict]:
+    """Rows of the schema of `data/refer.py` for the split's first `count` images, one for each object referred to.
+
+    `image` is a PIL image, one object for all rows of an image; `mask` (S, S) uint8 of 0 and 1; `category` the shape;
+    `image_id`, `ann_id` and `ref_id` are unique over the splits and do not depend on `count`.
+    """
+    offset = list(FAMILY_WEIGHTS).index(split) * 10**7 if split in FAMILY_WEIGHTS else 0
+    for image_index in range(count):
+        scene = draw_scene(seed, split, image_index, image_size)
+        pixels, labels = render(scene)
+        image = Image.fromarray(pixels)
+        for index, phrases in enumerate(scene.phrases):
+            if not phrases:
+                continue
+            mask = (labels == index + 1).astype(np.uint8)
+            image_id = offset + image_index
+            ann_id = image_id * 10 + index
+            yield {
+                "image": image,
+                "mask": mask,
+                "sentences": [phrase.text for phrase in phrases],
+                "ref_id": ann_id,
+                "ann_id": ann_id,
+                "image_id": image_id,
+                "category": scene.objects[index].shape,
+                "bbox": [float(side) for side in cv2.boundingRect(mask)],
+            }
+
+
+def _png(image: Image.Image) -> bytes:
+    encoded = cv2.imencode(".png", np.asarray(image)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+    return encoded.tobytes()
+
+
+def load_shapes(
+    seed: int = 0, sizes: dict[str, int] | None = None, image_size: int = REFERENCE_SIZE
+) -> datasets.DatasetDict:
+    """Draw the synthetic set in memory: splits train, val, testA (attributes and positions), testB (relations,
+    superlatives and ordinals) and unseen (`HELD_OUT` pairs), a row for each object referred to, as `data/refer.py`
+    has them.
+
+    Args:
+        seed: Another seed, another set.
+        sizes: Images a split, for the splits that shall differ from `DEFAULT_SIZES`.
+        image_size: Side of the square images in pixels; the scenes scale with it.
+
+    Raises:
+        ValueError: for an unknown split, a negative size or an image size below `MIN_IMAGE_SIZE`.
+    """
+    sizes = sizes or {}
+    for split, count in sizes.items():
+        if split not in DEFAULT_SIZES:
+            raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}")
+        if count < 0:
+            raise ValueError(f"the size of split {split!r} is {count}; give the number of images, 0 or more")
+    splits = {}
+    for split, count in (DEFAULT_SIZES | sizes).items():
+        rows = []
+        for image, group in groupby(generate_rows(seed, split, count, image_size), key=lambda row: row["image"]):
+            stored = {"bytes": _png(image), "path": None}
+            rows += [FEATURES.encode_example({**row, "image": stored}) for row in group]
+        splits[split] = datasets.Dataset(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+    return datasets.DatasetDict(splits)
+
+
+# --- a picture of it --------------------------------------------------------------------------------------------
+
+
+def contact_sheet(seed: int = 0, columns: int = 4, scale: int = 3) -> Image.Image:
+    """One row of scenes a split: each scene bare, and with its masks tinted and its phrases beneath in the tint."""
+    tints = ((255, 60, 90), (40, 190, 255), (255, 200, 0), (90, 220, 90), (210, 110, 255))
+    side, font = REFERENCE_SIZE * scale, ImageFont.load_default(13)
+    width, height = 2 * side + 24, side + 15 * 17 + 24
+    sheet = Image.new("RGB", (width * columns, height * len(DEFAULT_SIZES)), (24, 24, 28))
+    draw = ImageDraw.Draw(sheet)
+    for row, split in enumerate(DEFAULT_SIZES):
+        for column in range(columns):
+            scene = draw_scene(seed, split, column)
+            pixels, labels = render(scene)
+            left, top = column * width + 8, row * height + 24
+            draw.text((left, top - 18), f"{split} {column}", (230, 230, 230), font)
+            large = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_NEAREST)
+            large_labels = cv2.resize(labels, (side, side), interpolation=cv2.INTER_NEAREST)
+            overlay, line = large // 2, 0
+            for index, phrases in enumerate(scene.phrases):
+                if not phrases:
+                    continue
+                mask = large_labels == index + 1
+                overlay[mask] = large[mask] // 3 + np.array(tints[index], np.uint8) // 3 * 2
+                for phrase in phrases:
+                    place = (left + line % 2 * (side + 8), top + side + 6 + line // 2 * 17)
+                    draw.text(place, phrase.text, tints[index], font)
+                    line += 1
+            sheet.paste(Image.fromarray(large), (left, top))
+            sheet.paste(Image.fromarray(overlay), (left + side + 8, top))
+    return sheet
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw a contact sheet of the synthetic referring set.")
+    parser.add_argument("--output", default="shapes.png")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    contact_sheet(arguments.seed).save(arguments.output)

@@ -1,0 +1,495 @@
+"""DETRIS for referring image segmentation: from images and phrases to one mask logit map a phrase.
+
+Source: DETRIS, arXiv 2501.08580; official files `model/segmenter.py`, `model/fusion.py` and `model/layers.py`.
+
+Shapes: `B` images, `N` phrases, `L` tokens a phrase, `g = image_size / patch_size`, `P = 1 + R + g²` vision tokens with
+`R` registers, `D` vision width, `C` text width, `S` width of the sentence embedding, `d` decoder width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from peft import inject_adapter_in_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+
+try:
+    from .adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
+    from .configuration_detris import DetrisConfig
+except ImportError:
+    if __package__:
+        raise
+    from adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
+    from configuration_detris import DetrisConfig
+
+
+logger = logging.get_logger(__name__)
+
+# Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
+POSITION_GRID_OFFSET = 0.1
+SINE_POSITION_BASE = 10000.0
+PHRASE_KERNEL_SIZE = 3
+
+
+@dataclass
+class DetrisOutput(ModelOutput):
+    """
+    Output of [`DetrisForReferringSegmentation`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            Mean binary cross-entropy over all pixels of the logits.
+        logits (`torch.FloatTensor` of shape `(N, 4g, 4g)`):
+            Mask logits, one map a phrase, over the square input image.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+def resample_position_table(position_embeddings: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """
+    Resample DINOv2's position table as the official `interpolate_pos_encoding` does: bicubic, without antialias, and
+    with a scale factor of `(grid_size + 0.1) / old grid size`.
+
+    Args:
+        position_embeddings (`torch.Tensor` of shape `(1, 1 + old_grid_size², D)`): the table, class token first.
+        grid_size (`int`): patches along one side of the new table.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 1 + grid_size², D)`.
+    """
+    class_position, patch_positions = position_embeddings[:, :1], position_embeddings[:, 1:]
+    old_grid_size = math.isqrt(patch_positions.shape[1])
+    if old_grid_size == grid_size:
+        return position_embeddings
+    grid = patch_positions.transpose(1, 2).unflatten(2, (old_grid_size, old_grid_size))  # (1, D, g', g')
+    scale_factor = (grid_size + POSITION_GRID_OFFSET) / old_grid_size
+    grid = F.interpolate(grid, scale_factor=(scale_factor, scale_factor), mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Sine and cosine positions in alternate channels, `(length, dim)` (official `Decoder.pos1d`)."""
+    frequencies = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(SINE_POSITION_BASE) / dim))
+    angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, dim / 2)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Half the channels tell the column, half the row: `(grid_size², dim)` (official `Decoder.pos2d`)."""
+    positions = _sine_positions(grid_size, dim // 2, device)  # (g, d / 2)
+    columns = positions[None].expand(grid_size, -1, -1)
+    rows = positions[:, None].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
+class DetrisSentenceGate(nn.Module):
+    """Factor on a feature map that the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
+
+    Officially an attention of the map to the sentence (`CrossAttn`). With one key its softmax is 1 everywhere, so query
+    and key weights have no effect and are left out.
+    """
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__()
+        self.value = nn.Linear(config.decoder_dim, config.decoder_dim)
+        self.output = nn.Linear(config.decoder_dim, config.decoder_dim)
+
+    def forward(self, sentence: torch.Tensor) -> torch.Tensor:
+        return self.output(self.value(sentence))[:, :, None, None]
+
+
+class DetrisNeck(nn.Module):
+    """Fuses the vision backbone's feature maps under the sentence (official `Neck`)."""
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__()
+        dim, maps = config.decoder_dim, len(config.feature_layers) + 1
+        self.sentence_projection = nn.Linear(config.text_config.projection_dim, dim)
+        self.map_projections = nn.ModuleList(
+            ConvNormReLU(config.vision_config.hidden_size, dim, kernel_size=1) for _ in range(maps)
+        )
+        self.gates = nn.ModuleList(DetrisSentenceGate(config) for _ in range(maps))
+        self.aggregation = ConvNormReLU(maps * dim, dim, kernel_size=1)
+        self.coordinate_convolutions = nn.Sequential(
+            ConvNormReLU(dim + 2, dim, kernel_size=3), ConvNormReLU(dim, dim, kernel_size=3)
+        )
+
+    def forward(self, feature_maps: list[torch.Tensor], sentence: torch.Tensor) -> torch.Tensor:
+        """Feature maps `(N, D, g, g)` and sentence `(N, S)` to `(N, d, g, g)`."""
+        sentence = self.sentence_projection(sentence)  # (N, d)
+        gated = [
+            projection(feature_map) * gate(sentence)
+            for projection, gate, feature_map in zip(self.map_projections, self.gates, feature_maps, strict=True)
+        ]
+        fused = self.aggregation(torch.cat(gated, dim=1))  # (N, d, g, g)
+        count, _, height, width = fused.shape
+        rows = torch.linspace(-1, 1, height, device=fused.device, dtype=fused.dtype)
+        columns = torch.linspace(-1, 1, width, device=fused.device, dtype=fused.dtype)
+        rows, columns = torch.meshgrid(rows, columns, indexing="ij")
+        coordinates = torch.stack([columns, rows]).expand(count, -1, -1, -1)  # (N, 2, g, g)
+        return fused + self.coordinate_convolutions(torch.cat([fused, coordinates], dim=1))
+
+
+class DetrisDecoderLayer(nn.Module):
+    """Pre-norm transformer layer from patches to words whose attentions are normed once more (official `DecoderLayer`)."""
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__()
+        dim, words_dim, ffn_dim = config.decoder_dim, config.text_config.hidden_size, config.decoder_ffn_dim
+        attention = {"num_heads": config.decoder_heads, "dropout": config.decoder_dropout, "batch_first": True}
+        self.self_attention_norm = nn.LayerNorm(dim)
+        self.self_attention = nn.MultiheadAttention(dim, **attention)
+        self.self_attention_output_norm = nn.LayerNorm(dim)
+        self.word_attention_norm = nn.LayerNorm(dim)
+        self.word_attention = nn.MultiheadAttention(dim, kdim=words_dim, vdim=words_dim, **attention)
+        self.word_attention_output_norm = nn.LayerNorm(dim)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, ffn_dim),
+            nn.ReLU(),
+            nn.Dropout(config.decoder_dropout),
+            nn.LayerNorm(ffn_dim),
+            nn.Linear(ffn_dim, dim),
+        )
+        self.dropout = nn.Dropout(config.decoder_dropout)
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        words: torch.Tensor,
+        patch_positions: torch.Tensor,
+        word_positions: torch.Tensor,
+        padding: torch.Tensor,
+    ) -> torch.Tensor:
+        """Patches `(N, g², d)`, words `(N, L, C)` and where they are padding `(N, L)` to patches `(N, g², d)`."""
+        normed = self.self_attention_norm(patches)
+        query = normed + patch_positions
+        attended, _ = self.self_attention(query, query, normed, need_weights=False)
+        patches = patches + self.dropout(self.self_attention_output_norm(attended))
+        query = self.word_attention_norm(patches) + patch_positions
+        attended, _ = self.word_attention(
+            query, words + word_positions, words, key_padding_mask=padding, need_weights=False
+        )
+        patches = patches + self.dropout(self.word_attention_output_norm(attended))
+        return patches + self.dropout(self.feed_forward(self.feed_forward_norm(patches)))
+
+
+class DetrisDecoder(nn.Module):
+    """Lets the patches read each other and the words (official `Decoder`)."""
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(DetrisDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.decoder_dim)
+
+    def forward(self, feature_map: torch.Tensor, words: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        """Feature map `(N, d, g, g)`, words `(N, L, C)` and padding `(N, L)` to a feature map `(N, d, g, g)`."""
+        dim, grid_size = feature_map.shape[1], feature_map.shape[2]
+        patches = feature_map.flatten(2).transpose(1, 2)  # (N, g², d)
+        patch_positions = _sine_positions_2d(grid_size, dim, patches.device).to(patches.dtype)
+        word_positions = _sine_positions(words.shape[1], words.shape[2], words.device).to(words.dtype)
+        for layer in self.layers:
+            patches = layer(patches, words, patch_positions, word_positions, padding)
+        return self.norm(patches).transpose(1, 2).unflatten(2, (grid_size, grid_size))
+
+
+class DetrisMaskHead(nn.Module):
+    """Enlarges the feature map four times and convolves it with a kernel that each sentence sets (official `Projector`)."""
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__()
+        dim, half = config.decoder_dim, config.decoder_dim // 2
+        self.convolutions = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            ConvNormReLU(dim, dim, kernel_size=3),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            ConvNormReLU(dim, half, kernel_size=3),
+        )
+        self.output_projection = nn.Conv2d(half, half, kernel_size=1)
+        self.kernel_projection = nn.Linear(config.text_config.projection_dim, half * PHRASE_KERNEL_SIZE**2 + 1)
+
+    def forward(self, feature_map: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
+        """Feature map `(N, d, g, g)` and sentence `(N, S)` to logits `(N, 4g, 4g)`."""
+        feature_map = self.convolutions(feature_map)  # (N, d / 2, 4g, 4g)
+        parameters = self.kernel_projection(sentence)
+        kernel = parameters[:, :-1].unflatten(1, (-1, PHRASE_KERNEL_SIZE**2))  # (N, d / 2, 9)
+        bias = parameters[:, -1]  # (N,)
+        # The 1x1 convolution and the phrase's 3x3 kernel are linear, so they are composed into one 1x1 kernel for each
+        # of the nine taps: exact, and the widest map needs no convolution of its own. Shifting and adding the taps'
+        # maps is `fold`, whose offsets run against those of a convolution, hence the flip. A tap's part of the 1x1
+        # convolution's bias is added before, since zero padding comes after that convolution.
+        kernel = kernel.flip(2)
+        taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
+        tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)  # (N, 9)
+        responses = taps @ feature_map.flatten(2) + tap_biases[:, :, None]  # (N, 9, (4g)²)
+        logits = F.fold(
+            responses.float(), feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2
+        ).squeeze(1)
+        return logits + bias[:, None, None].float()
+
+
+class DetrisForReferringSegmentation(PreTrainedModel):
+    """
+    Segments what phrases name in images: Hugging Face's DINOv2 and CLIP text models, frozen, with DETRIS adapters in
+    their layers, and a neck, decoder and mask head behind them (official `model/segmenter.py`).
+
+    The model is also a PEFT model in the sense of transformers: `peft_config` describes its adapters.
+    """
+
+    config_class = DetrisConfig
+    base_model_prefix = "detris"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
+
+    def __init__(self, config: DetrisConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.text_model = CLIPTextModel(config.text_config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.text_config.projection_dim, bias=False)
+        self.neck = DetrisNeck(config)
+        self.decoder = DetrisDecoder(config)
+        self.mask_head = DetrisMaskHead(config)
+        self.prefix_length = 1 + getattr(config.vision_config, "num_register_tokens", 0)
+        if config.vision_adapter_layers or config.text_adapter_layers:
+            inject_adapter_in_model(self._adapter_config(), self)
+        self._set_trainable()
+        self.post_init()
+
+    def _adapter_config(self) -> DetrisAdapterConfig:
+        config = self.config
+        return DetrisAdapterConfig(
+            vision_layers=list(config.vision_adapter_layers),
+            vision_dim=config.vision_adapter_dim,
+            text_layers=list(config.text_adapter_layers),
+            text_dim=config.text_adapter_dim,
+            scale=config.adapter_scale,
+            text_hidden_size=config.text_config.hidden_size,
+            prefix_length=self.prefix_length,
+            attention_dim=config.aligner_attention_dim,
+            attention_heads=config.aligner_attention_heads,
+            dropout=config.aligner_dropout,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The paper starts its head from PyTorch's defaults. Backbones and adapters have been initialised on their own.
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+
+    def _part_of(self, name: str) -> str:
+        """Whether the parameter `name` belongs to the `adapters`, the `backbones` or the `head`."""
+        if ".detris_adapter." in name:
+            return "adapters"
+        return "backbones" if name.startswith(("vision_model.", "text_model.", "text_projection.")) else "head"
+
+    def _set_trainable(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = self._part_of(name) != "backbones" or not self.config.freeze_backbones
+
+    def count_parameters(self) -> dict[str, int]:
+        """Return the number of parameters in `adapters`, `head` and `backbones`."""
+        counts = {"adapters": 0, "head": 0, "backbones": 0}
+        for name, parameter in self.named_parameters():
+            counts[self._part_of(name)] += parameter.numel()
+        return counts
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much is trained, and the adapters' share of the backbones as the paper counts it (table 1)."""
+        counts = self.count_parameters()
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        total = sum(counts.values())
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
+            f"adapters: {counts['adapters']:,} || head: {counts['head']:,} || backbones: {counts['backbones']:,} || "
+            f"adapters%: {100 * counts['adapters'] / counts['backbones']:.2f} of the backbones"
+        )
+
+    def resize_image(self, image_size: int) -> None:
+        """
+        Prepare the model for square images of another size: its position table is resampled as the official code does.
+
+        Args:
+            image_size (`int`): new side in pixels, divisible by the patch size.
+
+        Raises:
+            ValueError: if the patch size does not divide `image_size`.
+        """
+        config = DetrisConfig.from_dict(self.config.to_dict() | {"image_size": image_size})
+        embeddings = self.vision_model.embeddings
+        grid_size = image_size // config.vision_config.patch_size
+        table = resample_position_table(embeddings.position_embeddings.detach(), grid_size)
+        embeddings.position_embeddings = nn.Parameter(table, embeddings.position_embeddings.requires_grad)
+        self.config.image_size = self.config.vision_config.image_size = image_size
+
+    @classmethod
+    def from_backbones(cls, vision: str, text: str, **config_fields) -> "DetrisForReferringSegmentation":
+        """
+        Build a fresh DETRIS: pretrained backbones, untrained adapters and head.
+
+        Args:
+            vision (`str`): Hub id or folder of a DINOv2 model, with or without registers.
+            text (`str`): Hub id or folder of a CLIP model; its text tower and text projection are taken.
+            **config_fields: further fields of [`DetrisConfig`].
+
+        Returns:
+            `DetrisForReferringSegmentation` in evaluation mode.
+
+        Raises:
+            OSError: if a folder or Hub id cannot be read.
+            ValueError: if the backbones or fields do not fit together.
+        """
+        vision_model = AutoModel.from_pretrained(vision)
+        text_model = CLIPTextModelWithProjection.from_pretrained(text)
+        config = DetrisConfig(
+            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
+        )
+        model = cls(config)
+        vision_weights, table = vision_model.state_dict(), "embeddings.position_embeddings"
+        grid_size = config.image_size // config.vision_config.patch_size
+        vision_weights[table] = resample_position_table(vision_weights[table], grid_size)
+        weights = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
+        weights |= text_model.state_dict()
+        names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
+        unexpected = model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)[1]
+        assert not unexpected
+        return model.eval()
+
+    def encode_text(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encode phrases: words `(N, L, C)`, normed but not projected, and sentences `(N, S)`, from `input_ids` `(N, L)`.
+        """
+        # Without a mask: padding positions take part in the text adapters, and CLIP would change them if it had one.
+        words = self.text_model(input_ids).last_hidden_state  # (N, L, C)
+        # The end token has the largest id.
+        end_of_text = words[torch.arange(len(words), device=words.device), input_ids.argmax(dim=1)]  # (N, C)
+        return words, self.text_projection(end_of_text)
+
+    def encode_images(
+        self, pixel_values: torch.FloatTensor, words: torch.Tensor, image_index: torch.LongTensor | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Encode images under their phrases' words.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, image_size, image_size)`): normalised images.
+            words (`torch.FloatTensor` of shape `(N, L, C)`): from [`encode_text`].
+            image_index (`torch.LongTensor` of shape `(N,)`, *optional*): the image each phrase speaks of.
+
+        Returns:
+            `list` of the feature maps `(N, D, g, g)`: after each of `feature_layers`, and the last, normalised one.
+        """
+        hidden_states = self.vision_model.embeddings(pixel_values)  # (B, P, D)
+        features = []
+        for index, layer in enumerate(self.vision_model.encoder.layer):
+            if isinstance(layer, VisionAdapterLayer):
+                if image_index is not None:
+                    # Until here an image is the same for all its phrases. What has been kept follows.
+                    hidden_states, *features = (states[image_index] for states in (hidden_states, *features))
+                    image_index = None
+                hidden_states = layer(hidden_states, words)
+            else:
+                hidden_states = layer(hidden_states)
+            if index in self.config.feature_layers:
+                features.append(hidden_states)
+        features.append(self.vision_model.layernorm(hidden_states))
+        if image_index is not None:
+            features = [states[image_index] for states in features]
+        grid_size = self.config.image_size // self.config.vision_config.patch_size
+        return [
+            states[:, self.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size)) for states in features
+        ]
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        return_dict: bool | None = None,
+    ) -> DetrisOutput | tuple:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, image_size, image_size)`):
+                Letterboxed, normalised images, from [`DetrisImageProcessor`].
+            input_ids (`torch.LongTensor` of shape `(N, L)`):
+                Phrases, filled up with id 0, from [`DetrisProcessor`].
+            attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
+                1 where the decoder may read a word. By default wherever `input_ids` is not 0.
+            image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
+                The image that each phrase speaks of. By default phrase `n` speaks of image `n`.
+            labels (`torch.FloatTensor` of shape `(N, H, W)`, *optional*):
+                Masks warped as the images are, in [0, 1]; soft edges stay soft.
+
+        Returns:
+            [`DetrisOutput`].
+
+        Raises:
+            ValueError: if inputs are missing, empty or do not fit each other; the message says which and how.
+        """
+        self._check_inputs(pixel_values, input_ids, image_index, labels)
+        padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
+        words, sentence = self.encode_text(input_ids)
+        feature_maps = self.encode_images(pixel_values, words, image_index)
+        feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
+        logits = self.mask_head(feature_map, sentence)  # (N, 4g, 4g)
+        loss = None
+        if labels is not None:
+            # Nearest neighbour at the size of the logits, as officially.
+            target = F.interpolate(labels[:, None].to(logits.dtype), size=logits.shape[1:], mode="nearest").squeeze(1)
+            loss = F.binary_cross_entropy_with_logits(logits, target)
+        output = DetrisOutput(loss=loss, logits=logits)
+        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+
+    def _check_inputs(self, pixel_values, input_ids, image_index, labels) -> None:
+        if pixel_values is None or input_ids is None:
+            given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
+            raise ValueError(f"The model got {given} but no {missing}: it needs both, so give {missing} too.")
+        size = self.config.image_size
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, {size}): "
+                "use its processor, or call resize_image for another size."
+            )
+        if not len(pixel_values) or not len(input_ids):
+            raise ValueError(
+                f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of each."
+            )
+        if image_index is None:
+            if len(pixel_values) != len(input_ids):
+                raise ValueError(
+                    f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image of "
+                    "each phrase."
+                )
+        elif image_index.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"image_index has shape {tuple(image_index.shape)}: give one number for each of the {len(input_ids)} "
+                "phrases."
+            )
+        elif not 0 <= image_index.min() <= image_index.max() < len(pixel_values):
+            raise ValueError(
+                f"image_index is {image_index.tolist()}, which is out of range: there are {len(pixel_values)} images, "
+                "counted from 0."
+            )
+        if labels is not None and (labels.ndim != 3 or len(labels) != len(input_ids)):
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}: give one mask (height, width) for each of the "
+                f"{len(input_ids)} phrases."
+            )
+
+
+DetrisForReferringSegmentation.register_for_auto_class("AutoModel")
+DetrisForReferringSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
+
+__all__ = ["DetrisForReferringSegmentation", "DetrisOutput", "resample_position_table"]
