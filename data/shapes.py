@@ -9,8 +9,8 @@ one, so that reasonable readings agree. With S the side of the image, in pixels:
 
 * attribute ("small striped star"): the only object with these attributes. Middle sizes are neither small nor large.
 * position ("circle on the left"): the only circle whose centre lies in the left 40 % of the image (right, top and
-  bottom alike; corners are two of them at once; the middle is the square from 0.35 S to 0.65 S), every other circle's
-  centre being at least 0.03 S beyond that border. The left circle is therefore the leftmost circle too.
+  bottom alike; corners are two of them at once; the middle is the square from 0.35 S to 0.65 S), and no circle's
+  centre lies within 0.03 S of that border. The circle on the left is therefore the leftmost circle too.
 * relation ("star left of the green circle"): the only star whose centre lies left of the anchor's by 0.1 S or more,
   within 45° of that direction. In front of and behind: one hides at least 0.4 % of the image of the other.
   Closest to: by centres, others at least 1.3 times as far.
@@ -28,26 +28,27 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import cv2
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.fingerprint import Hasher
 from PIL import Image, ImageDraw, ImageFont
 
 from .refer import FEATURES
-
 
 DEFAULT_SIZES = {"train": 4000, "val": 250, "testA": 200, "testB": 200, "unseen": 150}  # images
 FAMILIES = ("attribute", "position", "relation", "superlative", "ordinal")
 # How often each family is tried. Some fit more rarely than others: the shares that come out are near RefCOCO's,
 # about 45, 25, 12, 10 and 8 %.
-_ALL = (0.43, 0.24, 0.15, 0.10, 0.08)
+_ALL = (0.45, 0.23, 0.16, 0.10, 0.06)
 FAMILY_WEIGHTS = {
     "train": _ALL,
     "val": _ALL,
     "testA": (0.64, 0.36, 0, 0, 0),
-    "testB": (0, 0, 0.45, 0.30, 0.25),
+    "testB": (0, 0, 0.50, 0.30, 0.20),
     "unseen": _ALL,
 }
 
@@ -75,6 +76,7 @@ HELD_OUT = {
 }
 
 MIN_IMAGE_SIZE = 48
+MAX_IMAGES, MAX_OBJECTS = 10**7, 10  # room for ids: of images in a split, of objects in an image
 REFERENCE_SIZE = 96
 MIN_VISIBLE_SHARE = 0.6  # of an object's own pixels
 MIN_VISIBLE_AREA = 0.012  # of the image; below that an object is not referred to
@@ -85,10 +87,10 @@ RELATION_OFFSET = 0.1
 DISTANCE_RATIO, AREA_RATIO, RADIUS_RATIO = 1.3, 1.3, 1.12
 MAX_WORDS = 10
 SUPERSAMPLING, SUBPIXEL_BITS = 4, 4
+HALF = 128  # in 255ths: a pixel belongs to an object that covers half of it
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """Attributes that an object must have; `None` leaves one open."""
 
     shape: str | None = None
@@ -105,8 +107,7 @@ class Description:
         )
 
 
-@dataclass(frozen=True)
-class Expression:
+class Expression(NamedTuple):
     """What a phrase means: the target's attributes and, but for the family "attribute", a condition on its place.
 
     `word` is a key of `PLACES`, `RELATIONS`, `SUPERLATIVES` or `DIRECTIONS`, as the family has it; `anchor` describes
@@ -120,8 +121,7 @@ class Expression:
     rank: int = 0
 
 
-@dataclass(frozen=True)
-class Phrase:
+class Phrase(NamedTuple):
     text: str
     expression: Expression
 
@@ -217,6 +217,7 @@ def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice],
     ]
     canvas = np.zeros(((bottom - top) * SUPERSAMPLING, (right - left) * SUPERSAMPLING), np.uint8)
     cv2.fillPoly(canvas, polygons, 255, shift=SUBPIXEL_BITS)
+    cv2.polylines(canvas, polygons, True, 127, shift=SUBPIXEL_BITS)  # else the outline would be filled on both sides
     coverage = cv2.resize(canvas, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
     return (slice(top, bottom), slice(left, right)), coverage
 
@@ -224,12 +225,12 @@ def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice],
 def _silhouette(thing: SceneObject, image_size: int) -> np.ndarray:
     mask = np.zeros((image_size, image_size), bool)
     window, coverage = _coverage(thing, image_size)
-    mask[window] = coverage >= 128
+    mask[window] = coverage >= HALF
     return mask
 
 
 def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np.ndarray | float:
-    """How much of the second tone each pixel of the window shows, 0 … 1."""
+    """How much of the second tone each pixel of the window shows, 0 … 1; soft at the edges."""
     if thing.texture == "plain":
         return 0.0
     y, x = (np.arange(side.start, side.stop, dtype=np.float32) + 0.5 for side in window)
@@ -238,7 +239,7 @@ def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np
     x, y = (x - thing.x)[None], (y - thing.y)[:, None]
     across, along = np.cos(x * cosine + y * sine), np.cos(y * cosine - x * sine)
     field = {"striped": across, "dotted": across + along - 0.6, "checkered": across * along}[thing.texture]
-    return np.clip(field * (1.6 * unit) + 0.5, 0, 1)[..., None]  # (h, w, 1)
+    return np.clip(field * (1.6 * unit) + 0.5, 0, 1)  # (h, w)
 
 
 def _second_tone(rgb: np.ndarray) -> np.ndarray:
@@ -250,21 +251,24 @@ def _second_tone(rgb: np.ndarray) -> np.ndarray:
 
 
 def _background(rng: random.Random, image_size: int) -> np.ndarray:
-    """A dim, slightly coloured picture: a gradient, blotches, grain, stripes or checks. (S, S, 3) float32."""
+    """A dim, slightly coloured picture: a gradient, blotches or grain, with stripes, checks or neither.
+    (3, S, S) float32."""
     noise = np.random.default_rng(rng.getrandbits(64))
-    base = np.array([rng.uniform(95, 155) + rng.uniform(-20, 20) for _ in range(3)], np.float32)
+    grey = rng.uniform(90, 160)
+    base = np.array([grey + rng.uniform(-22, 22) for _ in range(3)], np.float32)
     cells = rng.choice((2, 2, 5, 8, 24))
-    grid = base + noise.uniform(-1, 1, (cells, cells, 3)).astype(np.float32) * (24 if cells < 20 else 14)
+    grid = base + noise.uniform(-1, 1, (cells, cells, 3)).astype(np.float32) * (20 if cells < 20 else 12)
     picture = cv2.resize(grid, (image_size, image_size), interpolation=cv2.INTER_LINEAR)
+    picture = np.ascontiguousarray(picture.transpose(2, 0, 1))
     pattern = rng.choice(("none", "stripes", "checks"))
     if pattern != "none":
         turn, frequency = rng.uniform(0, math.pi), 2 * math.pi / (rng.uniform(0.07, 0.3) * image_size)
         side = np.arange(image_size, dtype=np.float32) * frequency
-        wave = np.sin(side[None] * math.cos(turn) + side[:, None] * math.sin(turn))
+        wave = np.sin(side * math.cos(turn) + side[:, None] * math.sin(turn))
         if pattern == "checks":
-            wave *= np.sin(side[:, None] * math.cos(turn) - side[None] * math.sin(turn))
-        tint = np.array([rng.uniform(6, 18) for _ in range(3)], np.float32)
-        picture += wave[..., None] * tint
+            wave *= np.sin(side[:, None] * math.cos(turn) - side * math.sin(turn))
+        for plane in picture:
+            plane += wave * rng.uniform(4, 13)
     return picture
 
 
@@ -273,23 +277,24 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     `i` shows."""
     rng = random.Random(f"{scene.key}/pixels")
     size, unit = scene.image_size, scene.image_size / REFERENCE_SIZE
-    picture = _background(rng, size)  # (S, S, 3)
+    picture = _background(rng, size)  # (3, S, S): arithmetic with (S, S) is several times faster than channels last
     labels = np.zeros((size, size), np.uint8)
     softness = 2 * round(1.5 * unit) + 1
     for index, thing in enumerate(scene.objects):
         window, coverage = _coverage(thing, size)
-        labels[window][coverage >= 128] = index + 1
-        alpha = coverage[..., None].astype(np.float32) / 255  # (h, w, 1)
-        shadow = cv2.blur(coverage, (softness, softness))[..., None] * np.float32(0.5 / 255)
+        labels[window][coverage >= HALF] = index + 1
+        alpha = coverage * np.float32(1 / 255)  # (h, w)
+        shadow = cv2.blur(alpha, (softness, softness)) * 0.5
         rgb = np.array(thing.rgb, np.float32)
-        paint = rgb + (_second_tone(rgb) - rgb) * _texture(thing, window, unit)
-        patch = picture[window] * (1 - shadow)
-        picture[window] = patch + (paint - patch) * alpha
+        first, second = rgb[:, None, None], _second_tone(rgb)[:, None, None]
+        paint = first + (second - first) * _texture(thing, window, unit)
+        patch = picture[:, *window] * (1 - shadow)
+        picture[:, *window] = patch + (paint - patch) * alpha
     slope = np.linspace(-1, 1, size, dtype=np.float32)
-    light = rng.uniform(0.88, 1.04) + slope[:, None] * rng.uniform(-0.1, 0.1) + slope * rng.uniform(-0.1, 0.1)
-    speckle = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size) * (rng.uniform(3, 10) / 255)
-    picture = picture * light[..., None] + speckle[..., None]
-    return np.clip(picture, 0, 255).astype(np.uint8), labels
+    picture *= rng.uniform(0.88, 1.04) + slope[:, None] * rng.uniform(-0.1, 0.1) + slope * rng.uniform(-0.1, 0.1)
+    speckle = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
+    picture += speckle * np.float32(rng.uniform(2, 7) / 255)
+    return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)), labels
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------
@@ -321,16 +326,16 @@ def _draw_object(rng: random.Random, image_size: int, earlier: list[SceneObject]
         x = min(max(beside.x + distance * math.cos(turn), margin), image_size - margin)
         y = min(max(beside.y + distance * math.sin(turn), margin), image_size - margin)
     return SceneObject(
-        shape,
-        color,
-        texture,
-        size,
-        x,
-        y,
-        radius,
-        rng.uniform(-tilt, tilt),
-        rng.uniform(0, math.pi),
-        tuple(round(255 * channel, 1) for channel in rgb),
+        shape=shape,
+        color=color,
+        texture=texture,
+        size=size,
+        x=x,
+        y=y,
+        radius=radius,
+        angle=rng.uniform(-tilt, tilt),
+        grain=rng.uniform(0, math.pi),
+        rgb=tuple(255 * channel for channel in rgb),
     )
 
 
@@ -339,29 +344,35 @@ def _compose(rng: random.Random, key: str, split: str, image_size: int) -> Scene
     count = rng.choices((2, 3, 4, 5), (0.12, 0.30, 0.33, 0.25))[0]
     held_out = set(rng.sample(range(count), min(count, rng.choice((1, 1, 2))))) if split == "unseen" else set()
     objects: list[SceneObject] = []
-    whole: list[np.ndarray] = []  # silhouettes
-    labels = np.zeros((image_size, image_size), np.uint8)
+    whole: list[np.ndarray] = []  # silhouettes, (S, S) bool
+    shown: list[np.ndarray] = []  # what the ones in front leave of them
     for index in range(count):
         for _ in range(20):
             thing = _draw_object(rng, image_size, objects, index in held_out)
             if split != "unseen" and (thing.color, thing.shape) in HELD_OUT:
                 continue
             silhouette = _silhouette(thing, image_size)
-            trial = labels.copy()
-            trial[silhouette] = len(objects) + 1
-            shown = np.bincount(trial.ravel(), minlength=len(objects) + 2)[1:]
-            if all(shown[i] >= MIN_VISIBLE_SHARE * np.count_nonzero(mask) for i, mask in enumerate(whole)):
+            left = [mask & ~silhouette for mask in shown]
+            if all(np.count_nonzero(m) >= MIN_VISIBLE_SHARE * np.count_nonzero(w) for m, w in zip(left, whole)):
                 objects.append(thing)
                 whole.append(silhouette)
-                labels = trial
+                shown = left + [silhouette]
                 break
-    shown = np.bincount(labels.ravel(), minlength=len(objects) + 1)[1:]
-    hidden = [np.bincount(labels[mask], minlength=len(objects) + 1)[1:] for mask in whole]
     covers = tuple(
-        tuple(int(hidden[j][i]) if i > j else 0 for j in range(len(objects))) for i in range(len(objects))
+        tuple(np.count_nonzero(front & full) if i > j else 0 for j, full in enumerate(whole))
+        for i, front in enumerate(shown)
     )
-    objects = [replace(thing, visible_area=int(area)) for thing, area in zip(objects, shown)]
+    objects = [replace(thing, visible_area=np.count_nonzero(mask)) for thing, mask in zip(objects, shown)]
     return Scene(key, image_size, tuple(objects), covers)
+
+
+def _check(split: str, image_size: int, count: int = 0) -> None:
+    if split not in DEFAULT_SIZES:
+        raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}")
+    if count < 0:
+        raise ValueError(f"the size of split {split!r} is {count}; give a number of images, 0 or more")
+    if image_size < MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size is {image_size}; give {MIN_IMAGE_SIZE} or more, or shapes cannot be told apart")
 
 
 def draw_scene(seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE) -> Scene:
@@ -371,10 +382,7 @@ def draw_scene(seed: int, split: str, index: int, image_size: int = REFERENCE_SI
     Raises:
         ValueError: for an unknown split or an image size below `MIN_IMAGE_SIZE`.
     """
-    if split not in FAMILY_WEIGHTS:
-        raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(FAMILY_WEIGHTS)}")
-    if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size is {image_size}, but shapes cannot be told apart below {MIN_IMAGE_SIZE} pixels")
+    _check(split, image_size)
     key = f"{seed}/{split}/{index}"
     rng = random.Random(key)
     while True:
@@ -403,11 +411,6 @@ SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 
 RELATIONS = (*SIDES, "in front of", "behind", "closest to")
 EXTREMES = {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}
 SUPERLATIVES = ("largest", "smallest", *EXTREMES)
-RANKS = (1, 2, 3)
-
-
-def _all(*verdicts: bool | None) -> bool | None:
-    return False if False in verdicts else None if None in verdicts else True
 
 
 def _within(value: float, low: float, high: float) -> bool | None:
@@ -415,6 +418,13 @@ def _within(value: float, low: float, high: float) -> bool | None:
     if low + BORDER_MARGIN <= value <= high - BORDER_MARGIN:
         return True
     return False if value < low - BORDER_MARGIN or value > high + BORDER_MARGIN else None
+
+
+def _placed(word: str, thing: SceneObject, image_size: int) -> bool | None:
+    """Whether an object stands where a word of `PLACES` says; `None` when that is open to dispute."""
+    across, down = PLACES[word]
+    verdicts = _within(thing.x / image_size, *across), _within(thing.y / image_size, *down)
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def _related(word: str, index: int, anchor: int, scene: Scene) -> bool | None:
@@ -432,6 +442,12 @@ def _related(word: str, index: int, anchor: int, scene: Scene) -> bool | None:
     return True if share >= MIN_COVER else False if share <= NO_COVER else None
 
 
+def _order(word: str, thing: SceneObject) -> float:
+    """What grows along the way from a side of the image."""
+    across, down = DIRECTIONS[word]
+    return across * thing.x + down * thing.y
+
+
 def _ranked(values: dict[int, float], rank: int, gap: float) -> list[int]:
     """The object whose value is the `rank`-th smallest, if it is apart from its neighbours by `gap`."""
     order = sorted(values, key=values.get)
@@ -443,46 +459,34 @@ def _ranked(values: dict[int, float], rank: int, gap: float) -> list[int]:
 
 def referents(expression: Expression, scene: Scene) -> list[int]:
     """Indices of the objects that the expression describes; empty too when a margin is not met."""
-    things, word = scene.objects, expression.word
+    things, family, word = scene.objects, expression.family, expression.word
     fitting = [i for i, thing in enumerate(things) if expression.target.fits(thing)]
-    if expression.family == "attribute":
+    if family == "attribute":
         return fitting
-    if expression.family in ("position", "relation") and word != "closest to":
-        if expression.family == "position":
-            across, down = PLACES[word]
-            verdicts = {
-                i: _all(
-                    _within(things[i].x / scene.image_size, *across), _within(things[i].y / scene.image_size, *down)
-                )
-                for i in fitting
-            }
-        else:
-            anchors = [i for i, thing in enumerate(things) if expression.anchor.fits(thing)]
-            if len(anchors) != 1:
-                return []
-            verdicts = {i: _related(word, i, anchors[0], scene) for i in fitting if i != anchors[0]}
-        return [] if None in verdicts.values() else [i for i, verdict in verdicts.items() if verdict]
-    # What is left compares the fitting objects with each other, so there must be two.
-    if expression.family == "relation":
+    if family == "relation":
         anchors = [i for i, thing in enumerate(things) if expression.anchor.fits(thing)]
         if len(anchors) != 1:
             return []
-        anchor = things[anchors[0]]
-        distances = {
-            i: math.log(math.dist((things[i].x, things[i].y), (anchor.x, anchor.y)) + 1e-6)
-            for i in fitting
-            if i != anchors[0]
-        }
-        return _ranked(distances, 1, math.log(DISTANCE_RATIO)) if len(distances) > 1 else []
-    if len(fitting) < 2:
+        anchor = anchors[0]
+        fitting = [i for i in fitting if i != anchor]
+    if family == "position" or family == "relation" and word != "closest to":
+        if family == "position":
+            verdicts = [_placed(word, things[i], scene.image_size) for i in fitting]
+        else:
+            verdicts = [_related(word, i, anchor, scene) for i in fitting]
+        return [] if None in verdicts else [i for i, verdict in zip(fitting, verdicts) if verdict]
+    if len(fitting) < 2:  # what is left compares objects with each other
         return []
+    if family == "relation":
+        there = things[anchor].x, things[anchor].y
+        distances = {i: math.log(math.dist((things[i].x, things[i].y), there) + 1e-6) for i in fitting}
+        return _ranked(distances, 1, math.log(DISTANCE_RATIO))
     if word in ("largest", "smallest"):
         sign = -1 if word == "largest" else 1
         by_area = _ranked({i: sign * math.log(things[i].visible_area) for i in fitting}, 1, math.log(AREA_RATIO))
         by_radius = _ranked({i: sign * math.log(things[i].radius) for i in fitting}, 1, math.log(RADIUS_RATIO))
         return by_area if by_area == by_radius else []
-    across, down = DIRECTIONS[EXTREMES.get(word, word)]
-    places = {i: across * things[i].x + down * things[i].y for i in fitting}
+    places = {i: _order(EXTREMES.get(word, word), things[i]) for i in fitting}
     return _ranked(places, expression.rank or 1, ORDER_GAP * scene.image_size)
 
 
@@ -492,13 +496,13 @@ NOUNS = ("object", "one", "shape", "thing")
 SYNONYMS = {"large": ("large", "big"), "small": ("small", "little"), "dotted": ("dotted", "spotted")}
 TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
 _SIDE_WORDINGS = ("{side} {target}", "{target} on the {side}", "{target} on {side}", "{target} on the {side} side")
-_END_WORDINGS = ("{side} {target}", "{target} at the {side}", "{target} at {side}", "{target} at the very {side}")
+_END_WORDINGS = ("{side} {target}", "{target} at the {side}", "{target} at {side}")
 _CORNER_WORDINGS = ("{side} {target}", "{target} in the {side} corner", "{target} on the {side}", "{target} {side}")
 WORDINGS = {
     ("position", "left"): _SIDE_WORDINGS,
     ("position", "right"): _SIDE_WORDINGS,
-    ("position", "top"): _END_WORDINGS[:3],
-    ("position", "bottom"): _END_WORDINGS[:3],
+    ("position", "top"): _END_WORDINGS,
+    ("position", "bottom"): _END_WORDINGS,
     ("position", "middle"): ("{target} in the middle of the image", "{target} in the center", "center {target}"),
     ("relation", "left of"): ("{target} left of {anchor}", "{target} to the left of {anchor}"),
     ("relation", "right of"): ("{target} right of {anchor}", "{target} to the right of {anchor}"),
@@ -518,7 +522,7 @@ RANK_WORDS = {1: "first", 2: "second", 3: "third"}
 
 
 def _word_description(rng: random.Random, description: Description, tails: bool = False) -> str:
-    """ "small striped red star", or with tails allowed now and then "small red star with stripes"."""
+    """Such as "small striped red star" or, where tails are allowed, now and then "small red star with stripes"."""
     tail = TEXTURE_TAILS.get(description.texture) if tails and rng.random() < 0.4 else None
     words = [
         rng.choice(SYNONYMS.get(attribute, (attribute,)))
@@ -571,26 +575,30 @@ def _describe(rng: random.Random, thing: SceneObject, role: str) -> Description:
 
 
 def _propose(rng: random.Random, scene: Scene, index: int, family: str) -> Iterator[Expression]:
-    """Expressions of the family that may fit object `index`."""
-    target = _describe(rng, scene.objects[index], family)
+    """Expressions of the family that may fit object `index`, in random order: one target, and each word for it."""
+    thing, size = scene.objects[index], scene.image_size
+    target = _describe(rng, thing, family)
+    alike = [other for other in scene.objects if target.fits(other)]
     if family == "attribute":
         if target != Description():
             yield Expression(family, target)
     elif family == "position":
-        yield from (Expression(family, target, place) for place in PLACES)
+        places = [place for place in PLACES if _placed(place, thing, size)]
+        yield from (Expression(family, target, place) for place in rng.sample(places, len(places)))
     elif family == "relation":
-        other = rng.randrange(len(scene.objects))
-        if other == index:
-            return
+        other = rng.choice([i for i in range(len(scene.objects)) if i != index])
         anchor = _describe(rng, scene.objects[other], "anchor")
-        alone = sum(target.fits(thing) for i, thing in enumerate(scene.objects) if i != other) == 1
-        if anchor == Description() or (alone and rng.random() < 0.5):  # mostly where the relation is needed
-            return
-        yield from (Expression(family, target, word, anchor) for word in RELATIONS)
-    elif family == "superlative":
-        yield from (Expression(family, target, word) for word in SUPERLATIVES)
-    else:
-        yield from (Expression(family, target, word, rank=rank) for word in DIRECTIONS for rank in RANKS)
+        needed = len(alike) > 1 + target.fits(scene.objects[other])  # the target's attributes do not suffice
+        if anchor != Description() and (needed or rng.random() < 0.5):
+            words = [word for word in RELATIONS if word == "closest to" or _related(word, index, other, scene)]
+            yield from (Expression(family, target, word, anchor) for word in rng.sample(words, len(words)))
+    elif len(alike) > 1 and family == "superlative":
+        yield from (Expression(family, target, word) for word in rng.sample(SUPERLATIVES, len(SUPERLATIVES)))
+    elif len(alike) > 1:
+        for word in rng.sample(tuple(DIRECTIONS), len(DIRECTIONS)):
+            rank = 1 + sum(_order(word, other) < _order(word, thing) for other in alike)
+            if rank in RANK_WORDS:
+                yield Expression(family, target, word, rank=rank)
 
 
 def _draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> tuple[Phrase, ...]:
@@ -607,12 +615,12 @@ def _draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> t
             break
         family = rng.choices(FAMILIES, FAMILY_WEIGHTS[split])[0]
         for _ in range(4):
-            fitting = [e for e in _propose(rng, scene, index, family) if referents(e, scene) == [index]]
-            if fitting:
-                expression = rng.choice(fitting)
+            proposals = _propose(rng, scene, index, family)
+            expression = next((e for e in proposals if referents(e, scene) == [index]), None)
+            if expression:
                 text = _word(rng, expression)
                 if len(text.split()) <= MAX_WORDS:
-                    phrases.setdefault(text, Phrase(text, expression))
+                    phrases.setdefault(text.removeprefix("the "), Phrase(text, expression))
                 break
     return tuple(phrases.values())
 
@@ -626,7 +634,8 @@ def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE
     `image` is a PIL image, one object for all rows of an image; `mask` (S, S) uint8 of 0 and 1; `category` the shape;
     `image_id`, `ann_id` and `ref_id` are unique over the splits and do not depend on `count`.
     """
-    offset = list(FAMILY_WEIGHTS).index(split) * 10**7 if split in FAMILY_WEIGHTS else 0
+    _check(split, image_size, count)
+    offset = list(DEFAULT_SIZES).index(split) * MAX_IMAGES
     for image_index in range(count):
         scene = draw_scene(seed, split, image_index, image_size)
         pixels, labels = render(scene)
@@ -636,7 +645,7 @@ def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE
                 continue
             mask = (labels == index + 1).astype(np.uint8)
             image_id = offset + image_index
-            ann_id = image_id * 10 + index
+            ann_id = image_id * MAX_OBJECTS + index
             yield {
                 "image": image,
                 "mask": mask,
@@ -650,8 +659,7 @@ def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE
 
 
 def _png(image: Image.Image) -> bytes:
-    encoded = cv2.imencode(".png", np.asarray(image)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-    return encoded.tobytes()
+    return cv2.imencode(".png", np.asarray(image)[..., ::-1])[1].tobytes()
 
 
 def load_shapes(
@@ -669,19 +677,20 @@ def load_shapes(
     Raises:
         ValueError: for an unknown split, a negative size or an image size below `MIN_IMAGE_SIZE`.
     """
-    sizes = sizes or {}
+    sizes = DEFAULT_SIZES | (sizes or {})
     for split, count in sizes.items():
-        if split not in DEFAULT_SIZES:
-            raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}")
-        if count < 0:
-            raise ValueError(f"the size of split {split!r} is {count}; give the number of images, 0 or more")
+        _check(split, image_size, count)
     splits = {}
-    for split, count in (DEFAULT_SIZES | sizes).items():
-        rows = []
-        for image, group in groupby(generate_rows(seed, split, count, image_size), key=lambda row: row["image"]):
-            stored = {"bytes": _png(image), "path": None}
-            rows += [FEATURES.encode_example({**row, "image": stored}) for row in group]
-        splits[split] = datasets.Dataset(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+    for split, count in sizes.items():
+        tables = [FEATURES.arrow_schema.empty_table()]
+        for _, group in groupby(generate_rows(seed, split, count, image_size), key=lambda row: row["image_id"]):
+            rows = list(group)
+            image = {"bytes": _png(rows[0]["image"]), "path": None}
+            rows = [FEATURES.encode_example(row | {"image": image}) for row in rows]
+            tables.append(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+        # With a fingerprint given, `datasets` does not pickle all pictures to compute one.
+        fingerprint = Hasher.hash(("shapes", seed, split, count, image_size))
+        splits[split] = datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
     return datasets.DatasetDict(splits)
 
 
@@ -692,7 +701,7 @@ def contact_sheet(seed: int = 0, columns: int = 4, scale: int = 3) -> Image.Imag
     """One row of scenes a split: each scene bare, and with its masks tinted and its phrases beneath in the tint."""
     tints = ((255, 60, 90), (40, 190, 255), (255, 200, 0), (90, 220, 90), (210, 110, 255))
     side, font = REFERENCE_SIZE * scale, ImageFont.load_default(13)
-    width, height = 2 * side + 24, side + 15 * 17 + 24
+    width, height = 2 * side + 24, side + 8 * 17 + 32
     sheet = Image.new("RGB", (width * columns, height * len(DEFAULT_SIZES)), (24, 24, 28))
     draw = ImageDraw.Draw(sheet)
     for row, split in enumerate(DEFAULT_SIZES):

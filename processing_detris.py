@@ -1,0 +1,414 @@
+"""Images and phrases to what DETRIS reads, and its logits back to masks at the size of the photographs.
+
+The arithmetic is the official code's (jiaqihuang01/DETRIS, commit c94b1e1: `utils/dataset.py` on the way in,
+`engine/engine.py` on the way back), down to how OpenCV 4 rounds the places where it samples. A rounded place is read
+alike by every OpenCV, so results depend neither on the version installed here nor, on the way back, on OpenCV at all.
+"""
+
+import html
+import re
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import ftfy
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_SIDE = 448
+SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
+CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
+MAX_CHANNELS = 4
+
+
+def _letterbox_geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
+    """`scale, bias_y, bias_x` of `y' = scale·y + bias_y`, from pixel indices of an image to those of the square."""
+    scale = min(side / height, side / width)
+    return scale, (side - height * scale) / 2, (side - width * scale) / 2
+
+
+def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
+    """Where the pixels 0 … `count - 1` of an axis are sampled in the other image, as OpenCV 4's `warpAffine` rounds."""
+    return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
+
+
+def _letterbox(image: np.ndarray, side: int, interpolation: int, border: Any) -> np.ndarray:
+    """Warp `(H, W)` or `(H, W, C)` to `(side, side)` or `(side, side, C)`; what lies outside the image is `border`."""
+    scale, bias_y, bias_x = _letterbox_geometry(*image.shape[:2], side)
+    y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
+    x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
+    return cv2.remap(image, *np.meshgrid(x, y), interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+
+
+@lru_cache(maxsize=64)
+def _restoring_matrix(
+    original: int, scale: float, bias: float, side: int, length: int, device: torch.device
+) -> torch.Tensor:
+    """One axis of the way back, `(original, length)`: bicubic from logits to the square, then to the original size.
+
+    Both steps are linear and work on rows and columns apart, so a mask is `rows @ probabilities @ columns.T`, and no
+    square or photograph-sized intermediate is made.
+    """
+    positions = torch.from_numpy(_sampling_positions(original, scale, bias))
+    d = (positions[:, None] - torch.arange(side)).abs()  # (original, side)
+    a = CUBIC_COEFFICIENT
+    near = ((a + 2) * d - (a + 3)) * d**2 + 1
+    far = (((d - 5) * d + 8) * d - 4) * a
+    warp = torch.where(d <= 1, near, far) * (d < 2)  # a sample beyond the square counts as 0
+    enlarge = F.interpolate(  # the official enlargement, written as the matrix of what it does to a unit vector
+        torch.eye(length, dtype=torch.float64)[None, None], (side, length), mode="bicubic", align_corners=True
+    )[0, 0]  # (side, length)
+    return (warp @ enlarge).to(device=device, dtype=torch.float32)
+
+
+def _as_list(values: Any, batch_ndim: int) -> list:
+    """A list of images or maps from a list, a batch of `batch_ndim` dimensions, or a single one."""
+    if isinstance(values, (list, tuple)) or getattr(values, "ndim", None) == batch_ndim:
+        return list(values)
+    return [values]
+
+
+def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
+    """The numbers of a PIL image, upright and, if `in_colour`, as RGB; or of an array or tensor, as they are."""
+    if isinstance(image, torch.Tensor):
+        return image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return image
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"{name} is of type {type(image).__name__}: give a PIL image, a NumPy array or a torch tensor."
+        )
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if in_colour and upright.mode != "F" and not upright.mode.startswith("I"):  # Pillow would clip these at 255
+            upright = upright.convert("RGB")
+        return np.asarray(upright)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three for a broken file
+        file = f" ({image.filename})" if getattr(image, "filename", "") else ""
+        raise OSError(f"{name}{file} cannot be decoded: {error}. Repair the file or leave it out.") from error
+
+
+def _as_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """Values as 0 … 255 in `uint8`, the depth in which the official code warps images and masks."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.name == "uint16":
+        return (values >> 8).astype(np.uint8)
+    full = 1 if values.dtype.kind in "bf" else 255
+    if values.dtype.kind not in "bfiu" or not (values.min() >= 0 and values.max() <= full):
+        raise ValueError(
+            f"{name} holds {values.dtype} values from {values.min()} to {values.max()}: give uint8 or uint16, other "
+            "integers from 0 to 255, or floats from 0 to 1 that are not yet normalised."
+        )
+    return values.astype(np.uint8) if full == 255 else np.rint(values * np.float32(255)).astype(np.uint8)
+
+
+def _as_rgb(image: Any, name: str) -> np.ndarray:
+    """Any image as `(H, W, 3)` in `uint8`, upright."""
+    array = _as_array(image, name, in_colour=True)
+    channels_last = isinstance(image, Image.Image) or array.ndim == 2
+    array = array[..., None] if array.ndim == 2 else array
+    channels = range(1, MAX_CHANNELS + 1)
+    if array.ndim != 3 or array.size == 0 or not (array.shape[0] in channels or array.shape[-1] in channels):
+        raise ValueError(
+            f"{name} has shape {array.shape}: give (height, width), (height, width, channels) or (channels, height, "
+            f"width) with at least one pixel and at most {MAX_CHANNELS} channels."
+        )
+    if not channels_last and infer_channel_dimension_format(array, tuple(channels)) == ChannelDimension.FIRST:
+        array = np.moveaxis(array, 0, -1)
+    array = _as_bytes(array[..., :3] if array.shape[-1] >= 3 else array[..., :1], name)
+    return array if array.shape[-1] == 3 else array.repeat(3, axis=-1)
+
+
+def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
+    """A mask as `(H, W)` in `uint8` with foreground 255."""
+    mask = _as_array(segmentation_map, name, in_colour=False)
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"{name} has shape {mask.shape}: give one (height, width) map for each phrase or image.")
+    if mask.dtype.kind not in "iu":
+        return _as_bytes(mask, name)
+    if mask.min() < 0 or mask.max() not in (0, 1, 255):  # most likely a map of labels, of which the phrase means one
+        raise ValueError(
+            f"{name} holds integers from {mask.min()} to {mask.max()}: give 0 and 1, or 0 … 255 with 255 as the "
+            "foreground."
+        )
+    return mask.astype(np.uint8) if mask.max() == 255 else _as_bytes(mask.astype(bool), name)
+
+
+class DetrisImageProcessor(BaseImageProcessor):
+    """Letterboxes images, and masks to train on, to a square: scaled to fit, centred, by one affine warp.
+
+    Images are PIL images, NumPy arrays or torch tensors, of one to four channels in either order, with integers from
+    0 to 255, 16-bit integers, or floats from 0 to 1. Grey, palette and CMYK images become RGB; EXIF rotation is
+    applied, and the original size is the one after it; transparency is dropped, as in Pillow's `convert("RGB")` and
+    in the official reader. An array that could be read in both channel orders is taken as channels first.
+
+    Args:
+        size (`dict[str, int]`): `{"height": side, "width": side}` of the square, in pixels.
+        image_mean, image_std (`list[float]`): of the three channels, for values from 0 to 1; CLIP's by default. What
+            lies outside the image has the mean colour, rounded to whole grey levels as officially.
+
+    Raises:
+        ValueError: if `size` is not a square.
+    """
+
+    def __init__(
+        self,
+        size: dict[str, int] | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.size = get_size_dict(DEFAULT_SIDE if size is None else size)
+        self.image_mean = list(image_mean or OPENAI_CLIP_MEAN)
+        self.image_std = list(image_std or OPENAI_CLIP_STD)
+        side = self.size.get("height")
+        if side != self.size.get("width") or not isinstance(side, int) or side < 1:
+            raise ValueError(
+                f"size is {self.size}, but DETRIS sees squares: give {{'height': side, 'width': side}} in pixels."
+            )
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        image_index: np.ndarray | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Letterbox `B` images, and masks for `N` phrases that speak of them.
+
+        Args:
+            images: one image or a list or batch of `B`.
+            segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of `uint8` with 255
+                as the foreground; one for each phrase, or one for each image that its phrases share.
+            image_index (`(N,)`): which image each phrase speaks of; by default there is one phrase for each image.
+            return_tensors: `"pt"` for torch, otherwise NumPy.
+
+        Returns:
+            `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and with
+            maps `labels (N, side, side)` from 0 to 1, with soft edges.
+
+        Raises:
+            OSError: if a file is truncated or broken.
+            TypeError: if an image is of another type.
+            ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
+                as phrases nor as many as images, or a map is not as large as its image.
+        """
+        images = _as_list(images, batch_ndim=4)
+        if not images:
+            raise ValueError("images is empty: give at least one image.")
+        side, sizes = self.size["height"], []
+        mean, std = np.float32(self.image_mean)[:, None, None], np.float32(self.image_std)[:, None, None]
+        border = [255 * channel for channel in self.image_mean]
+        pixel_values = np.empty((len(images), 3, side, side), np.float32)
+        for i, image in enumerate(images):
+            image = _as_rgb(image, f"images[{i}]")
+            sizes.append(image.shape[:2])
+            square = _letterbox(image, side, cv2.INTER_CUBIC, border)
+            np.multiply(square.transpose(2, 0, 1), 1 / (255 * std), out=pixel_values[i])
+        pixel_values -= mean / std
+        data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
+        if segmentation_maps is not None:
+            image_index = np.arange(len(images)) if image_index is None else image_index
+            data["labels"] = self._letterbox_maps(_as_list(segmentation_maps, batch_ndim=3), sizes, image_index)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _letterbox_maps(self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray) -> np.ndarray:
+        if len(maps) not in (len(image_index), len(sizes)):
+            raise ValueError(
+                f"{len(maps)} segmentation_maps for {len(image_index)} phrases of {len(sizes)} images: give one for each "
+                "phrase, or one for each image."
+            )
+        shared = len(maps) != len(image_index)
+        squares = []
+        for i, owner in enumerate(range(len(sizes)) if shared else image_index):
+            mask = _as_mask(maps[i], f"segmentation_maps[{i}]")
+            if mask.shape != sizes[owner]:
+                raise ValueError(
+                    f"segmentation_maps[{i}] has (height, width) {mask.shape}, but its image, images[{owner}], has "
+                    f"{sizes[owner]} when upright: give a map of the image's size."
+                )
+            squares.append(_letterbox(mask, self.size["height"], cv2.INTER_LINEAR, 0))
+        labels = np.stack(squares) / np.float32(255)
+        return labels[image_index] if shared else labels
+
+
+class DetrisProcessor(ProcessorMixin):
+    """Images and referring expressions to the inputs of DETRIS, and its logits back to masks.
+
+    Args:
+        image_processor (`DetrisImageProcessor`)
+        tokenizer (`CLIPTokenizer`)
+        max_text_length (`int`): tokens `L` of a phrase, its start and end included; longer phrases are cut.
+        mask_threshold (`float`): a pixel is foreground where its probability is above this.
+
+    Raises:
+        ValueError: if `max_text_length` leaves no room for a word.
+    """
+
+    def __init__(self, image_processor, tokenizer, max_text_length: int = 17, mask_threshold: float = 0.35):
+        if max_text_length < 3:
+            raise ValueError(f"max_text_length is {max_text_length}: start, end and at least one word need 3 or more.")
+        super().__init__(image_processor, tokenizer)
+        self.max_text_length = max_text_length
+        self.mask_threshold = mask_threshold
+        self._has_warned_of_cut = False
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        segmentation_maps: ImageInput | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Prepare images, phrases, or both. There are no further options: the checkpoint has settled the rest.
+
+        Args:
+            images: one image or a list or batch of `B`; see [`DetrisImageProcessor`].
+            text: a phrase; a list of phrases, all of the one image or one for each image; or a list with a list of
+                phrases for each image.
+            segmentation_maps: the phrases' masks, to train on; see [`DetrisImageProcessor.preprocess`].
+            return_tensors: `"pt"` for torch, otherwise NumPy.
+
+        Returns:
+            With images `pixel_values (B, 3, side, side)` and `original_sizes (B, 2)`, heights and widths in pixels.
+            With text `input_ids (N, L)` and `attention_mask (N, L)`. With both `image_index (N,)`, which image each
+            phrase speaks of. With maps `labels (N, side, side)`.
+
+        Raises:
+            OSError: if an image file is truncated or broken.
+            TypeError: if an image or a phrase is of another type.
+            ValueError: if there is nothing to prepare, a phrase has no words, it is unclear which image a phrase
+                speaks of, or images and maps do not fit.
+        """
+        if images is None and (text is None or segmentation_maps is not None):
+            raise ValueError("images is missing: give images, or text without segmentation_maps.")
+        data, image_index = {}, None
+        if text is not None:
+            image_count = None if images is None else len(_as_list(images, batch_ndim=4))
+            phrases, image_index = self._pair_text_with_images(text, image_count)
+            input_ids = self._tokenize(phrases)
+            # Id 0 is the filling, as officially, although it is also the token of a "!" inside a word.
+            data = {"input_ids": input_ids, "attention_mask": (input_ids != 0).astype(np.int64)}
+        if images is not None:
+            data |= self.image_processor(images, segmentation_maps=segmentation_maps, image_index=image_index)
+            if text is not None:
+                data["image_index"] = image_index
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str], np.ndarray]:
+        """All phrases in one list, and the image of each; `image_count=None` pairs with nothing."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("text is empty: give at least one phrase.")
+        nested = not isinstance(texts[0], str)
+        if nested:
+            groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in texts]
+            if not all(groups):
+                raise ValueError(f"text[{groups.index([])}] is empty: give at least one phrase for each image.")
+        else:
+            groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
+        if image_count not in (None, len(groups)):
+            raise ValueError(
+                f"text has {len(groups)} entries for {image_count} images: give one phrase for each image, or a list with "
+                "a list of phrases for each image."
+            )
+        phrases = [phrase for group in groups for phrase in group]
+        for n, phrase in enumerate(phrases):
+            if not isinstance(phrase, str):
+                raise TypeError(f"phrase {n} of text is {phrase!r}, of type {type(phrase).__name__}: give a string.")
+        return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+
+    def _tokenize(self, phrases: list[str]) -> np.ndarray:
+        """CLIP tokens `(N, L)`, cut so that the last one kept is the end token and filled with 0, as officially.
+
+        Text is repaired, unescaped, stripped and lower-cased here and not left to the tokenizer, so that any
+        tokenizer with CLIP's merges gives the official ids (OpenAI's `simple_tokenizer.py`, `tokenize` in the
+        official `utils/dataset.py`).
+        """
+        texts = [html.unescape(html.unescape(ftfy.fix_text(phrase))) for phrase in phrases]
+        texts = [re.sub(r"\s+", " ", text).strip().lower() for text in texts]
+        length = self.max_text_length
+        input_ids = np.zeros((len(phrases), length), np.int64)
+        for n, ids in enumerate(self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]):
+            if len(ids) < 3:
+                raise ValueError(f"phrase {n} of text is {phrases[n]!r}, which has no words: say what to segment.")
+            if len(ids) > length:
+                if not self._has_warned_of_cut:
+                    self._has_warned_of_cut = True  # not `warning_once`, which would warn once for each phrase
+                    logger.warning(
+                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}, as are "
+                        "other long phrases from here on: shorten them, or use a model with a larger max_text_length."
+                    )
+                ids = [*ids[: length - 1], self.tokenizer.eos_token_id]
+            input_ids[n, : len(ids)] = ids
+        return input_ids
+
+    @torch.no_grad()
+    def post_process_referring_segmentation(
+        self,
+        outputs: Any,
+        original_sizes: torch.Tensor | list[tuple[int, int]],
+        threshold: float | None = None,
+        image_index: torch.Tensor | list[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """The masks of `N` phrases at the sizes of their images (`inference` in the official `engine/engine.py`).
+
+        Args:
+            outputs: what the model returned, or anything whose `logits` are `(N, h, w)`.
+            original_sizes: heights and widths in pixels, `(N, 2)` for the phrases, `(1, 2)` for one image that all
+                share, or, with `image_index`, `(B, 2)` for the images.
+            threshold: foreground is where the probability is above it; `mask_threshold` by default.
+            image_index (`(N,)`): which image each phrase speaks of.
+
+        Returns:
+            `N` boolean masks `(height, width)` on the logits' device.
+
+        Raises:
+            ValueError: if sizes, `image_index` and phrases do not fit together.
+        """
+        logits = outputs.logits
+        sizes = torch.as_tensor(original_sizes)
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or (sizes < 1).any():
+            raise ValueError(f"original_sizes is {original_sizes}: give a (height, width) in pixels for each image.")
+        if image_index is None:
+            sizes = sizes.expand(len(logits), 2) if len(sizes) == 1 else sizes
+        else:
+            image_index = torch.as_tensor(image_index, dtype=torch.long, device=sizes.device)
+            if image_index.numel() and not (0 <= image_index.min() and image_index.max() < len(sizes)):
+                raise ValueError(f"image_index is {image_index.tolist()}, but original_sizes has {len(sizes)} images.")
+            sizes = sizes[image_index]
+        if logits.ndim != 3 or len(sizes) != len(logits):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) and "
+                "N original_sizes, or an image_index of N entries."
+            )
+        threshold = self.mask_threshold if threshold is None else threshold
+        side, masks = self.image_processor.size["height"], []
+        with torch.autocast(logits.device.type, enabled=False):  # half precision would move the masks' edges
+            for phrase_logits, (height, width) in zip(logits, sizes.tolist()):
+                scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
+                rows = _restoring_matrix(height, scale, bias_y, side, phrase_logits.shape[0], logits.device)
+                columns = _restoring_matrix(width, scale, bias_x, side, phrase_logits.shape[1], logits.device)
+                masks.append(rows @ phrase_logits.float().sigmoid() @ columns.T > threshold)
+        return masks
+
+
+DetrisImageProcessor.register_for_auto_class()
+DetrisProcessor.register_for_auto_class()

@@ -1,0 +1,77 @@
+"""`make quickstart`: train DETRIS on the synthetic set, train it once more without adapters, and compare.
+
+    python quickstart.py [--num_train_epochs 2 ...]
+
+Both runs follow `configs/quickstart.yaml`; arguments given here change both. `runs/quickstart/` then holds the model, the
+predictions, the metrics of both runs in `metrics.json` and `gallery.png`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.shapes import FAMILIES, MAX_IMAGES, MAX_OBJECTS, REFERENCE_SIZE, draw_scene, render
+from gallery import Sample, draw_gallery
+from train_hf import main as train
+from train_hf import parse_arguments
+
+CONFIG = "configs/quickstart.yaml"
+WITHOUT_ADAPTERS = {"vision_adapter_layers": [], "text_adapter_layers": []}
+GALLERY_SPLIT, SAMPLES_PER_FAMILY = "val", 6
+
+
+def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
+    """Print a row for each run: mean IoU on all splits, then what else is known of val."""
+    columns = {f"mIoU {split}": (f"{split}_mean_iou", ".3f") for split in splits} | {
+        "oIoU val": ("val_overall_iou", ".3f"),
+        "Pr@0.5 val": ("val_precision@0.5", ".3f"),
+        "trained parameters": ("trained_parameters", ",d"),
+    }
+    print("".join(["\n", " " * 14, *(f"  {column}" for column in columns)]))
+    for name, metrics in runs.items():
+        print(
+            f"{name:14}" + "".join(f"  {metrics[key]:>{len(column)}{form}}" for column, (key, form) in columns.items())
+        )
+
+
+def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[str, list[Sample]]:
+    """For each family of phrases, the first samples of the split, be they good or bad."""
+    seed, image_size = shapes_config.get("seed", 0), shapes_config.get("image_size", REFERENCE_SIZE)
+    families = {family: [] for family in FAMILIES}
+    for line in (predictions / split / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        result = json.loads(line)
+        scene = draw_scene(seed, split, result["image_id"] % MAX_IMAGES, image_size)
+        target = result["ref_id"] % MAX_OBJECTS
+        (family,) = (phrase.expression.family for phrase in scene.phrases[target] if phrase.text == result["sentence"])
+        if len(families[family]) < SAMPLES_PER_FAMILY:
+            pixels, labels = render(scene)
+            prediction = np.asarray(Image.open(predictions / split / result["mask"]))
+            image, truth = Image.fromarray(pixels), labels == target + 1
+            families[family].append(Sample(image, result["sentence"], truth, prediction, result["iou"]))
+        if all(len(samples) == SAMPLES_PER_FAMILY for samples in families.values()):
+            break
+    return {family: samples for family, samples in families.items() if samples}
+
+
+def main(argv: list[str]) -> None:
+    model_args, data_args, training_args = parse_arguments([CONFIG, *argv])
+    output_dir = Path(training_args.output_dir)
+    head_only = json.dumps(model_args.model_config | WITHOUT_ADAPTERS)
+    runs = {
+        "with adapters": train([CONFIG, *argv]),
+        "head only": train(
+            [CONFIG, *argv, "--model_config", head_only, "--output_dir", str(output_dir / "head_only")]
+        ),
+    }
+    (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
+    draw_gallery(sections).save(output_dir / "gallery.png")
+    print_table(runs, data_args.test_splits)
+    print(f"\nThe model, its predictions, metrics.json and gallery.png are in {output_dir}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,535 @@
+"""The processor against the official code's figures, brute force, and Pillow.
+
+`fixtures/tokens.json` and `fixtures/postprocess.npz` are the official implementation's own output.
+`fixtures/warp_opencv_4_8_1.npz` holds synthetic images warped by the OpenCV that it pins, along the official affine map.
+"""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from processing_detris import DetrisImageProcessor, DetrisProcessor
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).parents[2] / "shared"
+SIDE = 56
+MEAN, STD = np.array(OPENAI_CLIP_MEAN), np.array(OPENAI_CLIP_STD)
+
+
+@pytest.fixture
+def processor(tiny_tokenizer) -> DetrisProcessor:
+    return DetrisProcessor(
+        image_processor=DetrisImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer=tiny_tokenizer
+    )
+
+
+@pytest.fixture
+def image_processor() -> DetrisImageProcessor:
+    return DetrisImageProcessor(size={"height": SIDE, "width": SIDE})
+
+
+def picture(height=30, width=44, seed=0) -> np.ndarray:
+    """Smooth colours with some noise, (height, width, 3)."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.clip(smooth + random.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def grey_levels(pixel_values) -> np.ndarray:
+    """Normalised (3, S, S) back to (S, S, 3) from 0 to 255."""
+    return (np.asarray(pixel_values).transpose(1, 2, 0) * STD + MEAN) * 255
+
+
+def cubic_sample(image, y, x, border):
+    """Brute force: the sixteen neighbours of one place, each with the weight of the cubic kernel, a = -0.75."""
+
+    def weight(distance):
+        a, d = -0.75, abs(distance)
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+
+    top, left, total = math.floor(y) - 1, math.floor(x) - 1, 0
+    for i in range(top, top + 4):
+        for j in range(left, left + 4):
+            inside = 0 <= i < image.shape[0] and 0 <= j < image.shape[1]
+            total = total + weight(y - i) * weight(x - j) * (image[i, j].astype(float) if inside else border)
+    return total
+
+
+def rounded_place(value):
+    """OpenCV 4 samples at the nearest 1/32 of a pixel."""
+    return math.floor(value * 32 + 0.5) / 32
+
+
+# Images
+
+
+@pytest.mark.parametrize("case", range(3), ids=["landscape", "portrait", "enlarged"])
+def test_warp_equals_official_opencv(image_processor, case):
+    figures = np.load(FIXTURES / "warp_opencv_4_8_1.npz")
+    out = image_processor(figures[f"image_{case}"], segmentation_maps=figures[f"mask_{case}"])
+    difference = np.abs(grey_levels(out.pixel_values[0]) - figures[f"image_square_{case}"])
+    assert difference.max() < 1.01 and difference.mean() < 0.01
+    np.testing.assert_array_equal(np.rint(out.labels[0] * 255), figures[f"mask_square_{case}"])
+
+
+@pytest.mark.parametrize("height, width", [(30, 44), (61, 29), (3, 90)])
+def test_warp_equals_brute_force(image_processor, height, width):
+    image = picture(height, width)
+    out = grey_levels(image_processor(Image.fromarray(image)).pixel_values[0])
+    scale = min(SIDE / height, SIDE / width)
+    bias_y, bias_x = (SIDE - height * scale) / 2, (SIDE - width * scale) / 2
+    border = np.rint(MEAN * 255)
+    for y, x in np.random.default_rng(1).integers(0, SIDE, (150, 2)):
+        expected = cubic_sample(
+            image, rounded_place((y - bias_y) / scale), rounded_place((x - bias_x) / scale), border
+        )
+        assert np.abs(out[y, x] - np.clip(expected, 0, 255)).max() < 1.01
+
+
+def test_warp_of_photographs_equals_official(tiny_tokenizer):
+    expected_file = SHARED / "conformance/expected/warp_224.safetensors"
+    if not expected_file.exists():
+        pytest.skip("the official figures for photographs are not beside the repository (shared/conformance)")
+    from pycocotools import mask as coco_mask
+    from safetensors.numpy import load_file
+
+    expected = load_file(expected_file)
+    splits = json.loads((SHARED / "conformance/expected/refer_mini.json").read_text())["refcoco/unc"]
+    refs = [ref for refs in splits.values() for ref in refs if f"image_{ref['ref_id']}" in expected]
+    assert refs
+    image_processor = DetrisImageProcessor(size={"height": 224, "width": 224})
+    for ref in refs:
+        mask = coco_mask.decode(ref["mask_rle"])
+        image = Image.open(SHARED / "refer_mini/images/train2014" / ref["image"])
+        out = image_processor(image, segmentation_maps=mask)
+        difference = np.abs(grey_levels(out.pixel_values[0]) - expected[f"image_{ref['ref_id']}"])
+        assert difference.max() < 1.01 and difference.mean() < 0.01
+        np.testing.assert_array_equal(np.rint(out.labels[0] * 255), expected[f"mask_{ref['ref_id']}"])
+
+
+def test_outside_is_the_mean_colour(image_processor):
+    pixel_values = image_processor(picture(20, 40)).pixel_values[0]
+    # The official border is rounded to whole grey levels, which leaves up to half a level of 1/255.
+    assert np.abs(pixel_values[:, :12]).max() < 0.5 / 255 / STD.min()
+    assert pixel_values.dtype == np.float32
+
+
+def test_array_layouts_give_one_result(image_processor):
+    image = picture()
+    layouts = [
+        Image.fromarray(image),
+        image,
+        image.transpose(2, 0, 1),
+        image.astype(np.float32) / 255,
+        image.astype(np.float64) / 255,
+        image.astype(np.int64),
+        image.astype(np.uint16) * 257,
+        np.dstack([image, np.full(image.shape[:2], 9, np.uint8)]),
+        torch.from_numpy(image).permute(2, 0, 1),
+        torch.from_numpy(image).permute(2, 0, 1).float() / 255,
+    ]
+    out = image_processor(layouts)
+    assert out.original_sizes.tolist() == [[30, 44]] * len(layouts)
+    for pixel_values in out.pixel_values[1:]:
+        np.testing.assert_array_equal(pixel_values, out.pixel_values[0])
+    batch = image_processor(torch.from_numpy(np.stack([image] * 2)).permute(0, 3, 1, 2), return_tensors="pt")
+    assert isinstance(batch.pixel_values, torch.Tensor) and batch.pixel_values.shape == (2, 3, SIDE, SIDE)
+    np.testing.assert_array_equal(batch.pixel_values[1], out.pixel_values[0])
+
+
+def palette(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image).quantize(200)
+
+
+def transparent_palette(image: np.ndarray) -> Image.Image:
+    quantized = palette(image)
+    quantized.info["transparency"] = 3
+    return quantized
+
+
+def cmyk(image: np.ndarray) -> Image.Image:
+    """Ink is what white paper lacks of a colour, without black."""
+    return Image.merge("CMYK", [*Image.fromarray(255 - image).split(), Image.new("L", image.shape[1::-1], 0)])
+
+
+COLOURS = {  # a picture in another mode, and the (height, width, 3) that a person sees
+    "grey": (lambda rgb: Image.fromarray(rgb[..., 0]), lambda rgb: rgb[..., [0, 0, 0]]),
+    "grey array": (lambda rgb: rgb[..., 0], lambda rgb: rgb[..., [0, 0, 0]]),
+    "grey and alpha": (lambda rgb: Image.fromarray(rgb[..., 0]).convert("LA"), lambda rgb: rgb[..., [0, 0, 0]]),
+    "grey and alpha array": (lambda rgb: rgb[..., :2], lambda rgb: rgb[..., [0, 0, 0]]),
+    "16-bit grey": (lambda rgb: Image.fromarray(rgb[..., 0] * np.uint16(257)), lambda rgb: rgb[..., [0, 0, 0]]),
+    "bilevel": (
+        lambda rgb: Image.fromarray(rgb[..., 0] > 127),
+        lambda rgb: (rgb[..., [0, 0, 0]] > 127) * np.uint8(255),
+    ),
+    "palette": (palette, lambda rgb: np.asarray(palette(rgb).getpalette())[: 3 * 200].reshape(-1, 3)[palette(rgb)]),
+    "transparent palette": (
+        transparent_palette,
+        lambda rgb: np.asarray(palette(rgb).getpalette())[: 3 * 200].reshape(-1, 3)[palette(rgb)],
+    ),
+    "RGBA": (lambda rgb: Image.fromarray(np.dstack([rgb, rgb[..., 0]])), lambda rgb: rgb),
+    "CMYK": (cmyk, lambda rgb: rgb),
+}
+
+
+@pytest.mark.parametrize("colours", COLOURS)
+def test_colour_modes(image_processor, colours, tmp_path):
+    make, see = COLOURS[colours]
+    rgb = picture()
+    image = make(rgb)
+    seen = image_processor(see(rgb).astype(np.uint8)).pixel_values
+    np.testing.assert_array_equal(image_processor(image).pixel_values, seen)
+    if isinstance(image, Image.Image):  # and as it comes from a file
+        image.save(tmp_path / "image.tif")
+        np.testing.assert_array_equal(image_processor(Image.open(tmp_path / "image.tif")).pixel_values, seen)
+
+
+@pytest.mark.parametrize(
+    "orientation, stored_from_upright",
+    [
+        (2, lambda image: image[:, ::-1]),
+        (3, lambda image: image[::-1, ::-1]),
+        (6, lambda image: np.rot90(image, 1)),
+        (8, lambda image: np.rot90(image, -1)),
+    ],
+)
+def test_exif_rotation(image_processor, orientation, stored_from_upright):
+    upright, file = picture(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored_from_upright(upright))).save(file, "PNG", exif=exif)
+    out = image_processor(Image.open(file), segmentation_maps=upright[..., 0] > 127)
+    expected = image_processor(upright, segmentation_maps=upright[..., 0] > 127)
+    assert out.original_sizes.tolist() == [[30, 44]]
+    np.testing.assert_array_equal(out.pixel_values, expected.pixel_values)
+    np.testing.assert_array_equal(out.labels, expected.labels)
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_thin_images_keep_their_axes(image_processor, height):
+    image = Image.fromarray(picture(height, 90)[..., 0])
+    out = image_processor([image, np.asarray(image), image.convert("RGB")])
+    assert out.original_sizes.tolist() == [[height, 90]] * 3
+    np.testing.assert_array_equal(out.pixel_values[0], out.pixel_values[1])
+    np.testing.assert_array_equal(out.pixel_values[0], out.pixel_values[2])
+
+
+def test_truncated_file_is_named(image_processor, tmp_path):
+    Image.fromarray(picture(200, 200)).save(tmp_path / "cat.jpg")
+    (tmp_path / "cat.jpg").write_bytes((tmp_path / "cat.jpg").read_bytes()[:2000])
+    with pytest.raises(OSError, match=r"images\[1\] \(.*cat\.jpg\) cannot be decoded: .*truncated"):
+        image_processor([picture(), Image.open(tmp_path / "cat.jpg")])
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        ("cat.jpg", TypeError, r"images\[0\] is of type str"),
+        (np.zeros((5, 6, 7)), ValueError, r"images\[0\] has shape \(5, 6, 7\)"),
+        (np.zeros((0, 6, 3)), ValueError, r"images\[0\] has shape \(0, 6, 3\)"),
+        (np.full((5, 6, 3), 200.0), ValueError, r"images\[0\] holds float64 values from 200.0"),
+        (np.full((5, 6, 3), np.nan), ValueError, r"images\[0\] holds float64 values from nan"),
+        (np.full((5, 6, 3), -1), ValueError, r"images\[0\] holds int64 values from -1"),
+        (np.zeros((5, 6, 3), complex), ValueError, r"images\[0\] holds complex128"),
+        ([], ValueError, "images is empty"),
+    ],
+)
+def test_bad_images_are_refused(image_processor, image, error, message):
+    with pytest.raises(error, match=message):
+        image_processor(image)
+
+
+@pytest.mark.parametrize(
+    "size", [{"height": 56, "width": 57}, {"shortest_edge": 56}, 0, {"height": 5.5, "width": 5.5}]
+)
+def test_size_is_a_square(size):
+    with pytest.raises(ValueError, match="size is"):
+        DetrisImageProcessor(size=size)
+
+
+def test_unknown_keywords_are_refused(processor):
+    with pytest.raises(TypeError, match="paddding"):
+        processor(text="cat", paddding=True)
+    with pytest.raises(TypeError, match="do_resize"):
+        processor.image_processor(picture(), do_resize=False)
+
+
+# Masks to train on
+
+
+def test_mask_types_give_one_result(image_processor):
+    mask = picture()[..., 0] > 127
+    masks = [mask, mask.astype(int), mask.astype(np.uint8) * 255, mask.astype(np.float32), Image.fromarray(mask)]
+    masks += [torch.from_numpy(mask), mask * np.uint16(255), Image.fromarray(mask.astype(np.uint8))]
+    labels = [image_processor(picture(), segmentation_maps=m).labels for m in masks]
+    assert labels[0].dtype == np.float32 and labels[0].shape == (1, SIDE, SIDE)
+    assert labels[0].min() == 0 and labels[0].max() == 1
+    assert ((labels[0] > 0) & (labels[0] < 1)).any()  # edges are soft
+    for other in labels[1:]:
+        np.testing.assert_array_equal(other, labels[0])
+
+
+def test_maps_belong_to_phrases_or_images(processor):
+    images = [picture(30, 44), picture(20, 10)]
+    maps = [np.ones((30, 44), bool), np.zeros((20, 10), bool)]
+    shared = processor(images=images, text=[["cat", "dog"], ["cat"]], segmentation_maps=maps)
+    assert shared.labels.max(axis=(1, 2)).tolist() == [1, 1, 0]
+    own = processor(images=images, text=[["cat", "dog"], ["cat"]], segmentation_maps=[maps[0], ~maps[0], ~maps[1]])
+    assert own.labels.max(axis=(1, 2)).tolist() == [1, 0, 1]
+    one_image = processor(images=images[0], text=["cat", "dog"], segmentation_maps=np.stack([maps[0], ~maps[0]]))
+    assert one_image.labels.max(axis=(1, 2)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "maps, message",
+    [
+        (np.ones((29, 44)), r"segmentation_maps\[0\] has \(height, width\) \(29, 44\).*images\[0\], has \(30, 44\)"),
+        ([np.ones((30, 44))] * 3, "3 segmentation_maps for 2 phrases of 1 images"),
+        (np.full((30, 44), 2), "segmentation_maps.* integers from 2 to 2"),
+        (np.full((30, 44), -1), "segmentation_maps.* integers from -1"),
+        (np.full((30, 44), 1.5), "segmentation_maps.* from 1.5"),
+        ([np.ones((30, 44, 3))], r"segmentation_maps\[0\] has shape"),
+    ],
+)
+def test_bad_maps_are_refused(processor, maps, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=picture(), text=["cat", "dog"], segmentation_maps=maps)
+
+
+def test_maps_need_images(processor):
+    with pytest.raises(ValueError, match="images is missing"):
+        processor(text="cat", segmentation_maps=np.ones((3, 3)))
+
+
+# Phrases
+
+
+@pytest.mark.parametrize("length, table", [(17, "word_len"), (22, "word_len"), (77, "word_len"), (17, "text_repair")])
+def test_tokens_equal_official(clip_tokenizer, image_processor, length, table):
+    expected = json.loads((FIXTURES / "tokens.json").read_text())[table]
+    expected = expected if table == "text_repair" else expected[str(length)]
+    processor = DetrisProcessor(image_processor, clip_tokenizer, max_text_length=length)
+    out = processor(text=list(expected), return_tensors="pt")
+    assert out.input_ids.tolist() == list(expected.values())
+    assert torch.equal(out.attention_mask, (out.input_ids != 0).long())
+
+
+def test_another_vocabulary(processor):
+    a, d, g_end, s_end, start, end = 64, 67, 256 + 70, 256 + 82, 515, 516
+    out = processor(text=["CAT", "dogs &amp;amp; a"])
+    assert out.input_ids[0].tolist() == [start, 513, end] + [0] * 14
+    assert out.input_ids[1].tolist() == [start, 514, 70, s_end, 256 + 5, 256 + a, end] + [0] * 10
+    assert processor(text="adg").input_ids[0, :6].tolist() == [start, a, d, g_end, end, 0]
+
+
+def test_long_phrases_are_cut_with_one_warning(processor, caplog):
+    exact, long = processor(text=[" ".join("c" * 15), " ".join("c" * 16)]).input_ids
+    processor(text=" ".join("d" * 40))
+    assert exact.tolist() == long.tolist() == [515] + [256 + 66] * 15 + [516]
+    (record,) = caplog.records
+    for part in ("'c c c", "18 tokens", "max_text_length=17", "shorten"):
+        assert part in record.getMessage()
+
+
+@pytest.mark.parametrize("phrase", ["", " \t\n", "&nbsp;"])
+@pytest.mark.parametrize("wrap", [lambda phrase: ["cat", phrase], lambda phrase: [["cat", phrase]]])
+def test_empty_phrases_are_refused(processor, phrase, wrap):
+    with pytest.raises(ValueError, match="phrase 1 of text is .*no words"):
+        processor(text=wrap(phrase))
+
+
+def test_start_and_end_need_room(tiny_tokenizer, image_processor):
+    with pytest.raises(ValueError, match="max_text_length is 2"):
+        DetrisProcessor(image_processor, tiny_tokenizer, max_text_length=2)
+
+
+# Images and phrases together
+
+
+@pytest.mark.parametrize(
+    "image_count, text, image_index",
+    [
+        (1, "cat", [0]),
+        (1, ["cat", "dog", "a"], [0, 0, 0]),
+        (1, [["cat", "dog"]], [0, 0]),
+        (2, ["cat", "dog"], [0, 1]),
+        (2, ("cat", "dog"), [0, 1]),
+        (3, [["cat"], ["dog", "a", "b"], ("cat", "dog")], [0, 1, 1, 1, 2, 2]),
+    ],
+)
+def test_phrases_find_their_images(processor, image_count, text, image_index):
+    images = [picture(30 + i, 44, seed=i) for i in range(image_count)]
+    out = processor(images=images, text=text, return_tensors="pt")
+    assert out.image_index.tolist() == image_index and out.image_index.dtype == torch.int64
+    assert out.input_ids.shape == out.attention_mask.shape == (len(image_index), 17)
+    assert out.pixel_values.shape == (image_count, 3, SIDE, SIDE)
+    assert out.original_sizes.tolist() == [[30 + i, 44] for i in range(image_count)]
+    assert out.original_sizes.dtype == out.input_ids.dtype == torch.int64
+
+
+def test_either_alone(processor):
+    assert set(processor(images=picture())) == {"pixel_values", "original_sizes"}
+    assert set(processor(text=[["cat"], ["dog"]])) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "images, text, error, message",
+    [
+        (None, None, ValueError, "images is missing"),
+        ([], "cat", ValueError, "images"),
+        (None, [], ValueError, "text is empty"),
+        ([picture()], [[]], ValueError, r"text\[0\] is empty"),
+        ([picture()] * 2, "cat", ValueError, "1 entries for 2 images.*one phrase for each image"),
+        ([picture()] * 2, ["cat"] * 3, ValueError, "3 entries for 2 images"),
+        ([picture()] * 2, [["cat"]] * 3, ValueError, "3 entries for 2 images"),
+        ([picture()], ["cat", 7], TypeError, "phrase 1 of text is 7, of type int"),
+        ([picture()], [["cat", None]], TypeError, "phrase 1 of text is None"),
+    ],
+)
+def test_unclear_batches_are_refused(processor, images, text, error, message):
+    with pytest.raises(error, match=message):
+        processor(images=images, text=text)
+
+
+# Masks back
+
+
+def test_masks_equal_official(tiny_tokenizer):
+    figures = np.load(FIXTURES / "postprocess.npz")
+    processor = DetrisProcessor(DetrisImageProcessor(size={"height": 224, "width": 224}), tiny_tokenizer)
+    for case in range(3):
+        height, width = figures[f"size_{case}"]
+        expected = np.unpackbits(figures[f"mask_{case}"], count=height * width).reshape(height, width).astype(bool)
+        outputs = SimpleNamespace(logits=torch.from_numpy(figures[f"logits_{case}"]))
+        (mask,) = processor.post_process_referring_segmentation(outputs, original_sizes=[(height, width)])
+        assert 0.001 < expected.mean() < 0.999
+        assert (mask.numpy() != expected).mean() <= 1e-5
+
+
+@pytest.mark.parametrize("height, width", [(30, 44), (41, 19), (90, 120)])
+def test_masks_equal_brute_force(processor, height, width):
+    logits = F.interpolate(torch.randn(1, 1, 4, 4, generator=torch.manual_seed(0)), 16, mode="bicubic")[0]
+    square = F.interpolate(logits[None].sigmoid(), (SIDE, SIDE), mode="bicubic", align_corners=True)[0, 0].numpy()
+    scale = min(SIDE / height, SIDE / width)
+    bias_y, bias_x = (SIDE - height * scale) / 2, (SIDE - width * scale) / 2
+    for y, x in np.random.default_rng(2).integers(0, (height, width), (60, 2)):
+        expected = cubic_sample(square, rounded_place(scale * y + bias_y), rounded_place(scale * x + bias_x), 0)
+        for margin, foreground in ((-1e-4, True), (1e-4, False)):
+            (mask,) = processor.post_process_referring_segmentation(
+                SimpleNamespace(logits=logits), [(height, width)], threshold=expected + margin
+            )
+            assert mask.shape == (height, width) and mask.dtype == torch.bool
+            assert bool(mask[y, x]) is foreground
+
+
+def test_a_mask_survives_the_way_there_and_back(processor):
+    mask = cv2.circle(np.zeros((90, 120), np.uint8), (70, 40), 25, 1, -1).astype(bool)
+    labels = processor.image_processor(picture(90, 120), segmentation_maps=mask, return_tensors="pt").labels
+    (back,) = processor.post_process_referring_segmentation(
+        SimpleNamespace(logits=torch.logit(labels, eps=1e-4)), [(90, 120)], threshold=0.5
+    )
+    assert (back.numpy() & mask).sum() / (back.numpy() | mask).sum() > 0.97
+
+
+def test_sizes_of_images_and_phrases(processor):
+    logits = torch.randn(3, 16, 16, generator=torch.manual_seed(1))
+    sizes = torch.tensor([[30, 44], [20, 10]])
+
+    def post_process(logits, sizes, **options):
+        return processor.post_process_referring_segmentation(SimpleNamespace(logits=logits), sizes, **options)
+
+    alone = [post_process(logits[n : n + 1], [size])[0] for n, size in enumerate([(20, 10), (30, 44), (20, 10)])]
+    for index in (torch.tensor([1, 0, 1]), [1, 0, 1], np.array([1, 0, 1])):
+        masks = post_process(logits, sizes, image_index=index)
+        assert all(torch.equal(mask, other) for mask, other in zip(masks, alone, strict=True))
+    by_phrase = post_process(logits, [(20, 10), (30, 44), (20, 10)])
+    assert all(torch.equal(mask, other) for mask, other in zip(by_phrase, alone, strict=True))
+    assert [mask.shape for mask in post_process(logits, [(20, 10)])] == [(20, 10)] * 3
+    assert post_process(logits[:0], sizes, image_index=[]) == []
+
+
+def test_default_threshold_is_a_field(processor):
+    outputs = SimpleNamespace(logits=torch.randn(1, 16, 16, generator=torch.manual_seed(2)))
+    (default,) = processor.post_process_referring_segmentation(outputs, [(30, 44)])
+    (same,) = processor.post_process_referring_segmentation(outputs, [(30, 44)], threshold=0.35)
+    processor.mask_threshold = 0.6
+    (other,) = processor.post_process_referring_segmentation(outputs, [(30, 44)])
+    assert torch.equal(default, same) and other.sum() < same.sum()
+
+
+def test_masks_do_not_depend_on_autocast_or_gradients(processor):
+    logits = torch.randn(1, 16, 16, generator=torch.manual_seed(3), requires_grad=True)
+    (expected,) = processor.post_process_referring_segmentation(SimpleNamespace(logits=logits.detach()), [(90, 120)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (mask,) = processor.post_process_referring_segmentation(SimpleNamespace(logits=logits), [(90, 120)])
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes, image_index, message",
+    [
+        ([(30, 44)] * 2, None, r"\(3, 16, 16\) do not fit the sizes of 2 phrases"),
+        ([(30, 44)] * 2, [0, 1], r"do not fit the sizes of 2 phrases"),
+        ([(30, 44)] * 2, [0, 1, 2], r"image_index is \[0, 1, 2\], but original_sizes has 2 images"),
+        ([(30, 44)] * 2, [0, 1, -1], "image_index"),
+        ((30, 44), None, r"original_sizes is \(30, 44\)"),
+        ([(0, 44)], None, "original_sizes"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(processor, sizes, image_index, message):
+    outputs = SimpleNamespace(logits=torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match=message):
+        processor.post_process_referring_segmentation(outputs, sizes, image_index=image_index)
+
+
+# Saving and loading
+
+
+def test_saved_folder_loads_without_the_repository(processor, tmp_path):
+    processor.max_text_length, processor.mask_threshold = 9, 0.4
+    processor.save_pretrained(tmp_path / "saved")
+    np.save(tmp_path / "image.npy", picture())
+    script = """
+import sys
+import numpy as np
+from transformers import AutoImageProcessor, AutoProcessor
+
+image, texts = np.load("../image.npy"), ["cat", "a dog"]
+processor = AutoProcessor.from_pretrained("../saved", trust_remote_code=True)
+processor.save_pretrained("../again")
+again = AutoProcessor.from_pretrained("../again", trust_remote_code=True)
+for folder, loaded in (("../saved", processor), ("../again", again)):
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded).__module__
+    out = loaded(images=image, text=texts)
+    alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert np.array_equal(alone(image).pixel_values, out.pixel_values)
+    np.savez(f"{folder}.npz", threshold=loaded.mask_threshold, **out)
+alone.save_pretrained("../images_only")
+AutoImageProcessor.from_pretrained("../images_only", trust_remote_code=True)
+"""
+    (tmp_path / "empty").mkdir()
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path / "empty", env=environment, check=True, timeout=300
+    )
+    expected = processor(images=picture(), text=["cat", "a dog"])
+    assert expected.input_ids.shape == (2, 9)
+    for file in ("saved.npz", "again.npz"):
+        loaded = np.load(tmp_path / file)
+        assert set(loaded) == {*expected, "threshold"} and loaded["threshold"] == 0.4
+        for key, value in expected.items():
+            np.testing.assert_array_equal(loaded[key], value)

@@ -1,0 +1,428 @@
+"""The reader of the REFER layout against masks known by arithmetic, and what it refuses."""
+
+import copyreg
+import io
+import json
+import os
+import pickle
+import runpy
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+import pytest
+from pycocotools import mask as coco_mask
+
+from data.refer import FEATURES, RleMask, load_plain_pickle, load_refer
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT.parent / "shared" / "refer_mini"
+OFFICIAL = ROOT.parent / "shared" / "conformance" / "expected" / "refer_mini.json"
+HEIGHT, WIDTH = 30, 40
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+
+
+def rectangle(left, top, right, bottom):
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+def pixels(*rectangles):
+    """COCO fills a rectangle with whole corners from its left top pixel up to, not including, right and bottom."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    for left, top, right, bottom in rectangles:
+        mask[top:bottom, left:right] = 1
+    return mask
+
+
+def runs(mask):
+    """Run lengths down the columns, zeros first, counted one pixel after another."""
+    counts, value = [0], 0
+    for pixel in mask.T.ravel():
+        if pixel != value:
+            counts, value = [*counts, 0], pixel
+        counts[-1] += 1
+    return counts
+
+
+def rle(mask, compressed=False):
+    if compressed:
+        return {"size": [HEIGHT, WIDTH], "counts": coco_mask.encode(np.asfortranarray(mask))["counts"].decode()}
+    return {"size": [HEIGHT, WIDTH], "counts": runs(mask)}
+
+
+A, B, EDGE = (3, 4, 20, 15), (15, 10, 33, 25), (30, 0, WIDTH, HEIGHT)
+MASKS = {  # ann_id -> segmentation, the pixels it stands for
+    10: ([rectangle(*A)], pixels(A)),
+    11: ([rectangle(*A), rectangle(*B)], pixels(A, B)),
+    12: (rle(pixels(B)), pixels(B)),
+    13: (rle(pixels(A, EDGE), compressed=True), pixels(A, EDGE)),
+    14: ([rle(pixels(A), compressed=True), rle(pixels(EDGE))], pixels(A, EDGE)),
+    15: ([rectangle(25, 20, WIDTH + 9, HEIGHT + 9)], pixels((25, 20, WIDTH, HEIGHT))),
+    16: (rle(pixels()), pixels()),
+}
+SPLITS = ["train", "train", "val", "testA", "train", "testB", "train"]
+
+
+@pytest.fixture
+def refer(tmp_path):
+    """A REFER folder in two parts: `refs` and `instances` to change, `load` to write them out and read them back."""
+    return ReferFolder(tmp_path / "refer")
+
+
+class ReferFolder:
+    def __init__(self, root):
+        self.root, self.images = root, root / "images" / "train2014"
+        self.images.mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise[0]).save(self.images / "first.jpg")
+        PIL.Image.fromarray(noise[1]).save(self.images / "second.png")
+        self.instances = {
+            "images": [
+                {"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH}
+                for number, name in ((1, "first.jpg"), (2, "second.png"))
+            ],
+            "annotations": [
+                {"id": ann_id, "image_id": 1 + ann_id % 2, "segmentation": segmentation, "bbox": [1.25, 2, 3, ann_id]}
+                for ann_id, (segmentation, _) in MASKS.items()
+            ],
+            "categories": [{"id": 17, "name": "cat"}, {"id": 75, "name": "remote"}],
+        }
+        self.refs = [
+            {
+                "ref_id": 100 + ann_id,
+                "ann_id": ann_id,
+                "image_id": 1 + ann_id % 2,
+                "category_id": 17 if ann_id % 2 else 75,
+                "split": split,
+                "file_name": "not_the_image.jpg",
+                "sent_ids": [0, 1],
+                "sentences": [{"sent": f" cat {ann_id} ", "raw": "CAT"}, {"sent": "l'été, left", "raw": ""}],
+            }
+            for ann_id, split in zip(MASKS, SPLITS, strict=True)
+        ]
+
+    def load(self, dataset="refcoco", split_by="unc", protocol=2):
+        folder = self.root / dataset
+        folder.mkdir(exist_ok=True)
+        (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(self.refs, protocol))
+        (folder / "instances.json").write_text(json.dumps(self.instances))
+        return load_refer(self.root, dataset, split_by)
+
+
+def by_annotation(loaded):
+    return {row["ann_id"]: row for rows in loaded.values() for row in rows}
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_rows(refer, protocol):
+    loaded = refer.load(protocol=protocol)
+    assert {split: rows["ann_id"][:] for split, rows in loaded.items()} == {
+        "train": [10, 11, 14, 16],
+        "val": [12],
+        "testA": [13],
+        "testB": [15],
+    }
+    assert all(rows.features == FEATURES for rows in loaded.values())
+    for ann_id, row in by_annotation(loaded).items():
+        assert row["mask"].dtype == np.uint8
+        np.testing.assert_array_equal(row["mask"], MASKS[ann_id][1], err_msg=f"annotation {ann_id}")
+        assert row["sentences"] == [f"cat {ann_id}", "l'été, left"]
+        assert row["ref_id"] == 100 + ann_id and row["image_id"] == 1 + ann_id % 2
+        assert row["category"] == ("cat" if ann_id % 2 else "remote")
+        assert row["bbox"] == [1.25, 2, 3, ann_id]
+        assert row["image"].size == (WIDTH, HEIGHT)
+    with PIL.Image.open(refer.images / "second.png") as image:
+        np.testing.assert_array_equal(np.asarray(by_annotation(loaded)[11]["image"]), np.asarray(image))
+
+
+def test_images_stay_where_they_are_and_masks_are_small(refer):
+    rows = refer.load()["train"]
+    stored = rows.cast_column("image", datasets.Image(decode=False)).cast_column("mask", RleMask(decode=False))
+    assert stored[0]["image"] == {"bytes": None, "path": str(refer.images / "first.jpg")}
+    assert stored[0]["mask"]["size"] == [HEIGHT, WIDTH] and len(stored[0]["mask"]["counts"]) < 50
+
+
+@pytest.mark.parametrize(("dataset", "split_by"), [("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")])
+def test_every_data_set_over_coco(refer, dataset, split_by):
+    assert len(by_annotation(refer.load(dataset, split_by))) == len(MASKS)
+
+
+def test_refclef_has_its_own_images(refer):
+    refer.images.rename(refer.root / "images" / "saiapr_tc-12")
+    assert len(by_annotation(refer.load("refclef", "berkeley"))) == len(MASKS)
+
+
+def test_the_root_may_be_a_relative_path(refer, monkeypatch):
+    refer.load()
+    monkeypatch.chdir(refer.images)
+    rows = load_refer("../..", "refcoco", "unc")["train"]
+    monkeypatch.chdir("/")
+    assert rows[0]["image"].size == (WIDTH, HEIGHT)
+
+
+def same_rows(ours, theirs):
+    assert ours.features == theirs.features and len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for name in FEATURES:
+            np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+
+
+def test_arrow_gives_the_same_rows(refer, tmp_path):
+    loaded = refer.load()
+    loaded.save_to_disk(tmp_path / "arrow")
+    back = datasets.load_from_disk(tmp_path / "arrow")
+    assert list(back) == list(loaded)
+    for split in loaded:
+        same_rows(back[split], loaded[split])
+
+
+def test_parquet_gives_the_same_rows(refer, tmp_path):
+    rows = refer.load()["train"]
+    rows.to_parquet(tmp_path / "rows.parquet")
+    same_rows(datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")), rows)
+    stored = pyarrow.parquet.read_table(tmp_path / "rows.parquet")["mask"].to_pylist()  # what others see
+    np.testing.assert_array_equal(coco_mask.decode(stored[1]), MASKS[11][1])
+
+
+def test_map_and_selection_keep_masks(refer):
+    rows = refer.load()["train"]
+    counted = rows.map(lambda row: {"area": int(row["mask"].sum())})
+    assert counted["area"][:] == [int(MASKS[ann_id][1].sum()) for ann_id in (10, 11, 14, 16)]
+    same_rows(counted.remove_columns("area"), rows)
+    same_rows(
+        rows.select([3, 2, 1, 0]).filter(lambda row: row["mask"].any()).select([2, 1, 0]), rows.select([0, 1, 2])
+    )
+    np.testing.assert_array_equal(rows[:]["mask"][1], MASKS[11][1])
+
+
+def test_masks_as_a_plain_struct_and_back(refer):
+    rows = refer.load()["train"]
+    plain = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
+    shared = rows.cast_column("mask", plain)
+    np.testing.assert_array_equal(coco_mask.decode(shared[1]["mask"]), MASKS[11][1])
+    same_rows(shared.cast_column("mask", RleMask()), rows)
+
+
+def test_rows_can_be_made_from_arrays():
+    masks = [np.eye(3), np.ones((2, 5), dtype=bool), [[0, 255], [0, 0]], None]
+    rows = datasets.Dataset.from_dict({"mask": masks}, features=datasets.Features({"mask": RleMask()}))
+    for mask, row in zip(masks[:3], rows, strict=False):
+        np.testing.assert_array_equal(row["mask"], np.asarray(mask) != 0)
+    assert rows[3]["mask"] is None
+
+
+def test_python_2_pickles(tmp_path):
+    path = tmp_path / "refs.p"
+    for text in (
+        b"(lp0\nS'caf\\xe9'\np1\naL12L\naF1.5\nag1\na.",
+        b"\x80\x02](U\x04caf\xe9q\x01\x8a\x01\x0cF1.5\nh\x01e.",
+    ):
+        path.write_bytes(text)
+        assert load_plain_pickle(path) == ["café", 12, 1.5, "café"]
+
+
+class Hostile:
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_with_code_are_refused_by_name(refer, tmp_path, protocol):
+    refer.refs[1]["sentences"][0]["sent"] = Hostile(os.mkdir, str(tmp_path / "was_here"))
+    with pytest.raises(ValueError, match=rf"refs\(unc\)\.p is not .*\(it asks for {os.mkdir.__module__}\.mkdir"):
+        refer.load(protocol=protocol)
+    assert not (tmp_path / "was_here").exists()
+    path = tmp_path / "other.p"
+    for value, name in (
+        (np.arange(3), "numpy"),
+        (bytearray(b"a"), "bytearray"),
+        (datasets.Value, "datasets.features"),
+    ):
+        path.write_bytes(pickle.dumps([value], min(protocol, 3)))
+        with pytest.raises(ValueError, match=rf"other.p is not .*\(it asks for .*{name}"):
+            load_plain_pickle(path)
+
+
+def test_pickles_with_external_objects_are_refused(tmp_path):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return "key" if isinstance(value, float) else None
+
+    file = io.BytesIO()
+    Pickler(file, 2).dump([1.5])
+    (tmp_path / "refs.p").write_bytes(file.getvalue())
+    with pytest.raises(ValueError, match="external object 'key'"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
+def test_pickles_with_extension_codes_are_refused(tmp_path):
+    path, code = tmp_path / "refs.p", 240
+    copyreg.add_extension(os.mkdir.__module__, "mkdir", code)
+    try:
+        path.write_bytes(pickle.dumps([os.mkdir], 2))
+        assert pickle.loads(path.read_bytes()) == [os.mkdir]  # the function is now cached
+        with pytest.raises(ValueError, match=r"it asks for \w+\.mkdir"):
+            load_plain_pickle(path)
+    finally:
+        copyreg.remove_extension(os.mkdir.__module__, "mkdir", code)
+    with pytest.raises(ValueError, match="refs.p is not a pickle"):
+        load_plain_pickle(path)
+
+
+def test_broken_pickles_are_named(refer, tmp_path):
+    path = tmp_path / "refs.p"
+    whole = pickle.dumps(refer.refs[:1], 2)
+    for broken in (
+        *(whole[:end] for end in range(0, len(whole), 7)),
+        b"<html>404</html>",
+        b"\x80\x63.",
+        b"cos\n",
+        b"0.",
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="refs.p is not a pickle of plain"):
+            load_plain_pickle(path)
+
+
+def test_a_pickle_of_something_else_is_named(refer):
+    refer.refs = refer.refs[0]
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p holds a dict, not a list of refs"):
+        refer.load()
+
+
+def test_unknown_data_sets_are_refused(tmp_path):
+    for dataset, split_by in (("refcocos", "unc"), ("refcoco+", "umd"), ("../refcoco", "unc"), ("refcoco", "../unc")):
+        with pytest.raises(
+            ValueError, match=r"refcoco \(unc or google\), refcoco\+ \(unc\), refcocog \(umd or google\)"
+        ):
+            load_refer(tmp_path, dataset, split_by)
+
+
+def test_missing_files_are_named_with_the_layout(refer):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; the REFER layout is <root>"):
+        load_refer(refer.root / "nowhere", "refcoco", "unc")
+    refer.load()
+    for path in ("refcoco/instances.json", "refcoco/refs(unc).p", "images/train2014"):
+        (refer.root / path).rename(refer.root / "away")
+        with pytest.raises(FileNotFoundError) as caught:
+            load_refer(refer.root, "refcoco", "unc")
+        assert f"{refer.root / path} does not exist; the REFER layout is <root>/<dataset>/refs(" in str(caught.value)
+        (refer.root / "away").rename(refer.root / path)
+
+
+def test_broken_instances_are_named(refer):
+    for text in ("{", "[]", '{"images": []}', '{"images": [3], "annotations": [], "categories": []}'):
+        refer.load()
+        (refer.root / "refcoco" / "instances.json").write_text(text)
+        with pytest.raises(ValueError, match="instances.json is not a COCO annotation file"):
+            load_refer(refer.root, "refcoco", "unc")
+
+
+def cut(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+
+
+@pytest.mark.parametrize(
+    ("break_image", "error", "message"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "does not exist; the REFER layout"),
+        (lambda path: cut(path, -200), OSError, r"cannot be read \(.*truncated.*\); copy or download it again"),
+        (lambda path: cut(path, 300), OSError, "cannot be read"),
+        (lambda path: cut(path, 0), OSError, "cannot be read"),
+        (lambda path: path.write_text("404: not found"), OSError, r"cannot be read \(cannot identify"),
+        (
+            lambda path: PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(path),
+            ValueError,
+            f"is {WIDTH} x {HEIGHT} pixels, but its record says {HEIGHT} x {WIDTH}",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("name", "ref_id"), [("first.jpg", 110), ("second.png", 111)])
+def test_bad_images_are_named_with_the_row(refer, break_image, error, message, name, ref_id):
+    break_image(refer.images / name)
+    with pytest.raises(error, match=rf"refs\(unc\)\.p, ref_id {ref_id}: image .*{name} {message}"):
+        refer.load()
+
+
+def test_images_with_odd_files_are_read(refer):
+    """Bytes after the end are no fault, and a photograph on its side counts with the size it is seen in."""
+    photograph = refer.images / "first.jpg"
+    photograph.write_bytes(photograph.read_bytes() + b"trailing bytes")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(refer.images / "turned.jpg", exif=exif)
+    refer.instances["images"][1]["file_name"] = "turned.jpg"
+    rows = by_annotation(refer.load())
+    assert rows[11]["image"].size == rows[10]["image"].size == (WIDTH, HEIGHT)
+
+
+def set_segmentation(value):
+    return lambda refs, instances: instances["annotations"][0].update(segmentation=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda refs, _: refs[0].update(ann_id=99), "ref_id 110: ann_id 99 is not in instances.json"),
+        (lambda refs, _: refs[0].update(image_id=99), "ref_id 110: image_id 99 is not in instances.json"),
+        (lambda refs, _: refs[0].update(category_id=99), "ref_id 110: category_id 99 is not in instances.json"),
+        (lambda refs, _: refs[0].update(image_id=2), "ref_id 110: ann_id 10 is of image 1, not 2"),
+        (lambda refs, _: refs[0]["sentences"][1].update(sent=" \t"), r"ref_id 110: one of the phrases .* is empty"),
+        (lambda refs, _: refs[0].update(sentences=[]), r"ref_id 110: one of the phrases \[\] is empty"),
+        (lambda refs, _: refs[0].update(split="../train"), "ref_id 110: '../train' cannot name a split"),
+        (lambda refs, _: refs[0].pop("ref_id"), "entry 0: a field is missing"),
+        (lambda refs, _: refs[0].pop("sentences"), "ref_id 110: a field is missing .*'sentences'"),
+        (lambda refs, _: refs.insert(0, 5), "entry 0: a field is missing or not of REFER's type"),
+        (set_segmentation([]), "ref_id 110: ann_id 10 has no mask"),
+        (set_segmentation([[1, 1, 5, 5]]), "ref_id 110: ann_id 10: .* is no polygon"),
+        (set_segmentation([[1, 1, 5, 5, 6, 6, 7]]), "is no polygon"),
+        (set_segmentation([1, 1, 5, 5, 6, 6]), "is no polygon"),
+        (set_segmentation([[1, 1, 1e9, 1, 1e9, 1e9]]), "is no polygon"),
+        (set_segmentation([[1, 1, float("nan"), 1, 5, 5]]), "is no polygon"),
+        (set_segmentation([[1, 1, 5, 5, "x", 6]]), "ref_id 110: "),
+        (set_segmentation({"size": [WIDTH, HEIGHT], "counts": [1200]}), r"ann_id 10: the mask is \[40, 30\], but its"),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [10, 5]}), "runs are fewer than 30 x 40 pixels"),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1199]}), "runs are fewer than 30 x 40 pixels"),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1201]}), "runs are more than 30 x 40 pixels"),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": "oooooooo"}), "runs are more than 30 x 40 pixels"),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1, -2, 1201]}), "ref_id 110: "),
+        (set_segmentation({"counts": [1200]}), "ref_id 110: a field is missing .*'size'"),
+        (lambda _, instances: instances["images"][0].update(file_name="../train2014/first.jpg"), "is not inside"),
+        (lambda _, instances: instances["images"][0].update(file_name="/etc/passwd"), "'/etc/passwd' is not inside"),
+    ],
+)
+def test_bad_rows_are_named(refer, change, message):
+    change(refer.refs, refer.instances)
+    with pytest.raises(ValueError, match=rf"refs\(unc\)\.p, .*{message}"):
+        refer.load()
+
+
+def test_importing_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(str(ROOT / "data" / "refer.py"))
+
+
+@pytest.mark.skipif(not MINI.exists(), reason="needs the photographs of ../shared/refer_mini")
+@pytest.mark.parametrize("name", ["refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google"])
+def test_photographs_as_the_official_reader_reads_them(name):
+    official = json.loads(OFFICIAL.read_text())[name]
+    loaded = load_refer(MINI, *name.split("/"))
+    assert set(loaded) == set(official)
+    for split, refs in official.items():
+        rows = {row["ref_id"]: row for row in loaded[split]}
+        assert len(rows) == len(loaded[split]) == len(refs)
+        for ref in refs:
+            row = rows[ref["ref_id"]]
+            assert (row["sentences"], row["category"]) == (ref["sentences"], ref["category"])
+            left, top, right, bottom = ref["bbox_xyxy"]
+            assert row["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=1)
+            np.testing.assert_array_equal(row["mask"], coco_mask.decode(ref["mask_rle"]))
+            assert row["image"].size == row["mask"].shape[::-1]

@@ -1,0 +1,182 @@
+"""The metric against the official implementation's figures and against plain arithmetic."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+METRIC = str(ROOT / "metrics" / "referring_iou")
+EMPTY, FULL, HALF = [[0, 0]], [[1, 1]], [[1, 0]]
+
+
+@pytest.fixture
+def metric(tmp_path):
+    return evaluate.load(METRIC, cache_dir=str(tmp_path))
+
+
+def random_pairs(number, seed=0):
+    generator = np.random.default_rng(seed)
+    for _ in range(number):
+        shape = generator.integers(1, 20, 2)
+        yield generator.random(shape) < generator.random(), generator.random(shape) < generator.random()
+
+
+def test_official_figures(metric):
+    official = json.loads((ROOT / "tests" / "fixtures" / "metrics.json").read_text())
+    for pair in official["pairs"]:
+        metric.add(prediction=pair["prediction"], reference=pair["reference"])
+        counts = metric.count(pair["prediction"], pair["reference"])
+        assert metric.iou(*counts) == pytest.approx(pair["iou"], abs=1e-6)
+    ours = metric.compute()
+    assert 100 * ours.pop("mean_iou") == pytest.approx(official["mean_iou"], abs=1e-4)
+    assert 100 * ours.pop("overall_iou") == pytest.approx(official["overall_iou"], abs=1e-4)
+    percent = {f"Pr@{round(100 * float(name.split('@')[1]))}": 100 * value for name, value in ours.items()}
+    assert percent == pytest.approx(official["precision"], abs=1e-4)
+
+
+def test_agrees_with_sets_of_pixels(metric):
+    pairs = list(random_pairs(200))
+    ious, intersections, unions = [], 0, 0
+    for prediction, reference in pairs:
+        ours, theirs = ({tuple(pixel) for pixel in np.argwhere(mask)} for mask in (prediction, reference))
+        ious.append(len(ours & theirs) / (len(ours | theirs) + 1e-6))
+        intersections, unions = intersections + len(ours & theirs), unions + len(ours | theirs)
+    result = metric.compute(predictions=[p for p, _ in pairs], references=[r for _, r in pairs])
+    assert result["mean_iou"] == pytest.approx(sum(ious) / len(ious), abs=1e-12)
+    assert result["overall_iou"] == pytest.approx(intersections / unions, abs=1e-12)
+    for percent in (50, 60, 70, 80, 90):
+        share = sum(iou > percent / 100 for iou in ious) / len(ious)
+        assert result[f"precision@{percent / 100}"] == pytest.approx(share, abs=1e-12)
+
+
+def test_every_way_of_adding_gives_the_same(metric):
+    pairs = list(random_pairs(7))
+    predictions, references = zip(*pairs, strict=True)
+    for prediction, reference in pairs:
+        metric.add(prediction=prediction, reference=reference)
+    expected = metric.compute()
+    metric.add_batch(predictions=predictions[:3], references=references[:3])
+    metric.add_batch(predictions=predictions[3:], references=references[3:])
+    assert metric.compute() == expected
+    intersection, union = torch.tensor([metric.count(*pair) for pair in pairs]).T
+    metric.add_batch(intersection=intersection[:4], union=union[:4])
+    metric.add_batch(predictions=predictions[4:], references=references[4:])
+    assert metric.compute() == expected
+    assert metric.compute(intersection=intersection, union=union.numpy()) == expected
+
+
+def test_kinds_of_masks_agree(metric):
+    prediction, reference = next(random_pairs(1, seed=3))
+    expected = (int(np.sum(prediction & reference)), int(np.sum(prediction | reference)))
+    kinds = [
+        lambda mask: mask,
+        lambda mask: mask.tolist(),
+        lambda mask: mask.astype(np.uint8) * 255,
+        lambda mask: mask.astype(np.float32),
+        lambda mask: np.asfortranarray(mask.astype(np.int64)),
+        lambda mask: np.ascontiguousarray(mask[::-1])[::-1],
+        torch.from_numpy,
+        lambda mask: torch.from_numpy(mask).to(torch.bfloat16),
+    ]
+    for ours in kinds:
+        for theirs in kinds:
+            assert metric.count(ours(prediction), theirs(reference)) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_on_a_gpu(metric):
+    prediction, reference = next(random_pairs(1))
+    expected = metric.count(prediction, reference)
+    assert metric.count(torch.from_numpy(prediction).cuda(), reference) == expected
+    assert metric.count(prediction, torch.from_numpy(reference).cuda()) == expected
+
+
+def test_empty_masks(metric):
+    result = metric.compute(predictions=[EMPTY, EMPTY, FULL], references=[EMPTY, FULL, EMPTY])
+    assert result["mean_iou"] == 0 and result["overall_iou"] == 0
+    assert metric.compute(predictions=[EMPTY], references=[EMPTY])["overall_iou"] == 0
+
+
+def test_half_is_not_more_than_half(metric):
+    result = metric.compute(predictions=[HALF], references=[FULL])
+    assert result["overall_iou"] == 0.5 and result["precision@0.5"] == 0
+    assert metric.compute(predictions=[[[1, 1, 0]]], references=[[[1, 1, 1]]])["precision@0.5"] == 1
+
+
+def test_no_masks_are_stored(metric, tmp_path):
+    """500 masks of 640 x 480 are 154 MB as bytes; their counts are 8 kB."""
+    mask = np.zeros((480, 640), dtype=bool)
+    tracemalloc.start()
+    for column in range(500):
+        mask[:, column] = True
+        metric.add(prediction=mask, reference=~mask)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    metric.writer.write_examples_on_file()
+    assert kept < 1_000_000
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 20_000
+    assert metric.compute()["mean_iou"] == 0
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_metrics_loaded_at_once_do_not_mix(tmp_path):
+    first, second = (evaluate.load(METRIC, cache_dir=str(tmp_path)) for _ in range(2))
+    first.add(prediction=FULL, reference=FULL)
+    second.add(prediction=EMPTY, reference=FULL)
+    first.add(prediction=EMPTY, reference=FULL)
+    assert second.compute()["overall_iou"] == 0
+    assert first.compute()["overall_iou"] == 0.5
+
+
+def test_offline_in_another_process_at_the_same_time(metric, tmp_path):
+    metric.add(prediction=FULL, reference=FULL)
+    code = f"""
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError("the metric asked for the network")
+socket.socket.connect = socket.create_connection = refuse
+import evaluate
+metric = evaluate.load("metrics/referring_iou", cache_dir={str(tmp_path)!r})
+print(metric.compute(predictions=[[[1, 0]]], references=[[[1, 1]]])["overall_iou"])
+"""
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert output.stdout.split() == ["0.5"], output.stderr
+    assert metric.compute()["overall_iou"] == 1
+
+
+def test_a_metric_starts_anew_after_compute(metric):
+    assert metric.compute(predictions=[FULL], references=[FULL])["overall_iou"] == 1
+    assert metric.compute(predictions=[EMPTY], references=[FULL])["overall_iou"] == 0
+    with pytest.raises(ValueError, match="no pairs"):
+        metric.compute()
+
+
+def test_bad_input_is_refused_and_not_counted(metric):
+    with pytest.raises(ValueError, match="no pairs of masks"):
+        metric.compute()
+    with pytest.raises(ValueError, match="no pairs of masks"):
+        metric.compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match=r"prediction is \(1, 2\) and the reference \(2, 1\)"):
+        metric.add(prediction=[[1, 1]], reference=[[1], [1]])
+    with pytest.raises(ValueError, match=r"one mask \(height, width\), but its shape is \(1, 1, 2\)"):
+        metric.add(prediction=[FULL], reference=FULL)
+    for soft in (np.array([[0.3, 1.0]]), torch.tensor([[-4.2, 1.0]]), np.array([[np.nan, 1.0]])):
+        with pytest.raises(ValueError, match="threshold it first"):
+            metric.add(prediction=soft, reference=FULL)
+    with pytest.raises(ValueError, match="2 predictions but 1 references"):
+        metric.add_batch(predictions=[FULL, FULL], references=[FULL])
+    with pytest.raises(ValueError, match="2 intersections but 1 unions"):
+        metric.add_batch(intersection=[1, 1], union=[2])
+    with pytest.raises(ValueError, match="given as predictions and references"):
+        metric.add_batch(predictions=[FULL], union=[2])
+    with pytest.raises(ValueError, match="prediction is"):
+        metric.add_batch(predictions=[FULL, [[1]]], references=[FULL, FULL])  # the good pair is not half added
+    with pytest.raises(ValueError, match="no pairs of masks"):
+        metric.compute()

@@ -1,0 +1,524 @@
+"""Train, evaluate and run DETRIS with the Hugging Face Trainer.
+
+    python train_hf.py configs/quickstart.yaml --learning_rate 5e-4
+    accelerate launch --num_processes 4 train_hf.py configs/quickstart.yaml --output_dir runs/four
+    python train_hf.py configs/quickstart.yaml --resume_from_checkpoint runs/quickstart/checkpoint-100
+    python train_hf.py --model_name_or_path runs/quickstart --dataset shapes --test_splits testA --do_predict
+
+A YAML or JSON file may come first; it holds the same arguments, and those on the command line win. They are the fields
+of the three dataclasses below; `--help` lists them with all that `TrainingArguments` brings.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import yaml
+from accelerate.utils import broadcast
+from PIL import Image
+from pycocotools import mask as coco_mask
+from transformers import (
+    CLIPTokenizer,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_tensorboard_available
+
+from configuration_detris import DetrisConfig
+from data.refer import load_refer
+from data.shapes import load_shapes
+from gallery import Sample, draw_sample
+from modeling_detris import DetrisForReferringSegmentation
+from processing_detris import DetrisImageProcessor, DetrisProcessor
+
+METRIC = Path(__file__).parent / "metrics" / "referring_iou"
+PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _from_json(value: dict | str | None, name: str) -> dict:
+    """A dictionary argument, which is JSON on the command line."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {value!r}, which is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
+    return value
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a saved DETRIS, or a new one around two pretrained backbones."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Saved DETRIS: a folder or a Hub id."})
+    vision_backbone: str | None = field(default=None, metadata={"help": "DINOv2 for a new DETRIS: folder or Hub id."})
+    text_backbone: str | None = field(default=None, metadata={"help": "CLIP, and its tokenizer, for a new DETRIS."})
+    model_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square input; else the model's."})
+    max_text_length: int | None = field(default=None, metadata={"help": "Tokens of a phrase; else the model's."})
+
+    def __post_init__(self):
+        self.model_config = _from_json(self.model_config, "model_config")
+        unknown = set(self.model_config) - {config_field.name for config_field in fields(DetrisConfig)}
+        if unknown:
+            raise ValueError(f"model_config has {sorted(unknown)}, which are no fields of DetrisConfig.")
+        new = bool(self.vision_backbone and self.text_backbone)
+        if new == bool(self.model_name_or_path):
+            raise ValueError("Give either model_name_or_path, or vision_backbone and text_backbone.")
+        if self.model_config and not new:
+            raise ValueError("model_config describes a new model; the one at model_name_or_path has its own.")
+
+
+@dataclass
+class DataArguments:
+    """Which rows. A row is one referred object with all its phrases (`data/refer.py`)."""
+
+    dataset: str = field(
+        default="shapes",
+        metadata={"help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', or a folder made by save_to_disk."},
+    )
+    data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
+    shapes_config: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
+    )
+    train_split: str = "train"
+    eval_split: str = field(default="val", metadata={"help": "Split that chooses the best checkpoint."})
+    test_splits: list[str] = field(default_factory=list, metadata={"help": "Splits that --do_predict runs over."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first rows of each split."})
+
+    def __post_init__(self):
+        self.shapes_config = _from_json(self.shapes_config, "shapes_config")
+
+
+@dataclass
+class DetrisTrainingArguments(TrainingArguments):
+    """TrainingArguments with the paper's recipe as defaults. The optimizer is always Adam; `optim` is not read."""
+
+    learning_rate: float = 1e-4
+    num_train_epochs: float = 65.0
+    per_device_train_batch_size: int = 32
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Any other than 'constant' takes the place of the milestones."}
+    )
+    milestones: list[float] = field(
+        default_factory=lambda: [35.0, 55.0], metadata={"help": "Epochs after which the learning rate drops."}
+    )
+    milestone_factor: float = field(default=0.1, metadata={"help": "What it is multiplied by there."})
+    adapter_learning_rate_multiplier: float = field(
+        default=1.0, metadata={"help": "The adapters' learning rate as a multiple of the head's."}
+    )
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "mean_iou"
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
+    )
+    logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
+    remove_unused_columns: bool = False  # the collators read the rows, not the model
+    dataloader_pin_memory: bool = torch.accelerator.is_available()
+    report_to: None | str | list[str] = field(
+        default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
+    )
+
+    def __post_init__(self):
+        if not self.do_train:  # then nothing is evaluated or saved on the way
+            self.eval_strategy = self.save_strategy = "no"
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetrisTrainingArguments]:
+    """Arguments from a YAML or JSON file, if one comes first, and from the command line, which wins.
+
+    Raises:
+        ValueError: an argument is unknown, or its value cannot be.
+        OSError: the file cannot be read.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, DetrisTrainingArguments), description=__doc__)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        path, argv = Path(argv[0]), argv[1:]
+        defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+        known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
+        unknown = set(defaults) - known
+        if unknown:
+            raise ValueError(f"{path} sets {sorted(unknown)}, which are no arguments; `--help` lists those there are.")
+        parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def load_splits(args: DataArguments) -> datasets.DatasetDict:
+    """All splits of the data set that the arguments name, images not yet decoded.
+
+    Raises:
+        ValueError: there is no such data set.
+        OSError: a file is missing or broken.
+    """
+    if args.dataset == "shapes":
+        splits = load_shapes(**args.shapes_config)
+    elif Path(args.dataset).is_dir():
+        splits = datasets.load_from_disk(args.dataset)
+        if not isinstance(splits, datasets.DatasetDict):
+            raise ValueError(f"{args.dataset} holds a single split: save a DatasetDict with named splits.")
+    elif args.data_root is None:
+        raise ValueError(
+            f"dataset is {args.dataset!r}: it is neither 'shapes' nor a folder, and for a REFER data set such as "
+            "'refcoco/unc' data_root must say where it lies."
+        )
+    else:
+        splits = load_refer(args.data_root, *args.dataset.partition("/")[::2])
+    return splits.cast_column("image", datasets.Image(decode=False))
+
+
+def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
+    """The first `max_samples` rows of a split.
+
+    Raises:
+        ValueError: the split does not exist or is empty.
+    """
+    if name not in splits or not len(splits[name]):
+        filled = {split: len(rows) for split, rows in splits.items() if len(rows)}
+        problem = "is empty" if name in splits else "does not exist"
+        raise ValueError(f"Split {name!r} {problem}; splits with rows are {filled}.")
+    return splits[name].take(min(max_samples or len(splits[name]), len(splits[name])))
+
+
+def read_image(row: dict) -> Image.Image:
+    """Decode a row's image.
+
+    Raises:
+        OSError: the file is missing or broken; the message names it and the row.
+    """
+    try:
+        return datasets.Image().decode_example(row["image"])
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
+        name = row["image"]["path"] or "embedded in the data set"
+        raise OSError(
+            f"Image {name} of the row with ref_id {row['ref_id']} cannot be read ({error}): restore the file or leave "
+            "the row out."
+        ) from error
+
+
+class TrainingCollator(TrainerCallback):
+    """Rows to a training batch in which each object is named by one of its phrases, drawn anew every epoch.
+
+    The draw depends on seed, epoch and object alone, so that neither worker processes nor resuming change it. Workers
+    read the epoch from shared memory, where the Trainer's callback writes it.
+    """
+
+    def __init__(self, processor: DetrisProcessor, seed: int):
+        self.processor = processor
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.epoch.fill_(int(state.epoch or 0))  # when resumed within an epoch it is a fraction
+
+    def draw_phrase(self, row: dict) -> str:
+        return random.Random(f"{self.seed}/{int(self.epoch)}/{row['ref_id']}").choice(row["sentences"])
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        inputs = self.processor(
+            images=[read_image(row) for row in rows],
+            text=[[self.draw_phrase(row)] for row in rows],
+            segmentation_maps=[row["mask"] for row in rows],
+            return_tensors="pt",
+        )
+        return {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask", "labels")}
+
+
+class EvaluationCollator:
+    """Rows to a batch with all their phrases, and the masks (H, W) at original size to compare with."""
+
+    def __init__(self, processor: DetrisProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        images, sentences = [read_image(row) for row in rows], [row["sentences"] for row in rows]
+        inputs = self.processor(images=images, text=sentences, return_tensors="pt")
+        # `pixel_values` comes first: Trainer takes the first tensor's length for the number of rows.
+        return {**inputs, "masks": [row["mask"] for row in rows], "ref_ids": torch.tensor([r["ref_id"] for r in rows])}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, DetrisProcessor]:
+    """The model, and the processor that fits its configuration.
+
+    Raises:
+        OSError: a folder or Hub id cannot be read.
+        ValueError: a field of the configuration cannot be.
+    """
+    overrides = {"image_size": args.image_size, "max_text_length": args.max_text_length}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if args.model_name_or_path is None:
+        model = DetrisForReferringSegmentation.from_backbones(
+            args.vision_backbone, args.text_backbone, **args.model_config | overrides
+        )
+    else:
+        model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path)
+        config = DetrisConfig.from_dict(model.config.to_dict() | overrides)  # checks the values
+        if config.image_size != model.config.image_size:
+            model.resize_image(config.image_size)
+        model.config.max_text_length = config.max_text_length
+    config = model.config
+    processor = DetrisProcessor(
+        image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
+        tokenizer=CLIPTokenizer.from_pretrained(args.model_name_or_path or args.text_backbone),
+        max_text_length=config.max_text_length,
+        mask_threshold=config.mask_threshold,
+    )
+    return model, processor
+
+
+class DetrisTrainer(Trainer):
+    """Trainer with DETRIS's optimizer, schedule and evaluation; `predicted_masks` holds what `predict` segmented.
+
+    Evaluation runs over objects, each with all its phrases, and gives no loss: a batch's mean would depend on how rows
+    are spread over processes.
+    """
+
+    def __init__(
+        self,
+        model: DetrisForReferringSegmentation,
+        args: DetrisTrainingArguments,
+        processor: DetrisProcessor,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        collator = TrainingCollator(processor, args.seed)
+        self.evaluation_collator = EvaluationCollator(processor)
+        self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        self.predicted_masks: list[list[dict]] | None = None  # for each object, one COCO RLE for each phrase
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            compute_metrics=self.compute_referring_iou,
+            optimizer_cls_and_kwargs=(torch.optim.Adam, adam_arguments(model, args)),
+            callbacks=[collator, *(callbacks or [])],
+        )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.args.lr_scheduler_type == "constant" and self.lr_scheduler is None:
+            batches = len(self.get_train_dataloader())
+            steps_per_epoch = -(-batches // self.args.gradient_accumulation_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(
+                optimizer or self.optimizer,
+                milestones=[round(epoch * steps_per_epoch) for epoch in self.args.milestones],
+                gamma=self.args.milestone_factor,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Summed, so that all processes stop: one that went on could save weights that others have broken.
+        if not torch.isfinite(self.accelerator.reduce(loss)):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}: training stops before this step's "
+                "update, and the last checkpoint is as it was. Lower the learning rate, or try bf16 or fp32 for fp16."
+            )
+        return loss
+
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
+        loader = torch.utils.data.DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.evaluation_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    get_test_dataloader = get_eval_dataloader
+
+    def evaluation_loop(self, *args, **kwargs):
+        for buffer in self.model.buffers():
+            # Processes without SyncBatchNorm have running statistics of their own: evaluate those that get saved.
+            broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Segment the phrases of `B` objects, at most `K` each.
+
+        Returns:
+            No loss; pixels in intersection and union with the truth `(B, K, 2)`, padded; the objects' ids `(B,)`.
+        """
+        masks, ref_ids, original_sizes = (inputs.pop(name) for name in ("masks", "ref_ids", "original_sizes"))
+        image_index = inputs["image_index"]  # (N,)
+        predictions = self.processing_class.post_process_referring_segmentation(
+            model(**inputs), original_sizes, image_index=image_index
+        )
+        of_object = [[] for _ in masks]
+        for index, prediction in zip(image_index.tolist(), predictions, strict=True):
+            of_object[index].append(prediction)
+        counts = torch.full((len(masks), max(map(len, of_object)), 2), PADDING, device=ref_ids.device)
+        for index, (mask, predicted) in enumerate(zip(masks, of_object, strict=True)):
+            for phrase, prediction in enumerate(predicted):
+                counts[index, phrase] = torch.tensor(self.metric.count(prediction, mask))
+        if self.predicted_masks is not None:
+            encoded = [[_encode(prediction) for prediction in predicted] for predicted in of_object]
+            self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
+        return None, counts, ref_ids
+
+    def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
+        counts = results.predictions.reshape(-1, 2)
+        intersection, union = counts[counts[:, 0] != PADDING].T
+        return self.metric.compute(intersection=intersection, union=union)
+
+    def predict(self, *args, **kwargs):
+        self.predicted_masks = []
+        return super().predict(*args, **kwargs)
+
+
+def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingArguments) -> dict[str, Any]:
+    """Adam's arguments, with what is trained inside the backbones and the head as two groups of parameters."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[model._part_of(name) == "head"].append(parameter)
+    inner_learning_rate = args.learning_rate * args.adapter_learning_rate_multiplier
+    return {
+        "params": [
+            {"params": groups[True], "lr": args.learning_rate},
+            {"params": groups[False], "lr": inner_learning_rate},
+        ],
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+
+
+def _encode(mask: torch.Tensor) -> dict:
+    return coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+
+
+# --- prediction ---------------------------------------------------------------------------------------------------
+
+
+def write_predictions(
+    folder: Path, dataset: datasets.Dataset, counts: np.ndarray, masks: list[list[dict]], metric: evaluate.Metric
+) -> None:
+    """Write each phrase's mask (PNG, 0 and 255), a picture of it over its image, and a line of `results.jsonl`.
+
+    Args:
+        folder: is made if it does not exist.
+        dataset: `R` rows.
+        counts (`(R, K, 2)`): pixels in intersection and union.
+        masks: for each row, a COCO RLE for each phrase.
+        metric: turns counts into IoU.
+    """
+    for name in ("masks", "overlays"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+        for row, row_counts, row_masks in zip(dataset, counts.tolist(), masks, strict=True):
+            image = read_image(row)
+            for phrase, (sentence, encoded) in enumerate(zip(row["sentences"], row_masks, strict=True)):
+                intersection, union = row_counts[phrase]
+                iou = float(metric.iou(intersection, union))
+                mask, name = coco_mask.decode(encoded), f"{row['ref_id']}_{phrase}"
+                Image.fromarray(mask * 255).save(folder / "masks" / f"{name}.png")
+                draw_sample(Sample(image, sentence, row["mask"], mask, iou)).save(folder / "overlays" / f"{name}.jpg")
+                result = {
+                    "ref_id": row["ref_id"],
+                    "image_id": row["image_id"],
+                    "sentence": sentence,
+                    "iou": iou,
+                    "intersection": intersection,
+                    "union": union,
+                    "mask": f"masks/{name}.png",
+                }
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return all metrics."""
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("There is nothing to do: give --do_train, --do_eval, --do_predict or several of them.")
+
+    with training_args.main_process_first(desc="reading the data"):
+        splits = load_splits(data_args)
+    train_dataset = eval_dataset = None
+    if training_args.do_train:
+        train_dataset = select_split(splits, data_args.train_split, data_args.max_train_samples)
+    if training_args.do_eval:
+        eval_dataset = select_split(splits, data_args.eval_split, data_args.max_eval_samples)
+    tests = data_args.test_splits if training_args.do_predict else []
+    test_datasets = {name: select_split(splits, name, data_args.max_eval_samples) for name in tests}
+
+    set_seed(training_args.seed)
+    model, processor = build_model(model_args)
+    if training_args.world_size > 1 and training_args.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    callbacks = []
+    if training_args.do_train and training_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
+    trainer = DetrisTrainer(model, training_args, processor, train_dataset, eval_dataset, callbacks)
+
+    metrics = {}
+    if training_args.do_train:
+        if trainer.is_world_process_zero():
+            model.print_trainable_parameters()
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trained = {"trained_parameters": model.num_parameters(only_trainable=True)}
+        metrics |= _report(trainer, "train", result.metrics | trained)
+    if training_args.do_eval:
+        metrics |= _report(trainer, "eval", trainer.evaluate())
+    for name, dataset in test_datasets.items():
+        output = trainer.predict(dataset, metric_key_prefix=name)
+        metrics |= _report(trainer, name, output.metrics)
+        if trainer.is_world_process_zero():
+            folder = Path(training_args.output_dir) / "predictions" / name
+            write_predictions(folder, dataset, output.predictions, trainer.predicted_masks, trainer.metric)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    return metrics
+
+
+def _report(trainer: Trainer, name: str, metrics: dict[str, float]) -> dict[str, float]:
+    trainer.log_metrics(name, metrics)
+    trainer.save_metrics(name, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
