@@ -1,4 +1,4 @@
-"""Pictures of referring segmentation: a mask over its image, one sample with its phrase, and a sheet of many samples."""
+"""Pictures of referring segmentation: a mask over its image, a sample with its phrase, and a sheet of many samples."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 PREDICTION_COLOR, TRUTH_COLOR = (255, 45, 120), (60, 220, 120)
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 120, 130)
 GOOD, POOR = (20, 140, 70), (200, 40, 50)  # of an IoU above one half, and below
-TINT, DIM = 0.3, 0.5  # how much of the color the object takes on, how much of the surroundings stays
+TINT, DIM = 0.2, 0.5  # how much of the color the object takes on, how much of the surroundings stays
 SAMPLE_SIDE, PANEL_SIDE = 400, 200  # pixels of an image's longer side at least, and exactly
 MARGIN = 14
 TEXT_SIZE, TITLE_SIZE = 17, 22

@@ -42,7 +42,7 @@ def _letterbox_geometry(height: int, width: int, side: int) -> tuple[float, floa
 
 
 def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
-    """Where the pixels 0 … `count - 1` of an axis are sampled in the other image, as OpenCV 4's `warpAffine` rounds."""
+    """Where pixels 0 … `count - 1` of an axis are sampled in the other image, rounded as OpenCV 4 does."""
     return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
 
 
@@ -75,11 +75,12 @@ def _restoring_matrix(
     return (warp @ enlarge).to(device=device, dtype=torch.float32)
 
 
-def _as_list(values: Any, batch_ndim: int) -> list:
+def _as_list(values: Any, batch_ndim: int, name: str) -> list:
     """A list of images or maps from a list, a batch of `batch_ndim` dimensions, or a single one."""
-    if isinstance(values, (list, tuple)) or getattr(values, "ndim", None) == batch_ndim:
-        return list(values)
-    return [values]
+    several = isinstance(values, (list, tuple)) or getattr(values, "ndim", None) == batch_ndim
+    if several and not len(values):
+        raise ValueError(f"{name} is empty: give at least one.")
+    return list(values) if several else [values]
 
 
 def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
@@ -194,14 +195,14 @@ class DetrisImageProcessor(BaseImageProcessor):
 
         Args:
             images: one image or a list or batch of `B`.
-            segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of `uint8` with 255
-                as the foreground; one for each phrase, or one for each image that its phrases share.
+            segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of integers with
+                255 as the foreground; one for each phrase, or one for each image that its phrases share.
             image_index (`(N,)`): which image each phrase speaks of; by default there is one phrase for each image.
             return_tensors: `"pt"` for torch, otherwise NumPy.
 
         Returns:
-            `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and with
-            maps `labels (N, side, side)` from 0 to 1, with soft edges.
+            `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and
+            with maps `labels (N, side, side)` from 0 to 1, with soft edges.
 
         Raises:
             OSError: if a file is truncated or broken.
@@ -209,9 +210,7 @@ class DetrisImageProcessor(BaseImageProcessor):
             ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
                 as phrases nor as many as images, or a map is not as large as its image.
         """
-        images = _as_list(images, batch_ndim=4)
-        if not images:
-            raise ValueError("images is empty: give at least one image.")
+        images = _as_list(images, 4, "images")
         side, sizes = self.size["height"], []
         mean, std = np.float32(self.image_mean)[:, None, None], np.float32(self.image_std)[:, None, None]
         border = [255 * channel for channel in self.image_mean]
@@ -225,14 +224,15 @@ class DetrisImageProcessor(BaseImageProcessor):
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
-            data["labels"] = self._letterbox_maps(_as_list(segmentation_maps, batch_ndim=3), sizes, image_index)
+            maps = _as_list(segmentation_maps, 3, "segmentation_maps")
+            data["labels"] = self._letterbox_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _letterbox_maps(self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray) -> np.ndarray:
         if len(maps) not in (len(image_index), len(sizes)):
             raise ValueError(
-                f"{len(maps)} segmentation_maps for {len(image_index)} phrases of {len(sizes)} images: give one for each "
-                "phrase, or one for each image."
+                f"{len(maps)} segmentation_maps for {len(image_index)} phrases of {len(sizes)} images: give one for "
+                "each phrase, or one for each image."
             )
         shared = len(maps) != len(image_index)
         squares = []
@@ -300,7 +300,7 @@ class DetrisProcessor(ProcessorMixin):
             raise ValueError("images is missing: give images, or text without segmentation_maps.")
         data, image_index = {}, None
         if text is not None:
-            image_count = None if images is None else len(_as_list(images, batch_ndim=4))
+            image_count = None if images is None else len(_as_list(images, 4, "images"))
             phrases, image_index = self._pair_text_with_images(text, image_count)
             input_ids = self._tokenize(phrases)
             # Id 0 is the filling, as officially, although it is also the token of a "!" inside a word.
@@ -317,17 +317,16 @@ class DetrisProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("text is empty: give at least one phrase.")
-        nested = not isinstance(texts[0], str)
-        if nested:
+        if isinstance(texts[0], str):
+            groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
+        else:
             groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in texts]
             if not all(groups):
                 raise ValueError(f"text[{groups.index([])}] is empty: give at least one phrase for each image.")
-        else:
-            groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
         if image_count not in (None, len(groups)):
             raise ValueError(
-                f"text has {len(groups)} entries for {image_count} images: give one phrase for each image, or a list with "
-                "a list of phrases for each image."
+                f"{len(groups)} texts for {image_count} images: give one phrase for each image, or a list with a list "
+                "of phrases for each image."
             )
         phrases = [phrase for group in groups for phrase in group]
         for n, phrase in enumerate(phrases):
@@ -353,8 +352,9 @@ class DetrisProcessor(ProcessorMixin):
                 if not self._has_warned_of_cut:
                     self._has_warned_of_cut = True  # not `warning_once`, which would warn once for each phrase
                     logger.warning(
-                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}, as are "
-                        "other long phrases from here on: shorten them, or use a model with a larger max_text_length."
+                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}, as "
+                        "are other long phrases from here on: shorten them, or use a model with a larger "
+                        "max_text_length."
                     )
                 ids = [*ids[: length - 1], self.tokenizer.eos_token_id]
             input_ids[n, : len(ids)] = ids
@@ -396,8 +396,8 @@ class DetrisProcessor(ProcessorMixin):
             sizes = sizes[image_index]
         if logits.ndim != 3 or len(sizes) != len(logits):
             raise ValueError(
-                f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) and "
-                "N original_sizes, or an image_index of N entries."
+                f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) "
+                "and N original_sizes, or an image_index of N entries."
             )
         threshold = self.mask_threshold if threshold is None else threshold
         side, masks = self.image_processor.size["height"], []

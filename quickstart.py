@@ -2,8 +2,8 @@
 
     python quickstart.py [--num_train_epochs 2 ...]
 
-Both runs follow `configs/quickstart.yaml`; arguments given here change both. `runs/quickstart/` then holds the model, the
-predictions, the metrics of both runs in `metrics.json` and `gallery.png`.
+Both runs follow `configs/quickstart.yaml`; arguments given here change both. `runs/quickstart/` then holds the model,
+its predictions, the metrics of both runs in `metrics.json` and `gallery.png`.
 """
 
 import json
@@ -38,22 +38,23 @@ def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
 
 
 def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[str, list[Sample]]:
-    """For each family of phrases, the first samples of the split, be they good or bad."""
+    """For each family of phrases, the first samples of the split, be they good or bad, each of another image."""
     seed, image_size = shapes_config.get("seed", 0), shapes_config.get("image_size", REFERENCE_SIZE)
-    families = {family: [] for family in FAMILIES}
+    families = {family: {} for family in FAMILIES}  # image_id -> sample
     for line in (predictions / split / "results.jsonl").read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
         scene = draw_scene(seed, split, result["image_id"] % MAX_IMAGES, image_size)
         target = result["ref_id"] % MAX_OBJECTS
         (family,) = (phrase.expression.family for phrase in scene.phrases[target] if phrase.text == result["sentence"])
-        if len(families[family]) < SAMPLES_PER_FAMILY:
+        if len(families[family]) < SAMPLES_PER_FAMILY and result["image_id"] not in families[family]:
             pixels, labels = render(scene)
             prediction = np.asarray(Image.open(predictions / split / result["mask"]))
             image, truth = Image.fromarray(pixels), labels == target + 1
-            families[family].append(Sample(image, result["sentence"], truth, prediction, result["iou"]))
+            sample = Sample(image, result["sentence"], truth, prediction, result["iou"])
+            families[family][result["image_id"]] = sample
         if all(len(samples) == SAMPLES_PER_FAMILY for samples in families.values()):
             break
-    return {family: samples for family, samples in families.items() if samples}
+    return {family: list(samples.values()) for family, samples in families.items() if samples}
 
 
 def main(argv: list[str]) -> None:

@@ -358,6 +358,7 @@ class DetrisTrainer(Trainer):
             collate_fn=self.evaluation_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # a loader draws a seed: training's random numbers stay as they are
         )
         return self.accelerator.prepare(loader)
 

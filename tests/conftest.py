@@ -33,3 +33,35 @@ def clip_tokenizer():
 def tiny_tokenizer():
     """A CLIP tokenizer of 517 symbols: bytes, three merges (512 … 514), start (515) and end (516)."""
     return build_clip_tokenizer([("a", "t</w>"), ("c", "at</w>"), ("d", "o")])
+
+
+@pytest.fixture(scope="session")
+def tiny_backbones(tmp_path_factory):
+    """Folder with `vision` and `text`: random two-layer backbones, saved as Hugging Face saves them."""
+    import torch
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+    )
+
+    folder = tmp_path_factory.mktemp("backbones")
+    tokenizer = build_clip_tokenizer([("e", "d</w>"), ("t", "h"), ("th", "e</w>")])
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    vision = Dinov2WithRegistersConfig(**size, mlp_ratio=2, image_size=40, patch_size=8, num_register_tokens=2)
+    Dinov2WithRegistersModel(vision).save_pretrained(folder / "vision")
+    text = CLIPTextConfig(
+        **size,
+        vocab_size=len(tokenizer),
+        intermediate_size=64,
+        projection_dim=32,
+        max_position_embeddings=40,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    CLIPTextModelWithProjection(text).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder

@@ -1,0 +1,190 @@
+"""Models and inputs small enough for a test.
+
+The official model, tiny: `fixtures/official_tiny.json` and `.safetensors` hold what the official implementation
+(jiaqihuang01/DETRIS, commit c94b1e1) printed for the weights and inputs that the recipes below draw: names and shapes
+of its checkpoint, logits, stages before them (on the grids of `OFFICIAL_STAGES`), loss, logits and gradient norms of a
+training step, and the losses of 8 steps of Adam at 1e-5 with the logits after them. Dropout was 0.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from configuration_detris import DetrisConfig
+from modeling_detris import DetrisForReferringSegmentation
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PATCH_SIZE = 14
+OFFICIAL_INPUT_SEED = 1
+OFFICIAL_STEP_SEEDS = range(100, 108)
+EVERY_SECOND = slice(None, None, 2)
+OFFICIAL_STAGES = {
+    "sentence": (),
+    "words": (..., slice(None, None, 4)),
+    "visual_0": (slice(None), EVERY_SECOND, EVERY_SECOND, EVERY_SECOND),
+    "visual_1": (slice(None), EVERY_SECOND, EVERY_SECOND, EVERY_SECOND),
+    "visual_2": (slice(None), EVERY_SECOND, EVERY_SECOND, EVERY_SECOND),
+    "neck": (slice(None), slice(None, None, 8), EVERY_SECOND, EVERY_SECOND),
+    "decoder": (slice(None), slice(None, None, 8), EVERY_SECOND, EVERY_SECOND),
+}
+
+
+def official_figures() -> tuple[dict, dict[str, torch.Tensor]]:
+    """What the official implementation printed for its tiny model: numbers by name, and tensors."""
+    return json.loads((FIXTURES / "official_tiny.json").read_text()), load_file(FIXTURES / "official_tiny.safetensors")
+
+
+def official_config() -> DetrisConfig:
+    return DetrisConfig(
+        vision_config={
+            "model_type": "dinov2_with_registers",
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "patch_size": PATCH_SIZE,
+        },
+        text_config={
+            "model_type": "clip_text_model",
+            "vocab_size": 512,
+            "num_hidden_layers": 3,
+            "bos_token_id": 510,
+            "eos_token_id": 511,
+        },
+        vision_adapter_layers=[1, 3],
+        vision_adapter_dim=32,
+        text_adapter_layers=[0, 2],
+        text_adapter_dim=32,
+        aligner_dropout=0.0,
+        feature_layers=[1, 2],
+        decoder_layers=2,
+        decoder_ffn_dim=96,
+        decoder_dropout=0.0,
+        image_size=112,
+        max_text_length=9,
+    )
+
+
+def official_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """An official checkpoint from its names and shapes: noise that the name seeds, scaled by the tensor's role."""
+    weights = {}
+    for name, shape in shapes.items():
+        module, leaf = ("", *name.split("."))[-2:]
+        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        if leaf == "num_batches_tracked":
+            values = np.int64(0)
+        elif leaf == "running_var":
+            values = 0.3 * np.tanh(noise) + 1
+        elif leaf == "running_mean" or leaf.endswith("bias"):
+            values = 0.05 * noise
+        elif leaf == "gamma":
+            values = 0.1 * noise + 0.5
+        elif leaf == "logit_scale":
+            values = np.float32(2.6592)
+        elif len(shape) == 1:
+            values = 0.1 * noise + 1
+        elif "token" in leaf or "embed" in leaf or "embed" in module:
+            values = 0.2 * noise
+        else:
+            values = noise / np.sqrt(np.prod(shape[1:]))
+            if name == "proj.txt.weight":  # the mask head's kernels, so that logits are near 1
+                values = values / 48
+        weights[name] = torch.as_tensor(values, dtype=torch.long if leaf == "num_batches_tracked" else torch.float32)
+    return weights
+
+
+def official_inputs(seed: int = OFFICIAL_INPUT_SEED) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four official inputs: `pixel_values` (4, 3, 112, 112), `input_ids` (4, 9) and `labels` (4, 112, 112)."""
+    count, size, length, vocabulary, stream = 4, 112, 9, 512, np.random.RandomState(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(stream.standard_normal((count, *shape)).astype(np.float32))
+
+    coarse = F.interpolate(noise(3, size // PATCH_SIZE, size // PATCH_SIZE), size=(size, size), mode="bilinear")
+    pixel_values = coarse + 0.1 * noise(3, size, size)
+    input_ids = torch.zeros(count, length, dtype=torch.long)
+    for phrase, words in zip(input_ids, (3, 7, 6, 1)):
+        phrase[0], phrase[words + 1] = vocabulary - 2, vocabulary - 1
+        phrase[1 : words + 1] = torch.from_numpy(stream.randint(1, vocabulary - 3, words))
+    labels = F.interpolate(noise(1, 4, 4), size=(size, size), mode="bicubic")[:, 0] > 0.3
+    return pixel_values, input_ids, labels.float()
+
+
+def small_config(registers: bool = True, vision: dict | None = None, **fields) -> DetrisConfig:
+    """A config whose widths all differ where they may; `vision` and `fields` change it."""
+    vision_config = {
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "patch_size": PATCH_SIZE,
+    }
+    text_config = {
+        "model_type": "clip_text_model",
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "projection_dim": 20,
+        "bos_token_id": 62,
+        "eos_token_id": 63,
+    }
+    defaults = {
+        "vision_config": vision_config | (vision or {}),
+        "text_config": text_config,
+        "vision_adapter_layers": [1, 3],
+        "vision_adapter_dim": 32,
+        "text_adapter_layers": [0, 2],
+        "text_adapter_dim": 16,
+        "aligner_attention_dim": 16,
+        "aligner_attention_heads": 4,
+        "aligner_dropout": 0.0,
+        "feature_layers": [1, 2],
+        "decoder_dim": 32,
+        "decoder_layers": 1,
+        "decoder_heads": 4,
+        "decoder_ffn_dim": 28,
+        "decoder_dropout": 0.0,
+        "image_size": 56,
+        "max_text_length": 7,
+    }
+    return DetrisConfig(**defaults | fields)
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and statistic of `module` a value that leaves its mark on the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + noise.abs())
+            elif tensor.ndim > 1:
+                tensor.copy_(noise / max(tensor[0].numel(), 1) ** 0.5)
+            else:
+                tensor.copy_(0.3 * noise + (0.0 if name.endswith(("bias", "running_mean")) else 1.0))
+    return module
+
+
+def small_model(config: DetrisConfig | None = None, seed: int = 0) -> DetrisForReferringSegmentation:
+    return randomize(DetrisForReferringSegmentation(config or small_config()), seed).eval()
+
+
+def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `input_ids` for a `small_model`: phrases of 1, 2 … 5 words, filled up with 0."""
+    generator = torch.Generator().manual_seed(phrases)
+    pixel_values = torch.randn(images or phrases, 3, size, size, generator=generator)
+    input_ids = torch.zeros(phrases, 7, dtype=torch.long)
+    for index, phrase in enumerate(input_ids):
+        words = 1 + index % 5
+        phrase[: words + 2] = torch.tensor([62, *torch.randint(1, 62, (words,), generator=generator), 63])
+    return {"pixel_values": pixel_values, "input_ids": input_ids}
