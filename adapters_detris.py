@@ -1,7 +1,7 @@
 """The adapters of DETRIS as a PEFT method: what they compute, the layers that hold them, their config and tuner.
 
-Source: DETRIS, arXiv 2501.08580, section 3; official files `model/adapter.py`, `model/clip.py` (`ResidualAttentionBlock`)
-and `model/dinov2/layers/block.py` (`Block`).
+Source: DETRIS, arXiv 2501.08580, section 3; official files `model/adapter.py`, `model/clip.py`
+(`ResidualAttentionBlock`) and `model/dinov2/layers/block.py` (`Block`).
 """
 
 import re
@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
-
 
 PEFT_TYPE = "DETRIS"
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -152,13 +151,16 @@ class DenseAligner(nn.Module):
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Let the batch norms of `module` normalise by the batch without counting it."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        # Switching `track_running_stats` off would save fewer tensors than the first pass did.
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):

@@ -4,7 +4,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-
 # A dense block splits its width d into branches as narrow as d / 16 (official `model/adapter.py`).
 ADAPTER_DIM_DIVISOR = 16
 
@@ -113,10 +112,11 @@ class DetrisConfig(PreTrainedConfig):
         vision, text = self.vision_config, self.text_config
         if vision.model_type not in ("dinov2", "dinov2_with_registers"):
             raise ValueError(
-                f"vision_config.model_type is {vision.model_type!r}: give a 'dinov2' or 'dinov2_with_registers' config."
+                f"vision_config.model_type is {vision.model_type!r}: give a config of 'dinov2' or "
+                "'dinov2_with_registers'."
             )
         if text.model_type != "clip_text_model":
-            raise ValueError(f"text_config.model_type is {text.model_type!r}: give a 'clip_text_model' config.")
+            raise ValueError(f"text_config.model_type is {text.model_type!r}: give a config of 'clip_text_model'.")
         for field, depth in (
             ("vision_adapter_layers", vision.num_hidden_layers),
             ("text_adapter_layers", text.num_hidden_layers),

@@ -8,10 +8,9 @@ import torch
 from configuration_detris import DetrisConfig
 from modeling_detris import resample_position_table
 
-
 WEIGHT_AND_BIAS = ("weight", "bias")
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# The official neck numbers its feature maps like the levels of a pyramid; the third one's 1x1 convolution is transposed.
+# The official neck numbers its feature maps like a pyramid's levels; the third one's 1x1 convolution is transposed.
 NECK_LEVELS = (3, 4, 5)
 # Tensors without an effect on what the model computes.
 IGNORED = ("txt_backbone.logit_scale",)
@@ -48,7 +47,9 @@ def _adapter(official: str, ours: str) -> Iterator[tuple]:
         ("dense_branch3.0", "branch3.0"),
         ("dense_branch3.1", "branch3.1"),
     ):
-        yield from _conv_norm(f"{official}.{branch}.conv", f"{official}.{branch}.bn", f"{ours}.dense.{mine}", bias=True)
+        yield from _conv_norm(
+            f"{official}.{branch}.conv", f"{official}.{branch}.bn", f"{ours}.dense.{mine}", bias=True
+        )
 
 
 def _text_backbone(config: DetrisConfig) -> Iterator[tuple]:

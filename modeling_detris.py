@@ -2,8 +2,8 @@
 
 Source: DETRIS, arXiv 2501.08580; official files `model/segmenter.py`, `model/fusion.py` and `model/layers.py`.
 
-Shapes: `B` images, `N` phrases, `L` tokens a phrase, `g = image_size / patch_size`, `P = 1 + R + g²` vision tokens with
-`R` registers, `D` vision width, `C` text width, `S` width of the sentence embedding, `d` decoder width.
+Shapes: `B` images, `N` phrases, `L` tokens a phrase, `g = image_size / patch_size`, `P = 1 + R + g²` vision tokens
+with `R` registers, `D` vision width, `C` text width, `S` width of the sentence embedding, `d` decoder width.
 """
 
 import math
@@ -14,8 +14,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
-from transformers.utils import ModelOutput, logging
-
+from transformers.utils import ModelOutput
 
 try:
     from .adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
@@ -26,8 +25,6 @@ except ImportError:
     from adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
     from configuration_detris import DetrisConfig
 
-
-logger = logging.get_logger(__name__)
 
 # Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
 POSITION_GRID_OFFSET = 0.1
@@ -91,8 +88,8 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
 class DetrisSentenceGate(nn.Module):
     """Factor on a feature map that the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
 
-    Officially an attention of the map to the sentence (`CrossAttn`). With one key its softmax is 1 everywhere, so query
-    and key weights have no effect and are left out.
+    Officially an attention of the map to the sentence (`CrossAttn`). With one key its softmax is 1 everywhere, so
+    query and key weights have no effect and are left out.
     """
 
     def __init__(self, config: DetrisConfig):
@@ -137,7 +134,7 @@ class DetrisNeck(nn.Module):
 
 
 class DetrisDecoderLayer(nn.Module):
-    """Pre-norm transformer layer from patches to words whose attentions are normed once more (official `DecoderLayer`)."""
+    """Pre-norm transformer layer from patches to words that norms attentions once more (official `DecoderLayer`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -200,7 +197,7 @@ class DetrisDecoder(nn.Module):
 
 
 class DetrisMaskHead(nn.Module):
-    """Enlarges the feature map four times and convolves it with a kernel that each sentence sets (official `Projector`)."""
+    """Enlarges the feature map fourfold and convolves it with the sentence's own kernel (official `Projector`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -287,21 +284,22 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         elif isinstance(module, nn.MultiheadAttention):
             module._reset_parameters()
 
-    def _part_of(self, name: str) -> str:
-        """Whether the parameter `name` belongs to the `adapters`, the `backbones` or the `head`."""
+    @staticmethod
+    def part_of(name: str) -> str:
+        """Return whether the parameter `name` belongs to the `adapters`, the `backbones` or the `head`."""
         if ".detris_adapter." in name:
             return "adapters"
         return "backbones" if name.startswith(("vision_model.", "text_model.", "text_projection.")) else "head"
 
     def _set_trainable(self) -> None:
         for name, parameter in self.named_parameters():
-            parameter.requires_grad = self._part_of(name) != "backbones" or not self.config.freeze_backbones
+            parameter.requires_grad = self.part_of(name) != "backbones" or not self.config.freeze_backbones
 
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters in `adapters`, `head` and `backbones`."""
         counts = {"adapters": 0, "head": 0, "backbones": 0}
         for name, parameter in self.named_parameters():
-            counts[self._part_of(name)] += parameter.numel()
+            counts[self.part_of(name)] += parameter.numel()
         return counts
 
     def print_trainable_parameters(self) -> None:
@@ -314,6 +312,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             f"adapters: {counts['adapters']:,} || head: {counts['head']:,} || backbones: {counts['backbones']:,} || "
             f"adapters%: {100 * counts['adapters'] / counts['backbones']:.2f} of the backbones"
         )
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """Save as [`PreTrainedModel.save_pretrained`] does, but by the names of `state_dict`.
+
+        By default transformers would write DINOv2's tensors under the names of its version 4, which `Trainer` passes
+        over when it resumes.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def resize_image(self, image_size: int) -> None:
         """
@@ -361,8 +367,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         weights = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
         weights |= text_model.state_dict()
         names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
-        unexpected = model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)[1]
-        assert not unexpected
+        model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)
         return model.eval()
 
     def encode_text(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -459,18 +464,19 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, {size}): "
-                "use its processor, or call resize_image for another size."
+                f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, "
+                f"{size}): use its processor, or call resize_image for another size."
             )
         if not len(pixel_values) or not len(input_ids):
             raise ValueError(
-                f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of each."
+                f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of "
+                "each."
             )
         if image_index is None:
             if len(pixel_values) != len(input_ids):
                 raise ValueError(
-                    f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image of "
-                    "each phrase."
+                    f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image "
+                    "of each phrase."
                 )
         elif image_index.shape != input_ids.shape[:1]:
             raise ValueError(

@@ -411,7 +411,7 @@ def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingAr
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[model._part_of(name) == "head"].append(parameter)
+            groups[model.part_of(name) == "head"].append(parameter)
     inner_learning_rate = args.learning_rate * args.adapter_learning_rate_multiplier
     return {
         "params": [

@@ -50,14 +50,15 @@ IGNORED = -100  # label that cross-entropy passes over
 TEMPERATURE = 0.07
 # Words of everyday phrases, so that the tokenizer does not spell out what people say about photographs.
 EVERYDAY_WORDS = """
-a about above all and animal at back bag ball bear beside between bench big bike bird black blue boat book bottle bottom
-bowl boy brown bus cake car cat chair child closest couch cow cub cup dark dog donut door elephant eating facing far
-farthest female first food fork front fruit giraffe girl glass glasses gray green guy hair half hand hat head holding
-horse in is it jacket kid kite lady laptop large laying leaning left leg light little looking lying male man metal middle
-mother motorcycle near next not of on one orange out pants part partly person phone piece pink pizza plane plant plate
-player playing pole purple red remote right row sandwich second sheep shirt short sign sitting skateboard slice small
-smaller something standing striped surfboard table tall tallest tennis that the their third tie to top touching toward
-train tree truck two umbrella van vase very walking wall wearing white window with woman wooden yellow young zebra
+a about above all and animal at back bag ball bear beside between bench big bike bird black blue boat book bottle
+bottom bowl boy brown bus cake car cat chair child closest couch cow cub cup dark dog donut door elephant eating
+facing far farthest female first food fork front fruit giraffe girl glass glasses gray green guy hair half hand hat
+head holding horse in is it jacket kid kite lady laptop large laying leaning left leg light little looking lying male
+man metal middle mother motorcycle near next not of on one orange out pants part partly person phone piece pink pizza
+plane plant plate player playing pole purple red remote right row sandwich second sheep shirt short sign sitting
+skateboard slice small smaller something standing striped surfboard table tall tallest tennis that the their third
+tie to top touching toward train tree truck two umbrella van vase very walking wall wearing white window with woman
+wooden yellow young zebra
 """.split()
 
 
@@ -111,7 +112,9 @@ class Collator:
     def __call__(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         grid = REFERENCE_SIZE // PATCH_SIZE
         centers = (np.arange(grid) + 0.5) * PATCH_SIZE
-        images, patch_objects, shares, attributes, places, object_image, phrases, phrase_object = ([] for _ in range(8))
+        images, patch_objects, shares, attributes, places, object_image, phrases, phrase_object = (
+            [] for _ in range(8)
+        )
         for image, scene in enumerate(scenes):
             pixels, labels = render(scene)
             images.append(pixels)

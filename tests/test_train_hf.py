@@ -43,7 +43,7 @@ MODEL_CONFIG = {
     "decoder_layers": 1,
     "decoder_heads": 2,
     "decoder_ffn_dim": 16,
-    "mask_threshold": 0.5,  # an untrained model then segments about half of the image
+    "mask_threshold": 0.1,  # after a few steps the model then segments parts of the images
 }
 
 
@@ -321,7 +321,7 @@ def test_worker_processes_that_live_on_draw_the_same_phrases(make_trainer):
     options = {"max_steps": 8, "model_config": {"aligner_dropout": 0.0, "decoder_dropout": 0.0}}
     alone = make_trainer(**options)
     alone.train()
-    helped = make_trainer(**options, dataloader_num_workers=2, dataloader_persistent_workers=True)
+    helped = make_trainer(**options, dataloader_num_workers=1, dataloader_persistent_workers=True)
     helped.train()
     assert losses(helped) == losses(alone)
 
@@ -348,13 +348,14 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(make_tr
 
 
 def test_activation_checkpointing_and_bfloat16_are_trainers_own_switches(make_trainer):
-    plain, checkpointed = make_trainer(max_steps=3), make_trainer(max_steps=3, activation_checkpointing=True)
-    plain.train()
-    checkpointed.train()
-    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
-    half = make_trainer(max_steps=3, bf16=True)
-    half.train()
-    assert losses(half) != losses(plain) and losses(half) == pytest.approx(losses(plain), rel=0.05)
+    def train(**options) -> list[float]:
+        trainer = make_trainer(max_steps=3, **options)
+        trainer.train()
+        return losses(trainer)
+
+    plain, checkpointed, half = train(), train(activation_checkpointing=True), train(bf16=True)
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
+    assert half != plain and half == pytest.approx(plain, rel=0.05)
 
 
 # --- evaluation and prediction ------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def test_activation_checkpointing_and_bfloat16_are_trainers_own_switches(make_tr
 
 @torch.no_grad()
 def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
-    trainer = make_trainer()
+    trainer = make_trainer(model_config={"mask_threshold": 0.25})  # untrained, it segments half of the images
     output = trainer.predict(shapes["val"])
     model, processor = trainer.model.eval(), trainer.processing_class
     assert output.label_ids.tolist() == shapes["val"]["ref_id"]
@@ -406,7 +407,7 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
         assert result["intersection"] == ((mask == 255) & truth).sum()
         assert result["union"] == ((mask == 255) | truth).sum()
         assert result["iou"] == pytest.approx(result["intersection"] / max(result["union"], 1), abs=1e-6)
-    assert metrics["testA_mean_iou"] == pytest.approx(np.mean([result["iou"] for result in results]))
+    assert 0 < metrics["testA_mean_iou"] == pytest.approx(np.mean([result["iou"] for result in results]))
     assert len(list((folder / "masks").iterdir())) == len(list((folder / "overlays").iterdir())) == len(results)
 
     # What was saved can be evaluated, and fine-tuned at another size with a processor that fits.
@@ -418,7 +419,7 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
     model, processor = build_model(ModelArguments(model_name_or_path=str(tmp_path / "again")))
     assert (model.config.image_size, processor.image_processor.size["height"]) == (48, 48)
     assert (model.config.max_text_length, processor.max_text_length) == (30, 30)
-    assert processor.mask_threshold == 0.5
+    assert processor.mask_threshold == 0.1
 
 
 @pytest.mark.slow
@@ -450,7 +451,7 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
             {key: value for key, value in json.loads((folder / name).read_text()).items() if not key.endswith(timing)}
             for folder in (run, alone)
         )
-        assert of_two == of_one
+        assert of_two == of_one and any(0 < value < 1 for value in of_one.values())
     for name in ("results.jsonl", "masks"):
         of_two, of_one = (folder / "predictions" / "val" / name for folder in (run, alone))
         if of_two.is_dir():

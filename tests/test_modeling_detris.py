@@ -1,0 +1,682 @@
+"""The model: the official implementation's figures, what each part computes, training, saving, bad inputs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    OFFICIAL_STAGES,
+    OFFICIAL_STEP_SEEDS,
+    official_config,
+    official_figures,
+    official_inputs,
+    official_weights,
+    randomize,
+    small_config,
+    small_inputs,
+    small_model,
+)
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+)
+
+import modeling_detris
+from adapters_detris import DenseAligner, TextAdapter
+from configuration_detris import DetrisConfig
+from convert_detris_checkpoint import convert_state_dict, name_table
+from modeling_detris import DetrisForReferringSegmentation, resample_position_table
+
+
+def gap(ours, expected):
+    """The largest difference, relative to the spread of what is expected."""
+    assert ours.shape == expected.shape
+    return ((ours - expected).abs().max() / expected.std()).item()
+
+
+# --- The official implementation's figures ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official():
+    """Official figures and tensors, and the official weights in this project's layout."""
+    figures, tensors = official_figures()
+    return figures, tensors, convert_state_dict(official_weights(figures["shapes"]), official_config())
+
+
+def official_model(official):
+    model = DetrisForReferringSegmentation(official_config())
+    model.load_state_dict(official[2], strict=True)
+    return model
+
+
+@torch.no_grad()
+def test_every_stage_is_the_official_one(official):
+    _, tensors, _ = official
+    model, stages = official_model(official).eval(), {}
+    for name in ("neck", "decoder"):
+        getattr(model, name).register_forward_hook(lambda _, inputs, output, name=name: stages.update({name: output}))
+    pixel_values, input_ids, _ = official_inputs()
+    stages["words"], stages["sentence"] = model.encode_text(input_ids)
+    for index, feature_map in enumerate(model.encode_images(pixel_values, stages["words"])):
+        stages[f"visual_{index}"] = feature_map
+    logits = model(pixel_values, input_ids).logits
+    gaps = {name: gap(stages[name][grid], tensors[name]) for name, grid in OFFICIAL_STAGES.items()}
+    gaps["logits"] = gap(logits, tensors["logits"])
+    assert max(gaps.values()) < 2e-4, gaps
+
+
+def test_a_training_step_has_the_official_loss_and_gradients(official):
+    figures, tensors, _ = official
+    model = official_model(official).train()
+    pixel_values, input_ids, labels = official_inputs()
+    output = model(pixel_values, input_ids, labels=labels)
+    assert output.loss.item() == pytest.approx(figures["training_loss"], rel=1e-5)
+    assert gap(output.logits, tensors["training_logits"]) < 2e-4
+    output.loss.backward()
+    ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
+    our_names = {official_name: names for official_name, names, _ in name_table(model.config)}
+    expected = {name: norm for theirs, norm in figures["gradient_norms"].items() for name in our_names[theirs]}
+    assert len(expected) == len(figures["gradient_norms"])  # one of ours for each of theirs
+    # The whole gradient's norm is 96. What lies before a batch norm has a bias whose gradient is rounding only.
+    assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_eight_steps_of_adam_are_the_official_ones(official):
+    figures, tensors, _ = official
+    model = official_model(official).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    losses = []
+    for seed in OFFICIAL_STEP_SEEDS:
+        pixel_values, input_ids, labels = official_inputs(seed)
+        loss = model(pixel_values, input_ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert gap(torch.stack(losses), torch.tensor(figures["losses_of_8_steps"])) < 5e-3
+    pixel_values, input_ids, _ = official_inputs()
+    with torch.no_grad():
+        logits = model.eval()(pixel_values, input_ids).logits
+    assert gap(logits, tensors["logits_after_8_steps"]) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("vision", "fields", "share", "millions"),
+    [
+        ((768, 12, 12), {}, "1.81", "2.72"),
+        ((1024, 24, 16), {"vision_adapter_layers": [2, 6, 10, 14, 18, 22], "feature_layers": [8, 16]}, "0.85", "3.11"),
+        (
+            (1024, 24, 16),
+            {
+                "vision_adapter_layers": list(range(1, 24)),
+                "vision_adapter_dim": 384,
+                "text_adapter_layers": list(range(1, 12)),
+                "text_adapter_dim": 384,
+                "feature_layers": [8, 16],
+            },
+            "9.1",
+            "33.3",
+        ),
+    ],
+    ids=["base", "large", "large_mixed"],
+)
+def test_trained_share_is_the_papers(capsys, vision, fields, share, millions):
+    vision_config = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), vision))
+    vision_config |= {"model_type": "dinov2_with_registers", "patch_size": 14}
+    with torch.device("meta"):
+        model = DetrisForReferringSegmentation(DetrisConfig(vision_config=vision_config, **fields))
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    adapters = sum(size for name, size in trained.items() if name.startswith(("vision_model", "text_model")))
+    digits = len(share.split(".")[1])
+    assert f"{100 * adapters / frozen:.{digits}f}" == share
+    assert f"{adapters / 1e6:.{len(millions.split('.')[1])}f}" == millions
+    assert model.count_parameters() == {
+        "adapters": adapters,
+        "head": sum(trained.values()) - adapters,
+        "backbones": frozen,
+    }
+    model.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    total = frozen + sum(trained.values())
+    assert first.startswith(f"trainable params: {sum(trained.values()):,} || all params: {total:,} || trainable%: ")
+    assert f"adapters: {adapters:,} ||" in second and f"adapters%: {100 * adapters / frozen:.2f} of" in second
+
+
+# --- Parts against twins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_mask_head_is_a_1x1_convolution_and_then_each_phrases_own_3x3(size):
+    head = small_model().mask_head
+    feature_map, sentence = torch.randn(3, 32, size, size), torch.randn(3, 20)
+    enlarged = head.convolutions(feature_map)
+    assert enlarged.shape == (3, 16, 4 * size, 4 * size)
+    projected = F.conv2d(enlarged, head.output_projection.weight, head.output_projection.bias)
+    parameters = F.linear(sentence, head.kernel_projection.weight, head.kernel_projection.bias)
+    kernels, biases = parameters[:, :-1].reshape(3, 16, 3, 3), parameters[:, -1]
+    # One group a phrase; zero padding comes after the 1x1 convolution, so its bias is not seen outside the map.
+    expected = F.conv2d(projected.flatten(0, 1)[None], kernels, biases, padding=1, groups=3)[0]
+    torch.testing.assert_close(head(feature_map, sentence), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sentence_gate_is_an_attention_to_one_key():
+    gate, attention = small_model().neck.gates[0], nn.MultiheadAttention(32, 8, batch_first=True)
+    with torch.no_grad():
+        attention.in_proj_weight[64:].copy_(gate.value.weight)
+        attention.in_proj_bias.normal_()[64:].copy_(gate.value.bias)
+        attention.out_proj.load_state_dict(gate.output.state_dict())
+    sentence, patches = torch.randn(3, 32), torch.randn(3, 16, 32)
+    attended, _ = attention(patches, sentence[:, None], sentence[:, None])
+    torch.testing.assert_close(gate(sentence).flatten(2).transpose(1, 2).expand(-1, 16, -1), attended)
+
+
+def cubic_weights(old_size, new_size):
+    """Bicubic interpolation along one axis as a matrix: Keys' kernel with a = -0.75, borders repeated."""
+    matrix = torch.zeros(new_size, old_size, dtype=torch.float64)
+    for new in range(new_size):
+        position = (new + 0.5) * old_size / (new_size + 0.1) - 0.5
+        for old in range(math.floor(position) - 1, math.floor(position) + 3):
+            t = abs(position - old)
+            near = 1.25 * t**3 - 2.25 * t**2 + 1
+            far = -0.75 * t**3 + 3.75 * t**2 - 6 * t + 3
+            matrix[new, min(max(old, 0), old_size - 1)] += near if t <= 1 else far
+    return matrix
+
+
+def resampled_twin(table, grid_size):
+    old_size = math.isqrt(table.shape[1] - 1)
+    weights = cubic_weights(old_size, grid_size)
+    grid = table[0, 1:].double().reshape(old_size, old_size, -1)
+    grid = torch.einsum("yi,xj,ijd->yxd", weights, weights, grid)
+    return torch.cat([table[:, :1], grid.reshape(1, grid_size**2, -1).to(table.dtype)], dim=1)
+
+
+@pytest.mark.parametrize(("old_size", "new_size"), [(37, 8), (37, 32), (5, 9)])
+def test_position_table_is_resampled_bicubically_without_antialias(old_size, new_size):
+    table = torch.randn(1, 1 + old_size**2, 6)
+    torch.testing.assert_close(resample_position_table(table, new_size), resampled_twin(table, new_size))
+    assert torch.equal(resample_position_table(table, old_size), table)
+
+
+def test_sine_positions_are_their_formula():
+    length, dim = 5, 12
+    expected = torch.zeros(length, dim)
+    for position in range(length):
+        for channel in range(dim):
+            angle = position / 10000 ** (2 * (channel // 2) / dim)
+            expected[position, channel] = math.cos(angle) if channel % 2 else math.sin(angle)
+    ours = modeling_detris._sine_positions(length, dim, torch.device("cpu"))
+    torch.testing.assert_close(ours, expected)
+    on_grid = modeling_detris._sine_positions_2d(length, 2 * dim, torch.device("cpu"))
+    for row in range(length):
+        for column in range(length):
+            torch.testing.assert_close(on_grid[row * length + column], torch.cat([expected[column], expected[row]]))
+
+
+def test_loss_is_the_cross_entropy_with_the_nearest_label():
+    model, inputs = small_model(), small_inputs(2)
+    labels = torch.rand(2, 40, 56)  # soft edges; a size that 16 does not divide
+    output = model(**inputs, labels=labels)
+    expected = 0.0
+    for phrase in range(2):
+        for row in range(16):
+            for column in range(16):
+                target = labels[phrase, row * 40 // 16, column * 56 // 16].item()
+                logit = output.logits[phrase, row, column].double()
+                expected -= target * F.logsigmoid(logit) + (1 - target) * F.logsigmoid(-logit)
+    assert output.loss.item() == pytest.approx(expected.item() / (2 * 16 * 16), rel=1e-5)
+    as_tuple = model(**inputs, labels=labels, return_dict=False)
+    assert [torch.equal(*pair) for pair in zip(as_tuple, (output.loss, output.logits), strict=True)] == [True, True]
+
+
+def test_words_are_read_where_the_ids_are_not_0():
+    model, inputs = small_model(), small_inputs(3)
+    logits = model(**inputs).logits
+    mask = (inputs["input_ids"] != 0).long()
+    assert torch.equal(model(**inputs, attention_mask=mask).logits, logits)
+    assert gap(model(**inputs, attention_mask=torch.ones_like(mask)).logits, logits) > 0.01
+
+
+# --- Shapes, images and phrases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("registers", "fields"),
+    [
+        (True, {}),
+        (False, {"image_size": 84}),
+        (True, {"image_size": 112, "feature_layers": [0, 1, 3]}),
+        (False, {"feature_layers": []}),
+        (True, {"vision_adapter_layers": [], "text_adapter_layers": []}),
+        (True, {"decoder_dim": 48, "decoder_layers": 2}),
+        (True, {"vision": {"use_swiglu_ffn": True}}),
+    ],
+)
+def test_logits_are_four_times_the_patch_grid(registers, fields):
+    config = small_config(registers, **fields)
+    logits = small_model(config)(**small_inputs(2, size=config.image_size)).logits
+    assert logits.shape == (2, 4 * config.image_size // 14, 4 * config.image_size // 14)
+    assert logits.isfinite().all() and gap(logits[:1], logits[1:]) > 0.01
+
+
+def test_other_samples_of_the_batch_do_not_change_a_sample():
+    model, inputs = small_model(), small_inputs(4)
+    together = model(**inputs).logits
+    for index in range(4):
+        alone = model(**{name: values[index : index + 1] for name, values in inputs.items()}).logits
+        assert gap(together[index : index + 1], alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("adapter_layers", "feature_layers", "layers_per_image"),
+    [([1, 3], [1, 2], 1), ([3], [0, 1], 3), ([2], [0, 3], 2), ([0], [1], 0), ([], [1, 2], 4)],
+)
+def test_phrases_that_share_an_image_get_what_they_get_alone(adapter_layers, feature_layers, layers_per_image):
+    model = small_model(small_config(vision_adapter_layers=adapter_layers, feature_layers=feature_layers))
+    inputs, image_index = small_inputs(phrases=5, images=3), torch.tensor([2, 0, 2, 2, 0])
+    repeated = model(inputs["pixel_values"][image_index], inputs["input_ids"]).logits
+    rows = []
+    for layer in model.vision_model.encoder.layer:
+        layer.register_forward_hook(lambda layer, arguments, output: rows.append(len(output)))
+    shared = model(**inputs, image_index=image_index).logits
+    assert gap(shared, repeated) < 1e-5
+    assert rows == [3] * layers_per_image + [5] * (4 - layers_per_image)
+
+
+@pytest.mark.parametrize("registers", [True, False])
+@pytest.mark.parametrize("new_size", [28, 84])
+def test_resized_model_is_one_built_at_that_size(tmp_path, registers, new_size):
+    model, inputs = small_model(small_config(registers)), small_inputs(2, size=new_size)
+    weights = model.state_dict()
+    table = "vision_model.embeddings.position_embeddings"
+    weights[table] = resampled_twin(weights[table], new_size // 14)
+    built = small_model(small_config(registers, image_size=new_size))
+    built.load_state_dict(weights, strict=True)
+    expected = built(**inputs).logits
+
+    model.resize_image(new_size)
+    assert (model.config.image_size, model.config.vision_config.image_size) == (new_size, new_size)
+    assert gap(model(**inputs).logits, expected) < 1e-4
+    assert not model.get_parameter(table).requires_grad
+    model.save_pretrained(tmp_path)
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="image_size is 57: it must be a positive multiple of 14"):
+        model.resize_image(57)
+
+
+# --- Attention and training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("implementation", "backbone_calls"), [("sdpa", 7), ("eager", 0)])
+def test_backbones_take_the_attention_they_are_told(tmp_path, monkeypatch, implementation, backbone_calls):
+    small_model().save_pretrained(tmp_path)
+    model = DetrisForReferringSegmentation.from_pretrained(tmp_path, attn_implementation=implementation)
+    calls, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    model(**small_inputs(2))
+    assert len(calls) == backbone_calls + 4  # ours by SDPA always: two aligners, two in the decoder layer
+
+
+def training_step(prepare, dtype=torch.float32):
+    """Gradients and batch-norm statistics of one training step of a `small_model` that `prepare` changes."""
+    model, inputs = small_model().train(), small_inputs(3)
+    prepare(model)
+    labels = (torch.rand(3, 56, 56, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    model(**inputs, labels=labels).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return gradients, {name: buffer.clone() for name, buffer in model.named_buffers() if ".norm." in name}
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    return training_step(lambda model: None)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.gradient_checkpointing_enable(),
+        lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+        lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+    ],
+    ids=["eager", "checkpointing", "not reentrant", "reentrant"],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradients_and_statistics_do_not_depend_on_how_they_are_computed(plain_step, prepare):
+    gradients, statistics = training_step(prepare)
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    scale = torch.stack([gradient.norm() for gradient in plain_step[0].values()]).norm()
+    for name, gradient in plain_step[0].items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * scale, name
+    for name, buffer in plain_step[1].items():
+        torch.testing.assert_close(statistics[name], buffer, rtol=1e-5, atol=1e-6, msg=name)
+        assert name.endswith(("mean", "var")) or buffer == 1
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_adapters_are_inside_the_checkpointed_layers():
+    model, runs = small_model().train(), []
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, (DenseAligner, TextAdapter)):
+            module.down.register_forward_hook(lambda *_: runs.append(torch._C._current_graph_task_id() != -1))
+    loss = model(**small_inputs(3)).logits.mean()
+    assert runs == [False] * 4
+    loss.backward()
+    assert runs[4:] == [True] * 4
+
+
+def test_no_graph_is_kept_before_the_first_adapter():
+    model = small_model(small_config(vision_adapter_layers=[2], text_adapter_layers=[1])).train()
+    graphs = {"vision": [], "text": []}
+    modules = {
+        "vision": [model.vision_model.embeddings, *model.vision_model.encoder.layer],
+        "text": [model.text_model.embeddings, *model.text_model.encoder.layers],
+    }
+    for tower, parts in modules.items():
+        for part in parts:
+            part.register_forward_hook(lambda *call, tower=tower: graphs[tower].append(call[-1].requires_grad))
+    model(**small_inputs(2))
+    assert graphs == {"vision": [False, False, False, True, True], "text": [False, False, True, True]}
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_backbone(name):
+    return name.startswith(("vision_model.", "text_model.", "text_projection.")) and ".detris_adapter." not in name
+
+
+@pytest.mark.parametrize("source", ["built", "loaded"])
+def test_frozen_backbones_get_no_gradient_and_all_else_does(tmp_path, source):
+    model = small_model()
+    if source == "loaded":
+        model.save_pretrained(tmp_path)
+        model = DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    model.train()
+    model(**small_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != is_backbone(name), name
+        assert (parameter.grad is None) == is_backbone(name), name
+
+
+@pytest.mark.parametrize("source", ["built", "loaded"])
+def test_backbones_are_trained_too_when_not_frozen(tmp_path, source):
+    model = small_model(small_config(freeze_backbones=False))
+    if source == "loaded":
+        model.save_pretrained(tmp_path)
+        model = DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    model.train()
+    model(**small_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {"vision_model.embeddings.mask_token"}  # DINOv2's, for its own pretraining only
+    assert trainable(model) == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype):
+    model, inputs = small_model(), small_inputs(3)
+    logits = model(**inputs).logits
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = model(**inputs).logits
+        loss = model.train()(**inputs, labels=torch.ones(3, 56, 56)).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    half = small_model().to(dtype)(**inputs).logits
+    for ours in (mixed, half):
+        assert ours.dtype == torch.float32 and gap(ours, logits) < 0.2
+
+
+# --- Fresh models ----------------------------------------------------------------------------------------------------
+
+
+def assert_starts_as_the_paper_says(model):
+    """Aligners: Kaiming normal weights, zero biases. Text adapters and head: PyTorch's own, uniform."""
+    checked = 0
+    for name, module in model.named_modules():
+        if is_backbone(f"{name}.weight"):
+            continue
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(module, nn.MultiheadAttention):
+            weights = [module.in_proj_weight] if module.in_proj_weight is not None else []
+            for weight in weights:
+                assert weight.abs().max() <= math.sqrt(6 / sum(weight.shape)), name
+            assert not module.in_proj_bias.any() and not module.out_proj.bias.any(), name
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            fan_in, count = weight[0].numel(), weight.numel()
+            aligner = name.startswith("vision_model.")
+            expected = math.sqrt((2 if aligner else 1 / 3) / fan_in)
+            assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
+            if aligner:
+                assert not bias.any(), name
+            else:
+                bound = 1 / math.sqrt(fan_in) + 1e-6
+                assert weight.abs().max() <= bound, name
+                if bias is not None and not name.endswith("out_proj"):
+                    assert bias.any() and bias.abs().max() <= bound, name
+            if aligner and count > 1000:
+                assert weight.abs().max() > 2.5 * expected, name  # normal, not uniform
+            checked += 1
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
+            assert (weight == 1).all() and not bias.any(), name
+            if not isinstance(module, nn.LayerNorm):
+                assert (module.running_var == 1).all() and not module.running_mean.any(), name
+                assert module.num_batches_tracked == 0, name
+    assert checked > 50
+
+
+def test_a_new_model_starts_as_the_paper_says():
+    torch.manual_seed(0)
+    assert_starts_as_the_paper_says(DetrisForReferringSegmentation(small_config()))
+
+
+BACKBONE_FIELDS = {
+    name: getattr(small_config(), name)
+    for name in DetrisConfig.__annotations__
+    if name not in ("vision_config", "text_config")
+}
+
+
+def save_backbones(folder, registers=True, text="projection", dtype=torch.float32):
+    """Save small backbones whose position table is 5x5 as `folder/vision` and `folder/text`; return their weights."""
+    config = small_config(registers, image_size=70)
+    vision = (Dinov2WithRegistersModel if registers else Dinov2Model)(config.vision_config)
+    if text == "projection":
+        text_model = CLIPTextModelWithProjection(config.text_config)
+    elif text == "no projection":
+        text_model = CLIPTextModel(config.text_config)
+    else:
+        vision_tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text_tower = config.text_config.to_dict()
+        text_model = CLIPModel(CLIPConfig(text_config=text_tower, vision_config=vision_tower, projection_dim=20))
+    for model, name in ((vision, "vision"), (text_model, "text")):
+        randomize(model).to(dtype).save_pretrained(folder / name)
+    return vision.state_dict(), text_model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("registers", "text", "image_size", "dtype"),
+    [
+        (True, "projection", 70, torch.float32),
+        (False, "whole CLIP", 56, torch.float32),
+        (True, "whole CLIP", 84, torch.float16),
+    ],
+)
+def test_from_backbones_takes_their_weights_and_starts_the_rest(tmp_path, registers, text, image_size, dtype):
+    vision_weights, text_weights = save_backbones(tmp_path, registers, text, dtype)
+    torch.manual_seed(0)
+    model = DetrisForReferringSegmentation.from_backbones(
+        str(tmp_path / "vision"), str(tmp_path / "text"), **BACKBONE_FIELDS | {"image_size": image_size}
+    )
+    table = "embeddings.position_embeddings"
+    if image_size != 70:
+        vision_weights[table] = resampled_twin(vision_weights[table].float(), image_size // 14)
+    expected = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
+    expected |= {name: weight for name, weight in text_weights.items() if name.startswith("text_")}
+    ours = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters() if is_backbone(n)}
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        if name == f"vision_model.{table}" and image_size != 70:
+            torch.testing.assert_close(ours[name].detach(), weight)
+        else:
+            assert torch.equal(ours[name], weight.float()), name
+    assert model.dtype == torch.float32 and not model.training
+    assert not any(is_backbone(name) for name in trainable(model)) and trainable(model)
+    assert_starts_as_the_paper_says(model)
+    assert model(**small_inputs(2, size=image_size)).logits.isfinite().all()
+
+
+def test_from_backbones_refuses_what_is_no_backbone(tmp_path):
+    save_backbones(tmp_path, text="no projection")
+    vision, text = str(tmp_path / "vision"), str(tmp_path / "text")
+    with pytest.raises(ValueError, match="text_projection"):  # it would be random
+        DetrisForReferringSegmentation.from_backbones(vision, text, **BACKBONE_FIELDS)
+    with pytest.raises(ValueError, match="vision.* give .* a CLIP model for text"):
+        DetrisForReferringSegmentation.from_backbones(vision, vision, **BACKBONE_FIELDS)
+    save_backbones(tmp_path, text="projection")
+    with pytest.raises(ValueError, match="model_type is 'clip_text_model': give a 'dinov2'"):
+        DetrisForReferringSegmentation.from_backbones(text, text, **BACKBONE_FIELDS)
+    with pytest.raises(OSError, match="missing"):
+        DetrisForReferringSegmentation.from_backbones(str(tmp_path / "missing"), text, **BACKBONE_FIELDS)
+
+
+# --- Saving and loading ----------------------------------------------------------------------------------------------
+
+LOAD_ELSEWHERE = """
+import inspect, json, sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation
+
+saved, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+inputs, logits, report = load_file("inputs.safetensors"), {}, {}
+report["config"] = type(AutoConfig.from_pretrained(saved, trust_remote_code=True)).__name__
+for name, auto_class, folder in (
+    ("AutoModel", AutoModel, saved),
+    ("AutoModelForImageSegmentation", AutoModelForImageSegmentation, saved),
+    ("once more", AutoModel, "again"),
+):
+    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    with torch.no_grad():
+        logits[name] = model(**inputs).logits
+    report[name] = [type(model).__name__, *map(sorted, (info["missing_keys"], info["unexpected_keys"]))]
+    model.save_pretrained("again")
+report["code"] = inspect.getfile(type(model))
+report["statistics"] = model.state_dict()["neck.aggregation.norm.num_batches_tracked"].item()
+save_file(logits, "logits.safetensors")
+print(json.dumps(report))
+"""
+
+
+def test_saved_model_loads_elsewhere_without_this_repository(tmp_path):
+    model, inputs = small_model(), small_inputs(3)
+    inputs["image_index"] = torch.tensor([0, 2, 1])
+    model.neck.aggregation.norm.num_batches_tracked.fill_(7)
+    model.save_pretrained(tmp_path / "saved")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_file(inputs, elsewhere / "inputs.safetensors")
+    # `-I` keeps the working directory and PYTHONPATH off the import path.
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(torch.get_num_threads())],
+        cwd=elsewhere,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report.pop("config") == "DetrisConfig" and report.pop("statistics") == 7
+    assert Path(report.pop("code")).is_relative_to(tmp_path / "modules")
+    assert report == {name: [type(model).__name__, [], []] for name in report} and len(report) == 3
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for name, logits in load_file(elsewhere / "logits.safetensors").items():
+        assert torch.equal(logits, expected), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    small_model().save_pretrained(folder)
+    return folder
+
+
+def test_loading_gives_every_tensor_back(saved):
+    weights, loaded = small_model().state_dict(), DetrisForReferringSegmentation.from_pretrained(saved).state_dict()
+    assert weights.keys() == loaded.keys()
+    assert [name for name, tensor in weights.items() if not torch.equal(tensor, loaded[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "fields"),
+    [
+        (RuntimeError, {"decoder_dim": 64}),
+        (RuntimeError, {"vision_adapter_dim": 48}),
+        (ValueError, {"vision_adapter_layers": [1, 2, 3]}),
+        (ValueError, {"text_adapter_layers": [0]}),
+        (ValueError, {"decoder_layers": 2}),
+    ],
+)
+def test_weights_of_another_shape_are_refused(saved, error, fields):
+    with pytest.raises(error, match="does not fit the configuration" if error is ValueError else "mismatched"):
+        DetrisForReferringSegmentation.from_pretrained(saved, config=small_config(**fields))
+
+
+def test_another_image_size_needs_resampled_positions(saved):
+    with pytest.raises(ValueError, match=r"resize_image\(112\)"):
+        DetrisForReferringSegmentation.from_pretrained(saved, image_size=112)
+
+
+# --- Bad inputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": None}, "got phrases but no pixel_values.* give pixel_values too"),
+        ({"input_ids": None}, "got images but no input_ids.* give input_ids too"),
+        ({"pixel_values": torch.zeros(2, 3, 70, 70)}, r"\(2, 3, 70, 70\) but .* \(images, 3, 56, 56\).*resize_image"),
+        ({"pixel_values": torch.zeros(2, 1, 56, 56)}, r"\(2, 1, 56, 56\) but .* \(images, 3, 56, 56\)"),
+        ({"pixel_values": torch.zeros(3, 56, 56)}, r"\(3, 56, 56\) but .* \(images, 3, 56, 56\)"),
+        ({"pixel_values": torch.zeros(0, 3, 56, 56)}, r"batch is empty \(0 images, 2 phrases\)"),
+        ({"input_ids": torch.zeros(0, 7, dtype=torch.long)}, r"batch is empty \(2 images, 0 phrases\)"),
+        ({"input_ids": torch.tensor([62, 5, 63])}, r"input_ids has shape \(3,\)"),
+        ({"pixel_values": torch.zeros(1, 3, 56, 56)}, "2 phrases for 1 images: give image_index"),
+        (
+            {"image_index": torch.tensor([0])},
+            r"image_index has shape \(1,\).*: give one whole number for each",
+        ),
+        ({"image_index": torch.tensor([[0, 1]])}, r"image_index has shape \(1, 2\)"),
+        ({"image_index": torch.tensor([0, 2])}, r"image_index is \[0, 2\].* out of range: there are 2 images"),
+        ({"image_index": torch.tensor([-1, 0])}, r"image_index is \[-1, 0\].* out of range"),
+        ({"image_index": torch.tensor([0.0, 1.0])}, "image_index .*float32"),
+        ({"image_index": torch.tensor([False, True])}, "image_index .*bool"),
+        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
+        ({"labels": torch.zeros(56, 56)}, r"labels has shape \(56, 56\): give one mask .* each of the 2 phrases"),
+        ({"labels": torch.zeros(3, 56, 56)}, r"labels has shape \(3, 56, 56\): give one mask"),
+        ({"labels": torch.zeros(2, 1, 56, 56)}, r"labels has shape \(2, 1, 56, 56\): give one mask"),
+    ],
+)
+def test_a_bad_input_is_named_with_its_remedy(change, message):
+    with pytest.raises(ValueError, match=message):
+        small_model()(**small_inputs(2) | change)
