@@ -178,6 +178,12 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         self.detris_adapter = nn.ModuleDict()
         self.scale = {}
 
+    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
+            # Reentrant checkpointing gives no gradients to a layer whose input needs none.
+            hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
+        return super().__call__(hidden_states, *args, **kwargs)
+
     def make_adapter(self, config: "DetrisAdapterConfig") -> nn.Module:
         raise NotImplementedError
 
@@ -284,6 +290,11 @@ class DetrisTuner(BaseTuner):
         # One expression, not a list: PEFT shortens long lists to suffixes, which would hit more layers than these.
         peft_config.target_modules = "|".join(map(re.escape, names))
         return peft_config
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for the name right before the last part of the key, but an adapter has modules of its own.
+        return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.", 1)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
         if not isinstance(target, DetrisAdapterLayer):

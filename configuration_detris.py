@@ -85,7 +85,7 @@ class DetrisConfig(PreTrainedConfig):
     vision_adapter_dim: int = 128
     text_adapter_layers: list[int] | tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     text_adapter_dim: int = 64
-    adapter_scale: float = 0.2
+    adapter_scale: float | int = 0.2
     aligner_attention_dim: int = 128
     aligner_attention_heads: int = 8
     aligner_dropout: float | int = 0.1
@@ -97,7 +97,7 @@ class DetrisConfig(PreTrainedConfig):
     decoder_dropout: float | int = 0.1
     image_size: int = 448
     max_text_length: int = 17
-    mask_threshold: float = 0.35
+    mask_threshold: float | int = 0.35
     freeze_backbones: bool = True
 
     def __post_init__(self, **kwargs):
@@ -130,6 +130,9 @@ class DetrisConfig(PreTrainedConfig):
                 )
             if sorted(set(layers)) != list(layers):
                 raise ValueError(f"{field} is {list(layers)}: give each layer once, in ascending order.")
+        for field in ("aligner_attention_heads", "decoder_heads", "decoder_layers", "decoder_ffn_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1.")
         for field, divisor in (
             ("vision_adapter_dim", ADAPTER_DIM_DIVISOR),
             ("text_adapter_dim", ADAPTER_DIM_DIVISOR),

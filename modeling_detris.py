@@ -249,6 +249,11 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
     def __init__(self, config: DetrisConfig):
         super().__init__(config)
+        if config.vision_config.image_size != config.image_size:
+            raise ValueError(
+                f"image_size is {config.image_size} but the position table is for {config.vision_config.image_size}: "
+                f"load the model at its own size, then call resize_image({config.image_size})."
+            )
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.text_model = CLIPTextModel(config.text_config)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.text_config.projection_dim, bias=False)
@@ -256,10 +261,11 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
         self.prefix_length = 1 + getattr(config.vision_config, "num_register_tokens", 0)
+        self.post_init()
+        # After `post_init`, which starts all that stands inside a backbone by the backbone's rules.
         if config.vision_adapter_layers or config.text_adapter_layers:
             inject_adapter_in_model(self._adapter_config(), self)
         self._set_trainable()
-        self.post_init()
 
     def _adapter_config(self) -> DetrisAdapterConfig:
         config = self.config
@@ -319,7 +325,36 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         By default transformers would write DINOv2's tensors under the names of its version 4, which `Trainer` passes
         over when it resumes.
         """
+        # transformers enters a class under the last of the auto classes that it was registered for.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {"AutoModel": f"modeling_detris.{type(self).__name__}"}
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        Load as [`PreTrainedModel.from_pretrained`] does, but refuse weights that do not fit the configuration.
+
+        Raises:
+            ValueError: if weights are missing or left over, which transformers would start at random or drop.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
+        if missing or unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit the configuration: {len(missing)} tensors are missing "
+                f"({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} are too many "
+                f"({', '.join(unexpected[:3]) or 'none'}). Load it with the configuration that it was saved with."
+            )
+        # Loaded tensors lie where they lie in the file, unaligned, so that matrix products round otherwise than with
+        # those of the model that was saved.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        # Loading makes every parameter trainable.
+        model._set_trainable()
+        return (model, loading_info) if output_loading_info else model
 
     def resize_image(self, image_size: int) -> None:
         """
@@ -355,8 +390,16 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             OSError: if a folder or Hub id cannot be read.
             ValueError: if the backbones or fields do not fit together.
         """
-        vision_model = AutoModel.from_pretrained(vision)
-        text_model = CLIPTextModelWithProjection.from_pretrained(text)
+        # Whatever they are stored in: adapters and head are trained in float32.
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        vision_model, vision_info = AutoModel.from_pretrained(vision, **options)
+        text_model, text_info = CLIPTextModelWithProjection.from_pretrained(text, **options)
+        for source, info in ((vision, vision_info), (text, text_info)):
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"{source} lacks {len(info['missing_keys'])} tensors of its backbone, such as "
+                    f"{min(info['missing_keys'])}: give a DINOv2 model for vision and a CLIP model for text."
+                )
         config = DetrisConfig(
             vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
         )
@@ -443,7 +486,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         Raises:
             ValueError: if inputs are missing, empty or do not fit each other; the message says which and how.
         """
-        self._check_inputs(pixel_values, input_ids, image_index, labels)
+        self._check_inputs(pixel_values, input_ids, attention_mask, image_index, labels)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
         words, sentence = self.encode_text(input_ids)
         feature_maps = self.encode_images(pixel_values, words, image_index)
@@ -457,7 +500,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         output = DetrisOutput(loss=loss, logits=logits)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
-    def _check_inputs(self, pixel_values, input_ids, image_index, labels) -> None:
+    def _check_inputs(self, pixel_values, input_ids, attention_mask, image_index, labels) -> None:
         if pixel_values is None or input_ids is None:
             given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
             raise ValueError(f"The model got {given} but no {missing}: it needs both, so give {missing} too.")
@@ -467,10 +510,17 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, "
                 f"{size}): use its processor, or call resize_image for another size."
             )
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (phrases, tokens).")
         if not len(pixel_values) or not len(input_ids):
             raise ValueError(
                 f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of "
                 "each."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give that of input_ids, "
+                f"{tuple(input_ids.shape)}."
             )
         if image_index is None:
             if len(pixel_values) != len(input_ids):
@@ -478,10 +528,10 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                     f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image "
                     "of each phrase."
                 )
-        elif image_index.shape != input_ids.shape[:1]:
+        elif image_index.shape != input_ids.shape[:1] or image_index.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"image_index has shape {tuple(image_index.shape)}: give one number for each of the {len(input_ids)} "
-                "phrases."
+                f"image_index has shape {tuple(image_index.shape)} and type {image_index.dtype}: give one whole "
+                f"number for each of the {len(input_ids)} phrases."
             )
         elif not 0 <= image_index.min() <= image_index.max() < len(pixel_values):
             raise ValueError(

@@ -63,9 +63,15 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, registers):
         ({"max_text_length": 17}, "max_text_length is 17: it must lie between 2 and the 16 positions"),
         ({"max_text_length": 1}, "max_text_length is 1: it must lie between 2"),
         ({"mask_threshold": 1.0}, "mask_threshold is 1.0: it is a probability between 0 and 1"),
-        ({"vision_config": {"model_type": "vit"}}, "vision_config.model_type is 'vit': give a 'dinov2' or"),
-        ({"text_config": {"model_type": "bert"}}, "text_config.model_type is 'bert': give a 'clip_text_model' config"),
-        ({"text_config": {"model_type": "clip"}}, "text_config.model_type is 'clip': give a 'clip_text_model' config"),
+        ({"vision_config": {"model_type": "vit"}}, "vision_config.model_type is 'vit': give a config of 'dinov2' or"),
+        (
+            {"text_config": {"model_type": "bert"}},
+            "text_config.model_type is 'bert': give a config of",
+        ),
+        (
+            {"text_config": {"model_type": "clip"}},
+            "text_config.model_type is 'clip': give a config of",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_field_value_and_remedy(fields, message):
