@@ -4,6 +4,7 @@ Source: DETRIS, arXiv 2501.08580, section 3; official files `model/adapter.py`, 
 (`ResidualAttentionBlock`) and `model/dinov2/layers/block.py` (`Block`).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -140,7 +141,7 @@ class DenseAligner(nn.Module):
     def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.down(hidden_states).relu()  # (N, P, d)
         prefix, patches = hidden_states[:, : self.prefix_length], hidden_states[:, self.prefix_length :]
-        side = int(patches.shape[1] ** 0.5)
+        side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, d, g, g)
         aligned = self.dense(grid).flatten(2).transpose(1, 2) + patches
         aligned = self.word_attention(aligned, text_hidden_states)

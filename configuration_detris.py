@@ -145,6 +145,9 @@ class DetrisConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value <= 0 or value % divisor:
                 raise ValueError(f"{field} is {value}: it must be a positive multiple of {divisor}.")
+        for field in ("aligner_dropout", "decoder_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}: it is a probability, at least 0 and below 1.")
         if not 2 <= self.max_text_length <= text.max_position_embeddings:
             raise ValueError(
                 f"max_text_length is {self.max_text_length}: it must lie between 2 and the "

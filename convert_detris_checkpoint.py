@@ -40,7 +40,7 @@ def _conv_norm(official_conv: str, official_norm: str, ours: str, bias: bool = F
 def _adapter(official: str, ours: str) -> Iterator[tuple]:
     yield from _tensors(f"{official}.D_fc1", f"{ours}.down")
     yield from _tensors(f"{official}.D_fc2", f"{ours}.up")
-    for branch, mine in (
+    for theirs, mine in (
         ("dense_branch1", "branch1"),
         ("dense_branch2.0", "branch2.0"),
         ("dense_branch2.1", "branch2.1"),
@@ -48,7 +48,7 @@ def _adapter(official: str, ours: str) -> Iterator[tuple]:
         ("dense_branch3.1", "branch3.1"),
     ):
         yield from _conv_norm(
-            f"{official}.{branch}.conv", f"{official}.{branch}.bn", f"{ours}.dense.{mine}", bias=True
+            f"{official}.{theirs}.conv", f"{official}.{theirs}.bn", f"{ours}.dense.{mine}", bias=True
         )
 
 

@@ -225,10 +225,12 @@ class DetrisMaskHead(nn.Module):
         taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
         tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)  # (N, 9)
         responses = taps @ feature_map.flatten(2) + tap_biases[:, :, None]  # (N, 9, (4g)²)
-        logits = F.fold(
-            responses.float(), feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2
-        ).squeeze(1)
-        return logits + bias[:, None, None].float()
+        # Nine maps are summed: not in half precision.
+        responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
+        logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2).squeeze(
+            1
+        )
+        return logits + bias[:, None, None]
 
 
 class DetrisForReferringSegmentation(PreTrainedModel):
@@ -236,7 +238,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     Segments what phrases name in images: Hugging Face's DINOv2 and CLIP text models, frozen, with DETRIS adapters in
     their layers, and a neck, decoder and mask head behind them (official `model/segmenter.py`).
 
-    The model is also a PEFT model in the sense of transformers: `peft_config` describes its adapters.
+    The adapters are PEFT layers; the attribute `peft_config` describes them.
     """
 
     config_class = DetrisConfig
@@ -299,7 +301,11 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
     def _set_trainable(self) -> None:
         for name, parameter in self.named_parameters():
-            parameter.requires_grad = self.part_of(name) != "backbones" or not self.config.freeze_backbones
+            # DINOv2's mask token serves its pretraining alone and never gets a gradient here.
+            in_use = not name.endswith(".mask_token")
+            parameter.requires_grad = in_use and (
+                self.part_of(name) != "backbones" or not self.config.freeze_backbones
+            )
 
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters in `adapters`, `head` and `backbones`."""

@@ -1,18 +1,18 @@
 """Make the small frozen backbones that ship with the project: `make backbones`, or
 
-    python -m backbones.pretrain --output_dir backbones [--max_steps 1500]
+    python -m backbones.pretrain --output_dir backbones [--max_steps 1800]
 
 A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each are trained on
 scenes of `data/shapes.py` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
 
-* every patch tells shape, colour, texture and size of what it shows, where that object's centre lies and how large
-  it is, as DINOv2's patches tell parts and objects;
-* phrases and objects of one scene find each other, as CLIP's captions and images do;
+* every patch tells shape, colour, texture and size of what it shows, where that object's centre lies, how large it is
+  and which part of the patch it covers, as DINOv2's patches tell parts and objects;
+* phrases find the patches of their object among all patches of the scene, as CLIP's captions find their image;
 * the text tower, which is causal, predicts the next token, so that its words keep what the contrast does not need.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from data.shapes import COLORS, RADII, REFERENCE_SIZE, SHAPES, TEXTURES, Scene, 
 from processing_detris import DetrisImageProcessor, DetrisProcessor
 
 SEED = 20_250_108  # far from the seeds of the referring set, so that its images stay new
-PATCH_SIZE = 8
+PATCH_SIZE = 12
 WIDTH = 128
 VISION_LAYERS, TEXT_LAYERS, HEADS = 6, 3, 4
 REGISTERS = 4
@@ -48,6 +48,10 @@ TEXT_LENGTH = 16
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "texture": TEXTURES, "size": tuple(RADII)}
 IGNORED = -100  # label that cross-entropy passes over
 TEMPERATURE = 0.07
+NEXT_TOKEN_WEIGHT = 0.3
+LAYOUT_WEIGHT = 4.0
+CELLS = 4  # a patch is told cell by cell, along each side as many as DETRIS has logits
+SENTENCE_SPREAD = 0.5  # standard deviation of a sentence's numbers, about that of CLIP's
 # Words of everyday phrases, so that the tokenizer does not spell out what people say about photographs.
 EVERYDAY_WORDS = """
 a about above all and animal at back bag ball bear beside between bench big bike bird black blue boat book bottle
@@ -65,7 +69,7 @@ wooden yellow young zebra
 @dataclass
 class PretrainingArguments(TrainingArguments):
     output_dir: str = "backbones"
-    max_steps: int = 1500
+    max_steps: int = 1800
     per_device_train_batch_size: int = 32
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.02
@@ -89,10 +93,13 @@ class Scenes(IterableDataset):
             yield draw_scene(SEED, "train", index)
 
 
+def phrases_of(scenes: Iterable[Scene]) -> list[str]:
+    return [phrase.text for scene in scenes for phrases in scene.phrases for phrase in phrases]
+
+
 def make_tokenizer() -> CLIPTokenizer:
     """Learn a byte-pair vocabulary in CLIP's layout from phrases of the synthetic set and everyday words."""
-    scenes = islice(Scenes(), 3000)
-    phrases = [phrase.text for scene in scenes for phrases in scene.phrases for phrase in phrases]
+    phrases = phrases_of(islice(Scenes(), 3000))
     untrained = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     learned = untrained.train_new_from_iterator([*phrases, *(100 * EVERYDAY_WORDS)], VOCABULARY_SIZE - 258)
     merges = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
@@ -104,7 +111,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 class Collator:
-    """Scenes to a batch: `B` images of `g²` patches, `M` objects and `N` phrases, each of one object."""
+    """Scenes to a batch: `B` images of `g²` patches and `N` phrases, one of each object."""
 
     def __init__(self, processor: DetrisProcessor):
         self.processor = processor
@@ -112,24 +119,27 @@ class Collator:
     def __call__(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         grid = REFERENCE_SIZE // PATCH_SIZE
         centers = (np.arange(grid) + 0.5) * PATCH_SIZE
-        images, patch_objects, shares, attributes, places, object_image, phrases, phrase_object = (
+        images, patch_objects, layouts, attributes, places, phrases, phrase_image, phrase_share = (
             [] for _ in range(8)
         )
         for image, scene in enumerate(scenes):
             pixels, labels = render(scene)
             images.append(pixels)
-            cells = labels.reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).swapaxes(1, 2).reshape(grid**2, -1)
-            share = np.stack([(cells == index).mean(1) for index in range(len(scene.objects) + 1)])  # (1 + M', g²)
+            patches = labels.reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).swapaxes(1, 2).reshape(grid**2, -1)
+            share = np.stack([(patches == index).mean(1) for index in range(len(scene.objects) + 1)])  # (1 + M', g²)
             shown = share.argmax(0)
+            covered = patches == shown[:, None]  # (g², pixels of a patch)
+            cell = PATCH_SIZE // CELLS
+            layouts.append(covered.reshape(-1, CELLS, cell, CELLS, cell).mean((2, 4)).reshape(grid**2, -1))
             # Objects are counted through the batch; 0 stays background.
             patch_objects.append(np.where(shown > 0, shown + len(attributes), 0))
             for index, thing in enumerate(scene.objects):
-                phrases += [phrase.text for phrase in scene.phrases[index]]
-                phrase_object += [len(attributes)] * len(scene.phrases[index])
+                if scene.phrases[index]:
+                    phrases.append(scene.phrases[index][0].text)
+                    phrase_image.append(image)
+                    phrase_share.append(share[index + 1] / share[index + 1].sum())
                 attributes.append([values.index(getattr(thing, name)) + 1 for name, values in ATTRIBUTES.items()])
                 places.append([thing.x, thing.y, thing.radius])
-                shares.append(share[index + 1])
-                object_image.append(image)
         attributes = np.array([[0] * len(ATTRIBUTES), *attributes])  # background first
         places = np.array([[0.0, 0.0, 0.0], *places], dtype=np.float32)
         patch_objects = np.stack(patch_objects)  # (B, g²)
@@ -141,10 +151,10 @@ class Collator:
             "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
-            "phrase_object": torch.tensor(phrase_object),
-            "object_image": torch.tensor(object_image),
-            "object_share": torch.from_numpy(np.stack(shares)).float(),  # (M, g²)
+            "phrase_image": torch.tensor(phrase_image),
+            "phrase_share": torch.from_numpy(np.stack(phrase_share)).float(),  # (N, g²), sums to 1
             "patch_attributes": torch.from_numpy(attributes[patch_objects]),  # (B, g², 4)
+            "patch_layout": torch.from_numpy(np.stack(layouts)).float(),  # (B, g², cells)
             "patch_geometry": torch.from_numpy(geometry / REFERENCE_SIZE).float(),  # (B, g², 3)
         }
 
@@ -156,18 +166,18 @@ class Pretraining(nn.Module):
         super().__init__()
         self.vision, self.text = vision, text
         self.attribute_heads = nn.ModuleList(nn.Linear(WIDTH, len(values) + 1) for values in ATTRIBUTES.values())
+        self.layout_head = nn.Linear(WIDTH, CELLS**2)
         self.geometry_head = nn.Linear(WIDTH, 3)
-        self.object_projection = nn.Linear(WIDTH, WIDTH)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        phrase_object: torch.Tensor,
-        object_image: torch.Tensor,
-        object_share: torch.Tensor,
+        phrase_image: torch.Tensor,
+        phrase_share: torch.Tensor,
         patch_attributes: torch.Tensor,
+        patch_layout: torch.Tensor,
         patch_geometry: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         patches = self.vision(pixel_values).last_hidden_state[:, 1 + REGISTERS :]  # (B, g², D)
@@ -175,23 +185,37 @@ class Pretraining(nn.Module):
             F.cross_entropy(head(patches).flatten(0, 1), patch_attributes[..., index].flatten())
             for index, head in enumerate(self.attribute_heads)
         ]
+        losses.append(LAYOUT_WEIGHT * F.binary_cross_entropy_with_logits(self.layout_head(patches), patch_layout))
         on_object = patch_attributes[..., 0] > 0  # (B, g²)
         losses.append(F.smooth_l1_loss(self.geometry_head(patches)[on_object], patch_geometry[on_object], beta=0.1))
 
         text = self.text(input_ids)
-        weights = object_share / object_share.sum(1, keepdim=True).clamp_min(1e-6)
-        objects = torch.einsum("mp,mpd->md", weights, patches[object_image])  # (M, D)
-        objects = F.normalize(self.object_projection(objects), dim=1)
-        similarity = F.normalize(text.text_embeds, dim=1) @ objects.T / TEMPERATURE  # (N, M)
-        # A phrase is unambiguous in its own scene only.
-        same_scene = object_image[phrase_object][:, None] == object_image[None]
-        losses.append(F.cross_entropy(similarity.masked_fill(~same_scene, -torch.inf), phrase_object))
+        similarity = torch.einsum(
+            "nd,npd->np", F.normalize(text.text_embeds, dim=1), F.normalize(patches, dim=2)[phrase_image]
+        )
+        losses.append(F.cross_entropy(similarity / TEMPERATURE, phrase_share))
 
         embedding = self.text.text_model.embeddings.token_embedding.weight
         next_tokens = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, IGNORED)
         logits = text.last_hidden_state[:, :-1] @ embedding.T  # (N, L - 1, V)
-        losses.append(0.5 * F.cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), ignore_index=IGNORED))
-        return {"loss": torch.stack(losses).sum()} | {f"part_{index}": loss for index, loss in enumerate(losses)}
+        losses.append(
+            NEXT_TOKEN_WEIGHT * F.cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), ignore_index=IGNORED)
+        )
+        return {"loss": torch.stack(losses).sum()}
+
+
+@torch.no_grad()
+def center_sentences(text: CLIPTextModelWithProjection, processor: DetrisProcessor) -> None:
+    """Remove from the projection the direction that all sentences share, and scale the rest as CLIP's is.
+
+    The contrast leaves both open, and DETRIS makes kernels of sentences: a large common part would drown what tells
+    phrases apart.
+    """
+    input_ids = processor(text=phrases_of(islice(Scenes(), 500)), return_tensors="pt")["input_ids"]
+    weight = text.text_projection.weight  # (S, C)
+    shared = F.normalize(text(input_ids).text_embeds.mean(0), dim=0)  # (S,)
+    weight -= torch.outer(shared, shared @ weight)
+    weight *= SENTENCE_SPREAD / text(input_ids).text_embeds.std()
 
 
 def main() -> None:
@@ -234,6 +258,7 @@ def main() -> None:
         train_dataset=Scenes(),
         data_collator=Collator(processor),
     ).train()
+    center_sentences(text.cpu().eval(), processor)
     folder = Path(arguments.output_dir)
     vision.half().save_pretrained(folder / "vision")
     text.half().save_pretrained(folder / "text")

@@ -353,7 +353,7 @@ def test_activation_checkpointing_and_bfloat16_are_trainers_own_switches(make_tr
         trainer.train()
         return losses(trainer)
 
-    plain, checkpointed, half = train(), train(activation_checkpointing=True), train(bf16=True)
+    plain, checkpointed, half = train(), train(activation_checkpointing=True), train(bf16=True, use_cpu=True)
     assert checkpointed == pytest.approx(plain, rel=1e-5)
     assert half != plain and half == pytest.approx(plain, rel=0.05)
 

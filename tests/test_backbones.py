@@ -1,0 +1,58 @@
+"""The shipped backbones: small, of Hugging Face's classes, and able to see and read what the synthetic set shows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, Dinov2WithRegistersModel
+
+from backbones.pretrain import REGISTERS, TEXT_LENGTH, Collator
+from data.shapes import HELD_OUT, REFERENCE_SIZE, draw_scene
+from processing_detris import DetrisImageProcessor, DetrisProcessor
+
+FOLDER = Path(__file__).parents[1] / "backbones"
+TEST_SEED = 7  # neither the referring set's nor the recipe's
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return DetrisProcessor(
+        image_processor=DetrisImageProcessor(size={"height": REFERENCE_SIZE, "width": REFERENCE_SIZE}),
+        tokenizer=CLIPTokenizer.from_pretrained(FOLDER / "text"),
+        max_text_length=TEXT_LENGTH,
+    )
+
+
+def test_weights_are_safetensors_of_five_megabytes_at_most():
+    weights = [path for path in FOLDER.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    assert {path.suffix for path in weights} == {".safetensors"}
+    assert sum(path.stat().st_size for path in weights) <= 5_000_000
+
+
+def test_tokenizer_keeps_clip_order_and_knows_the_set(processor):
+    tokenizer = processor.tokenizer
+    assert tokenizer.eos_token_id == len(tokenizer) - 1 == tokenizer.bos_token_id + 1  # the end has the largest id
+    assert tokenizer.convert_ids_to_tokens(0) == "!"  # filling up with 0 hides no word of a phrase
+    phrases = [p.text for index in range(200) for group in draw_scene(TEST_SEED, "val", index).phrases for p in group]
+    assert max(len(ids) for ids in tokenizer(phrases)["input_ids"]) <= TEXT_LENGTH
+    assert tokenizer.tokenize("striped bear") == ["striped</w>", "bear</w>"]
+
+
+def test_recipe_never_shows_the_held_out_pairs():
+    shown = {(thing.color, thing.shape) for i in range(300) for thing in draw_scene(TEST_SEED, "train", i).objects}
+    assert not shown & HELD_OUT and len(shown) > 40
+
+
+@torch.no_grad()
+def test_phrases_find_a_patch_of_their_object(processor):
+    vision = Dinov2WithRegistersModel.from_pretrained(FOLDER / "vision", dtype=torch.float32)
+    text = CLIPTextModelWithProjection.from_pretrained(FOLDER / "text", dtype=torch.float32)
+    batch = Collator(processor)([draw_scene(TEST_SEED, "testA", index) for index in range(48)])
+    patches = vision(batch["pixel_values"]).last_hidden_state[:, 1 + REGISTERS :]  # (B, g², D)
+    sentences = F.normalize(text(batch["input_ids"]).text_embeds, dim=1)  # (N, D)
+    similarity = torch.einsum("nd,npd->np", sentences, F.normalize(patches, dim=2)[batch["phrase_image"]])
+    found = batch["phrase_share"].gather(1, similarity.argmax(1, keepdim=True)) > 0
+    chance = (batch["phrase_share"] > 0).float().mean()
+    assert chance < 0.25
+    assert found.float().mean() > 0.6
