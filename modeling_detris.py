@@ -14,6 +14,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 try:
@@ -96,6 +97,16 @@ class DetrisSentenceGate(nn.Module):
         super().__init__()
         self.value = nn.Linear(config.decoder_dim, config.decoder_dim)
         self.output = nn.Linear(config.decoder_dim, config.decoder_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as `nn.MultiheadAttention` starts value and output: no bias, so the sentence alone decides."""
+        dim = self.value.in_features
+        # Officially one matrix holds query, key and value, and Xavier's bound is that of all three.
+        bound = math.sqrt(6 / (dim + 3 * dim))
+        init.uniform_(self.value.weight, -bound, bound)
+        init.zeros_(self.value.bias)
+        init.zeros_(self.output.bias)
 
     def forward(self, sentence: torch.Tensor) -> torch.Tensor:
         return self.output(self.value(sentence))[:, :, None, None]

@@ -477,9 +477,13 @@ def assert_starts_as_the_paper_says(model):
         elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             fan_in, count = weight[0].numel(), weight.numel()
             aligner = name.startswith("vision_model.")
+            gate = ".gates." in name  # officially an `nn.MultiheadAttention`, of which value and output have an effect
             expected = math.sqrt((2 if aligner else 1 / 3) / fan_in)
+            if name.endswith(".value"):
+                attention = nn.MultiheadAttention(fan_in, 1)
+                expected = attention.in_proj_weight.std().item()
             assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
-            if aligner:
+            if aligner or gate:
                 assert not bias.any(), name
             else:
                 bound = 1 / math.sqrt(fan_in) + 1e-6
