@@ -14,7 +14,6 @@ from peft import inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 try:
@@ -86,6 +85,18 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
+class _GateLinear(nn.Linear):
+    """Square linear layer that starts as those inside `nn.MultiheadAttention` do: uniform within `bound`, no bias."""
+
+    def __init__(self, dim: int, bound: float):
+        self.bound = bound
+        super().__init__(dim, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -self.bound, self.bound)
+        nn.init.zeros_(self.bias)
+
+
 class DetrisSentenceGate(nn.Module):
     """Factor on a feature map that the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
 
@@ -95,18 +106,9 @@ class DetrisSentenceGate(nn.Module):
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
-        self.value = nn.Linear(config.decoder_dim, config.decoder_dim)
-        self.output = nn.Linear(config.decoder_dim, config.decoder_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start as `nn.MultiheadAttention` starts value and output: no bias, so the sentence alone decides."""
-        dim = self.value.in_features
         # Officially one matrix holds query, key and value, and Xavier's bound is that of all three.
-        bound = math.sqrt(6 / (dim + 3 * dim))
-        init.uniform_(self.value.weight, -bound, bound)
-        init.zeros_(self.value.bias)
-        init.zeros_(self.output.bias)
+        self.value = _GateLinear(config.decoder_dim, bound=math.sqrt(6 / (4 * config.decoder_dim)))
+        self.output = _GateLinear(config.decoder_dim, bound=math.sqrt(1 / config.decoder_dim))
 
     def forward(self, sentence: torch.Tensor) -> torch.Tensor:
         return self.output(self.value(sentence))[:, :, None, None]
