@@ -1,7 +1,7 @@
 # make quickstart   train on the synthetic set, print a table, leave runs/quickstart/
 # make test         all tests
 # make style        ruff: lint and format
-# make backbones    pretrain the small frozen backbones in backbones/ anew (about an hour on two cores)
+# make backbones    pretrain the small frozen backbones in backbones/ anew (ten minutes on two cores)
 
 PYTHON := .venv/bin/python
 # Its vocabulary file is what the tests tokenize with.
