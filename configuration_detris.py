@@ -108,6 +108,11 @@ class DetrisConfig(PreTrainedConfig):
             self.vision_config.to_dict() | {"image_size": self.image_size}
         )
 
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image, `g`."""
+        return self.image_size // self.vision_config.patch_size
+
     def _check_fields(self) -> None:
         vision, text = self.vision_config, self.text_config
         if vision.model_type not in ("dinov2", "dinov2_with_registers"):

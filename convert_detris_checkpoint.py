@@ -173,7 +173,6 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
             f"({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} are too many "
             f"({', '.join(unexpected[:3]) or 'none'}). Give the configuration that it was trained with."
         )
-    grid_size = config.image_size // config.vision_config.patch_size
     converted = {}
     for name, ours, kind in table:
         tensor = official[name]
@@ -184,7 +183,7 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
         elif kind == "last third":
             tensors = tensor.chunk(3)[2:]
         elif kind == "positions":
-            tensors = [resample_position_table(tensor, grid_size)]
+            tensors = [resample_position_table(tensor, config.grid_size)]
         else:
             tensors = [tensor]
         converted.update(zip(ours, tensors, strict=True))

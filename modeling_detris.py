@@ -387,8 +387,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         """
         config = DetrisConfig.from_dict(self.config.to_dict() | {"image_size": image_size})
         embeddings = self.vision_model.embeddings
-        grid_size = image_size // config.vision_config.patch_size
-        table = resample_position_table(embeddings.position_embeddings.detach(), grid_size)
+        table = resample_position_table(embeddings.position_embeddings.detach(), config.grid_size)
         embeddings.position_embeddings = nn.Parameter(table, embeddings.position_embeddings.requires_grad)
         self.config.image_size = self.config.vision_config.image_size = image_size
 
@@ -424,8 +423,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         )
         model = cls(config)
         vision_weights, table = vision_model.state_dict(), "embeddings.position_embeddings"
-        grid_size = config.image_size // config.vision_config.patch_size
-        vision_weights[table] = resample_position_table(vision_weights[table], grid_size)
+        vision_weights[table] = resample_position_table(vision_weights[table], config.grid_size)
         weights = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
         weights |= text_model.state_dict()
         names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
@@ -472,7 +470,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         features.append(self.vision_model.layernorm(hidden_states))
         if image_index is not None:
             features = [states[image_index] for states in features]
-        grid_size = self.config.image_size // self.config.vision_config.patch_size
+        grid_size = self.config.grid_size
         return [
             states[:, self.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size)) for states in features
         ]

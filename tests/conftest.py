@@ -65,3 +65,14 @@ def tiny_backbones(tmp_path_factory):
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small products are slower on several threads, most of all when something else keeps the processor busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

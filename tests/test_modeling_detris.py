@@ -39,14 +39,7 @@ from configuration_detris import DetrisConfig
 from convert_detris_checkpoint import convert_state_dict, name_table
 from modeling_detris import DetrisForReferringSegmentation, resample_position_table
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products are slower on several threads, most of all when something else keeps the processor busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
