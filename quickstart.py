@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.shapes import FAMILIES, MAX_IMAGES, MAX_OBJECTS, REFERENCE_SIZE, draw_scene, render
+from data.shapes import FAMILIES, ID_STRIDE, MAX_IMAGES, draw_scene, render
 from gallery import Sample, draw_gallery
 from train_hf import main as train
 from train_hf import parse_arguments
@@ -39,12 +39,12 @@ def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
 
 def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[str, list[Sample]]:
     """For each family of phrases, the first samples of the split, be they good or bad, each of another image."""
-    seed, image_size = shapes_config.get("seed", 0), shapes_config.get("image_size", REFERENCE_SIZE)
+    scene_options = {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
     families = {family: {} for family in FAMILIES}  # image_id -> sample
     for line in (predictions / split / "results.jsonl").read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
-        scene = draw_scene(seed, split, result["image_id"] % MAX_IMAGES, image_size)
-        target = result["ref_id"] % MAX_OBJECTS
+        scene = draw_scene(split=split, index=result["image_id"] % MAX_IMAGES, **scene_options)
+        target = result["ref_id"] % ID_STRIDE
         (family,) = (phrase.expression.family for phrase in scene.phrases[target] if phrase.text == result["sentence"])
         if len(families[family]) < SAMPLES_PER_FAMILY and result["image_id"] not in families[family]:
             pixels, labels = render(scene)

@@ -1,6 +1,6 @@
 """Make the small frozen backbones that ship with the project: `make backbones`, or
 
-    python -m backbones.pretrain --output_dir backbones [--max_steps 1800]
+    python -m backbones.pretrain --output_dir backbones [--max_steps 6000]
 
 A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each are trained on
 scenes of `data/shapes.py` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from tokenizers import pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -34,11 +35,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from data.shapes import COLORS, RADII, REFERENCE_SIZE, SHAPES, TEXTURES, Scene, draw_scene, render
+from data.shapes import COLORS, RADII, SHAPES, TEXTURES, Scene, draw_scene, render
 from processing_detris import DetrisImageProcessor, DetrisProcessor
 
 SEED = 20_250_108  # far from the seeds of the referring set, so that its images stay new
-PATCH_SIZE = 12
+IMAGE_SIZE, PATCH_SIZE = 80, 8
 WIDTH = 128
 VISION_LAYERS, TEXT_LAYERS, HEADS = 6, 3, 4
 REGISTERS = 4
@@ -49,9 +50,13 @@ ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "texture": TEXTURES, "siz
 IGNORED = -100  # label that cross-entropy passes over
 TEMPERATURE = 0.07
 NEXT_TOKEN_WEIGHT = 0.3
-LAYOUT_WEIGHT = 4.0
-CELLS = 4  # a patch is told cell by cell, along each side as many as DETRIS has logits
-SENTENCE_SPREAD = 0.5  # standard deviation of a sentence's numbers, about that of CLIP's
+SURROUNDINGS_WEIGHT = 4.0
+MATCH_WEIGHT = 4.0
+CELLS = 2  # a patch's surroundings are told cell by cell, so many along a patch's side
+REACH = 2  # and so many patches far
+WINDOW = CELLS * (2 * REACH + 1)
+DEEP_LAYER = 4  # its output is taught to see like the last one's
+SENTENCE_SPREAD = 0.1  # standard deviation of a sentence's numbers; DETRIS's kernels start near zero from it
 # Words of everyday phrases, so that the tokenizer does not spell out what people say about photographs.
 EVERYDAY_WORDS = """
 a about above all and animal at back bag ball bear beside between bench big bike bird black blue boat book bottle
@@ -69,12 +74,13 @@ wooden yellow young zebra
 @dataclass
 class PretrainingArguments(TrainingArguments):
     output_dir: str = "backbones"
-    max_steps: int = 1800
-    per_device_train_batch_size: int = 32
-    learning_rate: float = 1.5e-3
+    max_steps: int = 6000
+    per_device_train_batch_size: int = 16
+    learning_rate: float = 1.2e-3
+    adam_beta2: float = 0.98
     weight_decay: float = 0.02
     lr_scheduler_type: str = "cosine"
-    warmup_steps: int = 150
+    warmup_steps: int = 300
     max_grad_norm: float = 1.0
     logging_steps: int = 100
     save_strategy: str = "no"
@@ -90,7 +96,7 @@ class Scenes(IterableDataset):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in count(first, step):
-            yield draw_scene(SEED, "train", index)
+            yield draw_scene(SEED, "train", index, IMAGE_SIZE)
 
 
 def phrases_of(scenes: Iterable[Scene]) -> list[str]:
@@ -117,27 +123,28 @@ class Collator:
         self.processor = processor
 
     def __call__(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
-        grid = REFERENCE_SIZE // PATCH_SIZE
+        grid, cell = IMAGE_SIZE // PATCH_SIZE, PATCH_SIZE // CELLS
         centers = (np.arange(grid) + 0.5) * PATCH_SIZE
-        images, patch_objects, layouts, attributes, places, phrases, phrase_image, phrase_share = (
+        images, patch_objects, surroundings, attributes, places, phrases, phrase_image, phrase_share = (
             [] for _ in range(8)
         )
         for image, scene in enumerate(scenes):
             pixels, labels = render(scene)
             images.append(pixels)
-            patches = labels.reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).swapaxes(1, 2).reshape(grid**2, -1)
-            share = np.stack([(patches == index).mean(1) for index in range(len(scene.objects) + 1)])  # (1 + M', g²)
-            shown = share.argmax(0)
-            covered = patches == shown[:, None]  # (g², pixels of a patch)
-            cell = PATCH_SIZE // CELLS
-            layouts.append(covered.reshape(-1, CELLS, cell, CELLS, cell).mean((2, 4)).reshape(grid**2, -1))
+            masks = (labels == np.arange(len(scene.objects) + 1)[:, None, None]).astype(np.float32)  # (1 + M', S, S)
+            share = masks.reshape(-1, grid, PATCH_SIZE, grid, PATCH_SIZE).mean((2, 4)).reshape(len(masks), -1)
+            shown = share.argmax(0)  # (g²,)
+            cells = masks.reshape(-1, grid * CELLS, cell, grid * CELLS, cell).mean((2, 4))
+            cells = np.pad(cells, ((0, 0), *[(REACH * CELLS, REACH * CELLS)] * 2))
+            windows = sliding_window_view(cells, (WINDOW, WINDOW), axis=(1, 2))[:, ::CELLS, ::CELLS]
+            surroundings.append(windows.reshape(len(masks), grid**2, -1)[shown, np.arange(grid**2)])
             # Objects are counted through the batch; 0 stays background.
             patch_objects.append(np.where(shown > 0, shown + len(attributes), 0))
             for index, thing in enumerate(scene.objects):
-                if scene.phrases[index]:
-                    phrases.append(scene.phrases[index][0].text)
+                for phrase in scene.phrases[index]:
+                    phrases.append(phrase.text)
                     phrase_image.append(image)
-                    phrase_share.append(share[index + 1] / share[index + 1].sum())
+                    phrase_share.append(share[index + 1])
                 attributes.append([values.index(getattr(thing, name)) + 1 for name, values in ATTRIBUTES.items()])
                 places.append([thing.x, thing.y, thing.radius])
         attributes = np.array([[0] * len(ATTRIBUTES), *attributes])  # background first
@@ -152,10 +159,10 @@ class Collator:
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "phrase_image": torch.tensor(phrase_image),
-            "phrase_share": torch.from_numpy(np.stack(phrase_share)).float(),  # (N, g²), sums to 1
+            "phrase_share": torch.from_numpy(np.stack(phrase_share)),  # (N, g²)
             "patch_attributes": torch.from_numpy(attributes[patch_objects]),  # (B, g², 4)
-            "patch_layout": torch.from_numpy(np.stack(layouts)).float(),  # (B, g², cells)
-            "patch_geometry": torch.from_numpy(geometry / REFERENCE_SIZE).float(),  # (B, g², 3)
+            "patch_surroundings": torch.from_numpy(np.stack(surroundings)),  # (B, g², window)
+            "patch_geometry": torch.from_numpy(geometry / IMAGE_SIZE).float(),  # (B, g², 3)
         }
 
 
@@ -166,8 +173,9 @@ class Pretraining(nn.Module):
         super().__init__()
         self.vision, self.text = vision, text
         self.attribute_heads = nn.ModuleList(nn.Linear(WIDTH, len(values) + 1) for values in ATTRIBUTES.values())
-        self.layout_head = nn.Linear(WIDTH, CELLS**2)
+        self.surroundings_head = nn.Linear(WIDTH, WINDOW**2)
         self.geometry_head = nn.Linear(WIDTH, 3)
+        self.match_scale, self.match_bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.0))
 
     def forward(
         self,
@@ -177,23 +185,30 @@ class Pretraining(nn.Module):
         phrase_image: torch.Tensor,
         phrase_share: torch.Tensor,
         patch_attributes: torch.Tensor,
-        patch_layout: torch.Tensor,
+        patch_surroundings: torch.Tensor,
         patch_geometry: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        patches = self.vision(pixel_values).last_hidden_state[:, 1 + REGISTERS :]  # (B, g², D)
-        losses = [
-            F.cross_entropy(head(patches).flatten(0, 1), patch_attributes[..., index].flatten())
-            for index, head in enumerate(self.attribute_heads)
-        ]
-        losses.append(LAYOUT_WEIGHT * F.binary_cross_entropy_with_logits(self.layout_head(patches), patch_layout))
+        seen = self.vision(pixel_values, output_hidden_states=True)
         on_object = patch_attributes[..., 0] > 0  # (B, g²)
-        losses.append(F.smooth_l1_loss(self.geometry_head(patches)[on_object], patch_geometry[on_object], beta=0.1))
+        losses = []
+        for hidden_states in (self.vision.layernorm(seen.hidden_states[DEEP_LAYER]), seen.last_hidden_state):
+            patches = hidden_states[:, 1 + REGISTERS :]  # (B, g², D)
+            losses += [
+                F.cross_entropy(head(patches).flatten(0, 1), patch_attributes[..., index].flatten())
+                for index, head in enumerate(self.attribute_heads)
+            ]
+            guess = self.surroundings_head(patches)
+            losses.append(SURROUNDINGS_WEIGHT * F.binary_cross_entropy_with_logits(guess, patch_surroundings))
+            guess = self.geometry_head(patches)[on_object]
+            losses.append(F.smooth_l1_loss(guess, patch_geometry[on_object], beta=0.1))
 
         text = self.text(input_ids)
         similarity = torch.einsum(
             "nd,npd->np", F.normalize(text.text_embeds, dim=1), F.normalize(patches, dim=2)[phrase_image]
         )
-        losses.append(F.cross_entropy(similarity / TEMPERATURE, phrase_share))
+        losses.append(F.cross_entropy(similarity / TEMPERATURE, phrase_share / phrase_share.sum(1, keepdim=True)))
+        verdicts = similarity * self.match_scale.exp() + self.match_bias
+        losses.append(MATCH_WEIGHT * F.binary_cross_entropy_with_logits(verdicts, phrase_share))
 
         embedding = self.text.text_model.embeddings.token_embedding.weight
         next_tokens = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, IGNORED)
@@ -225,7 +240,7 @@ def main() -> None:
     end = tokenizer.eos_token_id
     vision = Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(
-            image_size=REFERENCE_SIZE,
+            image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
             hidden_size=WIDTH,
             num_hidden_layers=VISION_LAYERS,
@@ -248,7 +263,7 @@ def main() -> None:
         )
     )
     processor = DetrisProcessor(
-        image_processor=DetrisImageProcessor(size={"height": REFERENCE_SIZE, "width": REFERENCE_SIZE}),
+        image_processor=DetrisImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer=tokenizer,
         max_text_length=TEXT_LENGTH,
     )

@@ -2,7 +2,7 @@
 
     python -m data.shapes --output shapes.png
 
-A scene holds two to five textured shapes, some of them partly hidden, and phrases that name one object each. What a
+A scene holds two to four textured shapes, some of them partly hidden, and phrases that name one object each. What a
 phrase means is an `Expression`; `referents` says which objects of a scene fit it, and a phrase is used only when that
 is exactly one object. All borders have margins, and a phrase is dropped when any object that matters stands within
 one, so that reasonable readings agree. With S the side of the image, in pixels:
@@ -54,30 +54,30 @@ FAMILY_WEIGHTS = {
 
 COLORS = {  # hue in degrees, saturation, value
     "red": (0, 0.88, 0.86),
-    "orange": (27, 0.95, 0.97),
     "yellow": (54, 0.88, 0.96),
     "green": (130, 0.80, 0.62),
     "blue": (220, 0.85, 0.88),
-    "purple": (284, 0.70, 0.72),
     "white": (0, 0.0, 0.97),
     "black": (0, 0.0, 0.08),
 }
-TEXTURES = ("plain", "striped", "dotted", "checkered")
-RADII = {"small": (9.0, 11.0), "medium": (13.0, 15.0), "large": (18.0, 22.0)}  # pixels of an image of side 96
+TEXTURES = ("plain", "striped", "dotted")
+TEXTURE_PERIOD = 6.5  # pixels of an image of side 96
+RADII = {"small": (13.0, 15.0), "medium": (18.0, 20.5), "large": (25.0, 27.5)}  # pixels of an image of side 96
 HELD_OUT = {
     ("red", "star"),
-    ("orange", "cross"),
     ("yellow", "ring"),
     ("green", "triangle"),
-    ("blue", "heart"),
-    ("purple", "square"),
-    ("white", "diamond"),
+    ("blue", "cross"),
+    ("white", "square"),
     ("black", "circle"),
 }
 
 MIN_IMAGE_SIZE = 48
-MAX_IMAGES, MAX_OBJECTS = 10**7, 10  # room for ids: of images in a split, of objects in an image
+MAX_IMAGES, ID_STRIDE = 10**7, 10  # room for ids: of images in a split, of objects in an image
 REFERENCE_SIZE = 96
+MIN_OBJECTS, OBJECT_COUNT_WEIGHTS = 2, (0.35, 0.40, 0.25)  # how often a scene has two objects, three, four
+MAX_OBJECTS = MIN_OBJECTS + len(OBJECT_COUNT_WEIGHTS) - 1
+MAX_OBJECT_SCALE = 1.25  # the largest star just fits into the image
 MIN_VISIBLE_SHARE = 0.6  # of an object's own pixels
 MIN_VISIBLE_AREA = 0.012  # of the image; below that an object is not referred to
 MIN_COVER, NO_COVER = 0.004, 0.0005  # of the image: clearly in front, clearly not
@@ -165,13 +165,6 @@ def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     return np.stack([np.cos(turns), np.sin(turns)], 1) * np.where(np.arange(corners) % 2, inner, 1.0)[:, None]
 
 
-def _heart() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    x = 16 * np.sin(t) ** 3
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([x, -y], 1)
-
-
 def _outlines() -> dict[str, list[np.ndarray]]:
     """Closed polygons (corners, 2) of each shape, its bounding box centred on 0 and its outer area 0.75 π."""
     arm = 0.36
@@ -183,8 +176,6 @@ def _outlines() -> dict[str, list[np.ndarray]]:
         "star": _polygon(10, inner=0.45),
         "cross": np.array(cross + [(-x, -y) for x, y in cross]),
         "ring": _polygon(48),
-        "diamond": np.array([(0, -1), (0.66, 0), (0, 1), (-0.66, 0)]),
-        "heart": _heart(),
     }
     outlines = {}
     for shape, points in outer.items():
@@ -199,7 +190,7 @@ def _outlines() -> dict[str, list[np.ndarray]]:
 OUTLINES = _outlines()
 SHAPES = tuple(OUTLINES)
 REACH = {shape: float(np.linalg.norm(polygons[0], axis=1).max()) for shape, polygons in OUTLINES.items()}
-MAX_TILT = {"circle": 0.0, "ring": 0.0, "star": 0.6, "square": 0.2, "diamond": 0.15}  # radians; 0.3 for the rest
+MAX_TILT = {"circle": 0.0, "ring": 0.0, "star": 0.6, "square": 0.2}  # radians; 0.3 for the rest
 
 
 def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice], np.ndarray]:
@@ -234,11 +225,11 @@ def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np
     if thing.texture == "plain":
         return 0.0
     y, x = (np.arange(side.start, side.stop, dtype=np.float32) + 0.5 for side in window)
-    period = {"striped": 5.5, "dotted": 5.5, "checkered": 9.0}[thing.texture] * unit
+    period = TEXTURE_PERIOD * unit
     cosine, sine = math.cos(thing.grain) * 2 * math.pi / period, math.sin(thing.grain) * 2 * math.pi / period
     x, y = (x - thing.x)[None], (y - thing.y)[:, None]
     across, along = np.cos(x * cosine + y * sine), np.cos(y * cosine - x * sine)
-    field = {"striped": across, "dotted": across + along - 0.6, "checkered": across * along}[thing.texture]
+    field = {"striped": across, "dotted": across + along - 0.6}[thing.texture]
     return np.clip(field * (1.6 * unit) + 0.5, 0, 1)  # (h, w)
 
 
@@ -300,7 +291,9 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 # --- scenes -----------------------------------------------------------------------------------------------------
 
 
-def _draw_object(rng: random.Random, image_size: int, earlier: list[SceneObject], held_out: bool) -> SceneObject:
+def _draw_object(
+    rng: random.Random, image_size: int, object_scale: float, earlier: list[SceneObject], held_out: bool
+) -> SceneObject:
     unit = image_size / REFERENCE_SIZE
     # Shared attributes are what makes phrases need more than a noun.
     model = rng.choice(earlier) if earlier else None
@@ -310,7 +303,7 @@ def _draw_object(rng: random.Random, image_size: int, earlier: list[SceneObject]
         color, shape = rng.choice(sorted(HELD_OUT))
     texture = rng.choice(TEXTURES) if rng.random() < 0.7 else "plain"
     size = rng.choices(tuple(RADII), (0.32, 0.28, 0.4))[0]
-    radius = rng.uniform(*RADII[size]) * unit
+    radius = rng.uniform(*RADII[size]) * unit * object_scale
     tilt = MAX_TILT.get(shape, 0.3)
     hue, saturation, value = COLORS[color]
     rgb = colorsys.hsv_to_rgb(
@@ -339,16 +332,19 @@ def _draw_object(rng: random.Random, image_size: int, earlier: list[SceneObject]
     )
 
 
-def _compose(rng: random.Random, key: str, split: str, image_size: int) -> Scene:
+def _compose(
+    rng: random.Random, key: str, split: str, image_size: int, max_objects: int, object_scale: float
+) -> Scene:
     """Place objects from back to front, keeping of each what `MIN_VISIBLE_SHARE` asks."""
-    count = rng.choices((2, 3, 4, 5), (0.12, 0.30, 0.33, 0.25))[0]
+    counts = range(MIN_OBJECTS, max_objects + 1)
+    count = rng.choices(counts, OBJECT_COUNT_WEIGHTS[: len(counts)])[0]
     held_out = set(rng.sample(range(count), min(count, rng.choice((1, 1, 2))))) if split == "unseen" else set()
     objects: list[SceneObject] = []
     whole: list[np.ndarray] = []  # silhouettes, (S, S) bool
     shown: list[np.ndarray] = []  # what the ones in front leave of them
     for index in range(count):
         for _ in range(20):
-            thing = _draw_object(rng, image_size, objects, index in held_out)
+            thing = _draw_object(rng, image_size, object_scale, objects, index in held_out)
             if split != "unseen" and (thing.color, thing.shape) in HELD_OUT:
                 continue
             silhouette = _silhouette(thing, image_size)
@@ -366,27 +362,46 @@ def _compose(rng: random.Random, key: str, split: str, image_size: int) -> Scene
     return Scene(key, image_size, tuple(objects), covers)
 
 
-def _check(split: str, image_size: int, count: int = 0) -> None:
+def _check(split: str, image_size: int, max_objects: int, object_scale: float, count: int = 0) -> None:
     if split not in DEFAULT_SIZES:
         raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}")
     if count < 0:
         raise ValueError(f"the size of split {split!r} is {count}; give a number of images, 0 or more")
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size is {image_size}; give {MIN_IMAGE_SIZE} or more, or shapes cannot be told apart")
+    if not MIN_OBJECTS <= max_objects <= MAX_OBJECTS:
+        raise ValueError(f"max_objects is {max_objects}; give {MIN_OBJECTS} to {MAX_OBJECTS}")
+    if not 0 < object_scale <= MAX_OBJECT_SCALE:
+        raise ValueError(f"object_scale is {object_scale}; give more than 0 and at most {MAX_OBJECT_SCALE}")
 
 
-def draw_scene(seed: int, split: str, index: int, image_size: int = REFERENCE_SIZE) -> Scene:
+def draw_scene(
+    seed: int,
+    split: str,
+    index: int,
+    image_size: int = REFERENCE_SIZE,
+    max_objects: int = MAX_OBJECTS,
+    object_scale: float = 1.0,
+) -> Scene:
     """The scene of one image with its phrases (at least one). The same arguments always give the same scene, however
     many others are drawn.
 
+    Args:
+        seed: Another seed, another set.
+        split: Decides which families of phrases and which colour and shape pairs there are.
+        index: Counts the split's images.
+        image_size: Side of the image in pixels; the scene scales with it.
+        max_objects: A scene has two to so many objects.
+        object_scale: Factor on the objects' size in the image.
+
     Raises:
-        ValueError: for an unknown split or an image size below `MIN_IMAGE_SIZE`.
+        ValueError: for an unknown split or a number out of range.
     """
-    _check(split, image_size)
+    _check(split, image_size, max_objects, object_scale)
     key = f"{seed}/{split}/{index}"
     rng = random.Random(key)
     while True:
-        scene = _compose(rng, key, split, image_size)
+        scene = _compose(rng, key, split, image_size, max_objects, object_scale)
         phrases = tuple(_draw_phrases(rng, scene, i, split) for i in range(len(scene.objects)))
         if any(phrases):
             return replace(scene, phrases=phrases)
@@ -494,7 +509,7 @@ def referents(expression: Expression, scene: Scene) -> list[int]:
 
 NOUNS = ("object", "one", "shape", "thing")
 SYNONYMS = {"large": ("large", "big"), "small": ("small", "little"), "dotted": ("dotted", "spotted")}
-TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
+TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots"}
 _SIDE_WORDINGS = ("{side} {target}", "{target} on the {side}", "{target} on {side}", "{target} on the {side} side")
 _END_WORDINGS = ("{side} {target}", "{target} at the {side}", "{target} at {side}")
 _CORNER_WORDINGS = ("{side} {target}", "{target} in the {side} corner", "{target} on the {side}", "{target} {side}")
@@ -628,16 +643,23 @@ def _draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> t
 # --- rows -------------------------------------------------------------------------------------------------------
 
 
-def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE_SIZE) -> Iterator[dict]:
+def generate_rows(
+    seed: int,
+    split: str,
+    count: int,
+    image_size: int = REFERENCE_SIZE,
+    max_objects: int = MAX_OBJECTS,
+    object_scale: float = 1.0,
+) -> Iterator[dict]:
     """Rows of the schema of `data/refer.py` for the split's first `count` images, one for each object referred to.
 
     `image` is a PIL image, one object for all rows of an image; `mask` (S, S) uint8 of 0 and 1; `category` the shape;
     `image_id`, `ann_id` and `ref_id` are unique over the splits and do not depend on `count`.
     """
-    _check(split, image_size, count)
+    _check(split, image_size, max_objects, object_scale, count)
     offset = list(DEFAULT_SIZES).index(split) * MAX_IMAGES
     for image_index in range(count):
-        scene = draw_scene(seed, split, image_index, image_size)
+        scene = draw_scene(seed, split, image_index, image_size, max_objects, object_scale)
         pixels, labels = render(scene)
         image = Image.fromarray(pixels)
         for index, phrases in enumerate(scene.phrases):
@@ -645,7 +667,7 @@ def generate_rows(seed: int, split: str, count: int, image_size: int = REFERENCE
                 continue
             mask = (labels == index + 1).astype(np.uint8)
             image_id = offset + image_index
-            ann_id = image_id * MAX_OBJECTS + index
+            ann_id = image_id * ID_STRIDE + index
             yield {
                 "image": image,
                 "mask": mask,
@@ -663,7 +685,11 @@ def _png(image: Image.Image) -> bytes:
 
 
 def load_shapes(
-    seed: int = 0, sizes: dict[str, int] | None = None, image_size: int = REFERENCE_SIZE
+    seed: int = 0,
+    sizes: dict[str, int] | None = None,
+    image_size: int = REFERENCE_SIZE,
+    max_objects: int = MAX_OBJECTS,
+    object_scale: float = 1.0,
 ) -> datasets.DatasetDict:
     """Draw the synthetic set in memory: splits train, val, testA (attributes and positions), testB (relations,
     superlatives and ordinals) and unseen (`HELD_OUT` pairs), a row for each object referred to, as `data/refer.py`
@@ -673,23 +699,26 @@ def load_shapes(
         seed: Another seed, another set.
         sizes: Images a split, for the splits that shall differ from `DEFAULT_SIZES`.
         image_size: Side of the square images in pixels; the scenes scale with it.
+        max_objects: A scene has two to so many objects.
+        object_scale: Factor on the objects' size in the image.
 
     Raises:
-        ValueError: for an unknown split, a negative size or an image size below `MIN_IMAGE_SIZE`.
+        ValueError: for an unknown split, a negative size or a number out of range.
     """
     sizes = DEFAULT_SIZES | (sizes or {})
     for split, count in sizes.items():
-        _check(split, image_size, count)
+        _check(split, image_size, max_objects, object_scale, count)
     splits = {}
     for split, count in sizes.items():
         tables = [FEATURES.arrow_schema.empty_table()]
-        for _, group in groupby(generate_rows(seed, split, count, image_size), key=lambda row: row["image_id"]):
+        images = generate_rows(seed, split, count, image_size, max_objects, object_scale)
+        for _, group in groupby(images, key=lambda row: row["image_id"]):
             rows = list(group)
             image = {"bytes": _png(rows[0]["image"]), "path": None}
             rows = [FEATURES.encode_example(row | {"image": image}) for row in rows]
             tables.append(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
         # With a fingerprint given, `datasets` does not pickle all pictures to compute one.
-        fingerprint = Hasher.hash(("shapes", seed, split, count, image_size))
+        fingerprint = Hasher.hash(("shapes", seed, split, count, image_size, max_objects, object_scale))
         splits[split] = datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
     return datasets.DatasetDict(splits)
 
