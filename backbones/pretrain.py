@@ -6,8 +6,10 @@ A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a mill
 scenes of `data/shapes.py` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
 
 * every patch tells shape, colour, texture and size of what it shows, where that object's centre lies, how large it is
-  and which part of the patch it covers, as DINOv2's patches tell parts and objects;
-* phrases find the patches of their object among all patches of the scene, as CLIP's captions find their image;
+  and what of the patch and its surroundings it covers, as DINOv2's patches tell parts and objects; a middle layer's
+  patches too, since DETRIS reads those as well;
+* phrases find the patches of their object among all patches of the scene, as CLIP's captions find their image, and
+  each patch is told apart by itself, as SigLIP does (arXiv 2303.15343);
 * the text tower, which is causal, predicts the next token, so that its words keep what the contrast does not need.
 """
 
@@ -55,7 +57,7 @@ MATCH_WEIGHT = 4.0
 CELLS = 2  # a patch's surroundings are told cell by cell, so many along a patch's side
 REACH = 2  # and so many patches far
 WINDOW = CELLS * (2 * REACH + 1)
-DEEP_LAYER = 4  # its output is taught to see like the last one's
+MIDDLE_LAYER = 4  # its output is taught to see like the last one's
 SENTENCE_SPREAD = 0.1  # standard deviation of a sentence's numbers; DETRIS's kernels start near zero from it
 # Words of everyday phrases, so that the tokenizer does not spell out what people say about photographs.
 EVERYDAY_WORDS = """
@@ -191,7 +193,7 @@ class Pretraining(nn.Module):
         seen = self.vision(pixel_values, output_hidden_states=True)
         on_object = patch_attributes[..., 0] > 0  # (B, g²)
         losses = []
-        for hidden_states in (self.vision.layernorm(seen.hidden_states[DEEP_LAYER]), seen.last_hidden_state):
+        for hidden_states in (self.vision.layernorm(seen.hidden_states[MIDDLE_LAYER]), seen.last_hidden_state):
             patches = hidden_states[:, 1 + REGISTERS :]  # (B, g², D)
             losses += [
                 F.cross_entropy(head(patches).flatten(0, 1), patch_attributes[..., index].flatten())

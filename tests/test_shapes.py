@@ -255,6 +255,23 @@ def test_phrases_hold_at_other_image_sizes(image_size):
             assert all(reading == {i} for phrase in phrases for reading in readings(scene, phrase.text))
 
 
+def test_fewer_and_larger_objects():
+    """As in the quickstart: no scene is crowded, objects stay whole, and phrases stay unambiguous."""
+    scenes = [draw_scene(3, "train", index, 96, max_objects=3, object_scale=1.25) for index in range(150)]
+    assert {len(scene.objects) for scene in scenes} == {2, 3}
+    usual = [thing.radius for scene in scenes_of("train") for thing in scene.objects]
+    radii = [thing.radius for scene in scenes for thing in scene.objects]
+    assert max(radii) > max(usual) and min(radii) > 1.2 * min(usual)
+    for scene in scenes:
+        labels, whole = brute_force(scene)
+        for thing, share in zip(scene.objects, whole):
+            # No part lies beyond the border: the pixels found are all of the outer area, 0.75 π r², or the ring's.
+            ring = 1 - 0.52**2 if thing.shape == "ring" else 1
+            assert share.sum() == pytest.approx(0.75 * math.pi * thing.radius**2 * ring, rel=0.06)
+        for i, phrases in enumerate(scene.phrases):
+            assert all(reading == {i} for phrase in phrases for reading in readings(scene, phrase.text))
+
+
 def test_the_checker_refuses_what_is_wrong():
     """A phrase of one scene read in another one, where most fit nothing or several."""
     scenes = scenes_of("testA")
@@ -467,7 +484,7 @@ def test_sizes_leave_gaps():
     for scene in scenes_of("train"):
         for thing in scene.objects:
             radii[thing.size].append(thing.radius)
-    assert min(radii["small"]) >= 9 and max(radii["large"]) <= 22
+    assert min(radii["small"]) >= 13 and max(radii["large"]) <= 27.5
     assert min(radii["medium"]) > 1.15 * max(radii["small"]) and min(radii["large"]) > 1.15 * max(radii["medium"])
 
 
@@ -550,6 +567,10 @@ def test_bad_arguments_are_named():
         load_shapes(sizes={"val": -1})
     with pytest.raises(ValueError, match="image_size is 20"):
         load_shapes(image_size=20)
+    with pytest.raises(ValueError, match="max_objects is 5; give 2 to 4"):
+        load_shapes(max_objects=5)
+    with pytest.raises(ValueError, match="object_scale is 1.5; .* at most 1.25"):
+        load_shapes(object_scale=1.5)
     with pytest.raises(ValueError, match="'dev'"):
         draw_scene(0, "dev", 0)
     with pytest.raises(ValueError, match="'dev'"):
