@@ -8,8 +8,8 @@ PYTHON := .venv/bin/python
 OPEN_CLIP := open-clip-torch==3.3.0
 # Nothing here needs a model or a data set from the Hub.
 export HF_HUB_OFFLINE := 1
-# glibc otherwise returns the memory of each large tensor to the system, which costs a sixth of the training on CPUs.
-export MALLOC_MMAP_THRESHOLD_ := 1073741824
+# glibc otherwise returns the memory of each large tensor to the system, which makes training on CPUs slower.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
 .PHONY: quickstart test style backbones
