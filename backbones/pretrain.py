@@ -54,6 +54,7 @@ TEMPERATURE = 0.07
 NEXT_TOKEN_WEIGHT = 0.3
 SURROUNDINGS_WEIGHT = 4.0
 MATCH_WEIGHT = 4.0
+MATCH_LOG_SCALE, MATCH_BIAS = 2.3, -4.0  # from cosine to logit, at the start
 CELLS = 2  # a patch's surroundings are told cell by cell, so many along a patch's side
 REACH = 2  # and so many patches far
 WINDOW = CELLS * (2 * REACH + 1)
@@ -177,7 +178,8 @@ class Pretraining(nn.Module):
         self.attribute_heads = nn.ModuleList(nn.Linear(WIDTH, len(values) + 1) for values in ATTRIBUTES.values())
         self.surroundings_head = nn.Linear(WIDTH, WINDOW**2)
         self.geometry_head = nn.Linear(WIDTH, 3)
-        self.match_scale, self.match_bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-4.0))
+        self.match_scale = nn.Parameter(torch.tensor(MATCH_LOG_SCALE))
+        self.match_bias = nn.Parameter(torch.tensor(MATCH_BIAS))
 
     def forward(
         self,
@@ -223,7 +225,7 @@ class Pretraining(nn.Module):
 
 @torch.no_grad()
 def center_sentences(text: CLIPTextModelWithProjection, processor: DetrisProcessor) -> None:
-    """Remove from the projection the direction that all sentences share, and scale the rest as CLIP's is.
+    """Remove from the projection the direction that all sentences share, and scale the rest.
 
     The contrast leaves both open, and DETRIS makes kernels of sentences: a large common part would drown what tells
     phrases apart.
