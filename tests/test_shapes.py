@@ -434,7 +434,7 @@ def test_labels_agree_with_brute_force_visibility():
     for scene in scenes_of("train")[:40]:
         labels, (expected, whole) = render(scene)[1], brute_force(scene, samples=3)
         y, x = np.nonzero(labels != expected)
-        assert len(y) < 0.005 * labels.size
+        assert len(y) < 0.007 * labels.size  # of outlines that may be as long as four sides of the image
         # Where they differ, one of the two objects covers close to half of the pixel.
         shares = np.concatenate([np.zeros_like(whole[:1]), whole])
         disputed = np.stack([shares[labels[y, x], y, x], shares[expected[y, x], y, x]])
