@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
@@ -34,6 +34,7 @@ SOURCES = {
 LAYOUT = "<root>/<dataset>/refs(<split_by>).p, <root>/<dataset>/instances.json and <root>/<images>/<file name>"
 
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
+MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
 EXIF_ORIENTATION = 0x0112
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
@@ -140,64 +141,126 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
         OSError: an image is truncated or no image at all.
         ValueError: the data set is unknown, or a file or row holds what it should not.
     """
+    files = refer_files(root, dataset, split_by)
+    for path in (Path(root).absolute(), *files):
+        require(path)
+    refs, instances = read_refs(files.refs), read_instances(files.instances)
+
+    checked = set()  # images that were found in order
+    ref_ids = set()
+    splits = defaultdict(list)
+    for index, ref in enumerate(refs):
+        split, row, size = read_row(files, index, ref, instances)
+        if row["ref_id"] in ref_ids:  # predictions are named by it
+            raise ValueError(f"{files.refs}: two entries have ref_id {row['ref_id']}; give each a number of its own.")
+        ref_ids.add(row["ref_id"])
+        if row["image"] not in checked:
+            try:
+                check_image(row["image"], size)
+            except (OSError, ValueError) as error:
+                raise type(error)(f"{files.refs}, ref_id {row['ref_id']}: {error}") from error
+            checked.add(row["image"])
+        splits[split].append(row)
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
+    )
+
+
+class ReferFiles(NamedTuple):
+    """Where a data set keeps what it consists of."""
+
+    images: Path  # a folder
+    refs: Path
+    instances: Path
+
+
+def refer_files(root: str | os.PathLike, dataset: str, split_by: str) -> ReferFiles:
+    """Where under `root` a data set belongs, whether it is there or not.
+
+    Raises:
+        ValueError: the data set is unknown.
+    """
     if dataset not in SOURCES or split_by not in SOURCES[dataset][1]:
         known = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
         raise ValueError(f"There is no data set {dataset!r} split by {split_by!r}; known are {known}.")
     root = Path(root).absolute()
-    image_folder = root / SOURCES[dataset][0]
-    refs_path, instances_path = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
-    for path in (root, image_folder, refs_path, instances_path):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; the REFER layout is {LAYOUT}.")
-
-    refs = load_plain_pickle(refs_path)
-    if not isinstance(refs, list):
-        raise ValueError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs.")
-    try:
-        instances = json.loads(instances_path.read_bytes())
-        images, annotations, categories = (
-            {record["id"]: record for record in instances[key]} for key in ("images", "annotations", "categories")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{instances_path} is not a COCO annotation file ({error!r}).") from error
-
-    paths = {}  # image_id -> path of an image that was found in order
-    splits = defaultdict(list)
-    for index, ref in enumerate(refs):
-        where = f"{refs_path}, entry {index}"
-        try:
-            where = f"{refs_path}, ref_id {ref['ref_id']}"
-            image = _record(images, "image_id", ref["image_id"])
-            annotation = _record(annotations, "ann_id", ref["ann_id"])
-            if annotation["image_id"] != image["id"]:
-                raise ValueError(f"ann_id {annotation['id']} is of image {annotation['image_id']}, not {image['id']}.")
-            size = (image["height"], image["width"])
-            if image["id"] not in paths:
-                paths[image["id"]] = _checked_image(image_folder, image["file_name"], size)
-            sentences = [sentence["sent"].strip() for sentence in ref["sentences"]]
-            if not sentences or not all(sentences):
-                raise ValueError(f"one of the phrases {sentences} is empty; write it or remove it.")
-            if not re.fullmatch(r"\w+", ref["split"]):  # it becomes a folder's name when the rows are saved
-                raise ValueError(f"{ref['split']!r} cannot name a split; use letters and digits.")
-            splits[ref["split"]].append(
-                {
-                    "image": str(paths[image["id"]]),
-                    "mask": _rle(annotation["segmentation"], size, f"ann_id {annotation['id']}"),
-                    "sentences": sentences,
-                    "ref_id": ref["ref_id"],
-                    "ann_id": annotation["id"],
-                    "image_id": image["id"],
-                    "category": _record(categories, "category_id", ref["category_id"])["name"],
-                    "bbox": annotation["bbox"],
-                }
-            )
-        except (OSError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from error
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{where}: a field is missing or not of REFER's type ({error!r}).") from error
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
+    return ReferFiles(
+        root / SOURCES[dataset][0], root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
     )
+
+
+def require(path: Path) -> None:
+    """Raise a FileNotFoundError that shows the layout if there is no such file or folder."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; the REFER layout is {LAYOUT}.")
+
+
+def read_refs(path: Path) -> list:
+    """Read a refs file.
+
+    Raises:
+        ValueError: it is no pickle of a list, or holds more than plain data.
+    """
+    refs = load_plain_pickle(path)
+    if not isinstance(refs, list):
+        raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
+    return refs
+
+
+def read_instances(path: Path) -> dict[str, dict[int, dict]]:
+    """Read `instances.json`: its images, annotations and categories, each by id.
+
+    Raises:
+        ValueError: it is no COCO annotation file.
+    """
+    try:
+        instances = json.loads(path.read_bytes())
+        return {
+            key: {record["id"]: record for record in instances[key]} for key in ("images", "annotations", "categories")
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a COCO annotation file ({error!r}).") from error
+
+
+def read_row(files: ReferFiles, index: int, ref: dict, instances: dict) -> tuple[str, dict, tuple[int, int]]:
+    """The split and row of the ref at `index`, and the (height, width) of its image, whose file is not looked at.
+
+    Raises:
+        ValueError: the ref is broken, or a record that it names is missing or broken.
+    """
+    where = f"{files.refs}, entry {index}"
+    try:
+        where = f"{files.refs}, ref_id {ref['ref_id']}"
+        image = _record(instances["images"], "image_id", ref["image_id"])
+        annotation = _record(instances["annotations"], "ann_id", ref["ann_id"])
+        if annotation["image_id"] != image["id"]:
+            raise ValueError(f"ann_id {annotation['id']} is of image {annotation['image_id']}, not {image['id']}.")
+        file_name = Path(image["file_name"])
+        if file_name.is_absolute() or ".." in file_name.parts:
+            raise ValueError(f"image {image['file_name']!r} is not inside {files.images}.")
+        sentences = [sentence["sent"].strip() for sentence in ref["sentences"]]
+        if not sentences or not all(sentences):
+            raise ValueError(f"one of the phrases {sentences} is empty; write it or remove it.")
+        if not re.fullmatch(r"\w+", ref["split"]):  # it becomes a folder's name when the rows are saved
+            raise ValueError(f"{ref['split']!r} cannot name a split; use letters and digits.")
+        size = (image["height"], image["width"])
+        if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"image_id {image['id']} is recorded as {size[0]} x {size[1]} pixels; no image is.")
+        row = {
+            "image": str(files.images / file_name),
+            "mask": _rle(annotation["segmentation"], size, f"ann_id {annotation['id']}"),
+            "sentences": sentences,
+            "ref_id": ref["ref_id"],
+            "ann_id": annotation["id"],
+            "image_id": image["id"],
+            "category": _record(instances["categories"], "category_id", ref["category_id"])["name"],
+            "bbox": annotation["bbox"],
+        }
+        return ref["split"], row, size
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{where}: a field is missing or not of REFER's type ({error!r}).") from error
 
 
 def _record(records: dict[int, dict], name: str, key: int) -> dict:
@@ -206,11 +269,14 @@ def _record(records: dict[int, dict], name: str, key: int) -> dict:
     return records[key]
 
 
-def _checked_image(folder: Path, file_name: str, size: tuple[int, int]) -> Path:
-    """The path of an image whose file is whole and as large (height, width) as its record says."""
-    if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
-        raise ValueError(f"image {file_name!r} is not inside {folder}.")
-    path = folder / file_name
+def check_image(path: str | os.PathLike, size: tuple[int, int]) -> None:
+    """Make sure that an image's file is whole and as large, (height, width), as its record says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is truncated or no image at all.
+        ValueError: it has another size.
+    """
     try:
         with open(path, "rb") as file, PIL.Image.open(file) as image:
             width, height = image.size
@@ -224,8 +290,10 @@ def _checked_image(folder: Path, file_name: str, size: tuple[int, int]) -> Path:
     except Exception as error:  # Pillow's decoders raise many types
         raise OSError(f"image {path} cannot be read ({error}); copy or download it again.") from error
     if (height, width) != size:
-        raise ValueError(f"image {path} is {height} x {width} pixels, but its record says {size[0]} x {size[1]}.")
-    return path
+        raise ValueError(
+            f"image {path} is {height} x {width} pixels (height x width) when upright, as its EXIF orientation says, "
+            f"but its record says {size[0]} x {size[1]}: annotate the upright image."
+        )
 
 
 def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:

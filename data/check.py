@@ -1,0 +1,137 @@
+"""Check a download of the REFER data sets against what was published, and name everything that is missing.
+
+    python -m data.check path/to/refer                          # every data set of PUBLISHED
+    python -m data.check path/to/refer refcoco/unc refcocog/umd
+
+Ends with status 0 when all is complete, with 1 when anything is missing, broken or differs in number.
+"""
+
+import argparse
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.utils import tqdm
+
+from .refer import check_image, read_instances, read_refs, read_row, refer_files, require
+
+NAMES_SHOWN = 5  # of missing images, which can be thousands
+
+
+class Counts(NamedTuple):
+    """What a split holds."""
+
+    objects: int
+    phrases: int
+    images: int
+
+
+# What the released files hold; data/README.md has the same table and says where each number is from.
+PUBLISHED = {
+    "refcoco/unc": {
+        "train": Counts(42404, 120624, 16994),
+        "val": Counts(3811, 10834, 1500),
+        "testA": Counts(1975, 5657, 750),
+        "testB": Counts(1810, 5095, 750),
+    },
+    "refcoco+/unc": {
+        "train": Counts(42278, 120191, 16992),
+        "val": Counts(3805, 10758, 1500),
+        "testA": Counts(1975, 5726, 750),
+        "testB": Counts(1798, 4889, 750),
+    },
+    "refcocog/umd": {
+        "train": Counts(42226, 80512, 21899),
+        "val": Counts(2573, 4896, 1300),
+        "test": Counts(5023, 9602, 2600),
+    },
+    "refcocog/google": {  # its phrases are inferred, not counted
+        "train": Counts(44822, 85474, 24698),
+        "val": Counts(5000, 9536, 4650),
+    },
+}
+
+
+def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[str]]:
+    """Read all of a data set, and go on where `load_refer` would stop.
+
+    Args:
+        root: folder in the REFER layout.
+        name: dataset and split_by, such as `refcoco/unc`.
+
+    Returns:
+        What the sound refs of each split amount to, whether their images are there or not, and a sentence for
+        each problem.
+    """
+    files = refer_files(root, *name.split("/"))
+    problems = []
+
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+
+    for path in files:
+        attempt(require, path)
+    refs = attempt(read_refs, files.refs) if files.refs.exists() else None
+    instances = attempt(read_instances, files.instances) if files.instances.exists() else None
+    if refs is None or instances is None:
+        return {}, problems
+
+    splits = defaultdict(list)
+    sizes = {}
+    for index, ref in enumerate(tqdm(refs, desc=f"{name}: annotations", unit="ref")):
+        if found := attempt(read_row, files, index, ref, instances):
+            split, row, size = found
+            splits[split].append(row)
+            sizes[row["image"]] = size
+
+    missing = []
+    for path, size in tqdm(sizes.items(), desc=f"{name}: images", unit="image"):
+        if Path(path).exists():
+            attempt(check_image, path, size)
+        else:
+            missing.append(os.path.relpath(path, files.images))
+    if missing:
+        names = ", ".join(missing[:NAMES_SHOWN]) + (" …" if len(missing) > NAMES_SHOWN else "")
+        problems.append(f"{len(missing)} of {len(sizes)} images are missing in {files.images}: {names}")
+    counts = {
+        split: Counts(len(rows), sum(len(row["sentences"]) for row in rows), len({row["image"] for row in rows}))
+        for split, rows in splits.items()
+    }
+    return counts, problems
+
+
+def report(root: str | os.PathLike, name: str) -> bool:
+    """Print what `check` finds beside what was published; True if they agree and nothing is wrong."""
+    found, problems = check(root, name)
+    for problem in problems:
+        print(f"- {problem}")
+    print(f"{name + ' (found / published)':<30}" + "".join(f"{field:>20}" for field in Counts._fields))
+    published = PUBLISHED[name]
+    complete = not problems
+    for split in published | found:
+        ours, theirs = found.get(split, Counts(0, 0, 0)), published.get(split, Counts(0, 0, 0))
+        complete &= ours == theirs
+        cells = "".join(f"{f'{one:,} / {other:,}':>20}" for one, other in zip(ours, theirs))
+        print(f"{split:<30}{cells}" + ("" if ours == theirs else "   differs"))
+    print(f"{name}: {'ok' if complete else 'incomplete'}\n")
+    return complete
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Check REFER data sets against what was published.", prog="python -m data.check"
+    )
+    parser.add_argument("root", help="folder that holds images/ and a folder for each data set")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(PUBLISHED)}; all by default")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(PUBLISHED):
+        parser.error(f"no counts are known for {', '.join(sorted(unknown))}; choose from {', '.join(PUBLISHED)}")
+    return 0 if all([report(options.root, name) for name in options.names or PUBLISHED]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,190 @@
+"""The check of a download: what it counts, what it names, and its status, on a small set broken in known ways."""
+
+import re
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from test_refer import HEIGHT, WIDTH, ReferFolder, cut
+
+from data import check
+from data.check import PUBLISHED, Counts
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT.parent / "shared" / "refer_mini"
+NAME = "refcoco/unc"
+WHOLE = {"train": Counts(4, 8, 2), "val": Counts(1, 2, 1), "testA": Counts(1, 2, 1), "testB": Counts(1, 2, 1)}
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+
+
+@pytest.fixture
+def refer(tmp_path, monkeypatch):
+    """A complete set of seven objects, whose numbers are the published ones."""
+    monkeypatch.setattr(check, "PUBLISHED", {NAME: WHOLE})
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write()
+    return folder
+
+
+def run(capsys, *arguments):
+    status = check.main([str(argument) for argument in arguments])
+    return status, capsys.readouterr().out
+
+
+def problems(text):
+    return [line for line in text.splitlines() if line.startswith("- ")]
+
+
+def test_a_complete_set_is_ok(refer, capsys):
+    status, text = run(capsys, refer.root)
+    assert status == 0 and not problems(text)
+    assert f"{NAME}: ok" in text and "differs" not in text
+    assert re.search(r"^train +4 / 4 +8 / 8 +2 / 2$", text, re.MULTILINE)
+
+
+def test_images_are_counted_without_their_files(refer, capsys):
+    for path in refer.images.iterdir():
+        path.unlink()
+    status, text = run(capsys, refer.root, NAME)
+    assert status == 1 and "differs" not in text
+    (line,) = problems(text)
+    assert line == f"- 2 of 2 images are missing in {refer.images}: first.jpg, second.png"
+
+
+def test_only_the_first_of_many_missing_images_are_named(refer, capsys):
+    for number in range(3, 10):
+        refer.instances["images"].append({"id": number, "file_name": f"{number}.jpg", "height": 30, "width": 40})
+        annotation = refer.instances["annotations"][0] | {"id": 100 + number, "image_id": number}
+        refer.instances["annotations"].append(annotation)
+        refer.refs.append(refer.refs[0] | {"ref_id": number, "ann_id": 100 + number, "image_id": number})
+    refer.write()
+    status, text = run(capsys, refer.root)
+    assert status == 1
+    assert problems(text) == [f"- 7 of 9 images are missing in {refer.images}: 3.jpg, 4.jpg, 5.jpg, 6.jpg, 7.jpg …"]
+    assert re.search(r"^train +11 / 4 +22 / 8 +9 / 2 +differs$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        (["refcoco/refs(unc).p"], ["refs(unc).p"]),
+        (["refcoco/instances.json"], ["instances.json"]),
+        (["refcoco/refs(unc).p", "refcoco/instances.json"], ["refs(unc).p", "instances.json"]),
+        (["images"], ["train2014", "2 of 2 images are missing"]),
+        (["images", "refcoco"], ["train2014", "refs(unc).p", "instances.json"]),
+    ],
+)
+def test_missing_files_and_folders_are_all_named(refer, capsys, gone, named):
+    for number, path in enumerate(gone):
+        (refer.root / path).rename(refer.root / f"away{number}")
+    status, text = run(capsys, refer.root)
+    assert status == 1 and f"{NAME}: incomplete" in text
+    lines = problems(text)
+    assert len(lines) == len(named)
+    for line, name in zip(lines, named):
+        assert name in line
+        assert "does not exist; the REFER layout is" in line or "images are missing in" in line
+    if "refcoco" in str(gone):
+        assert re.search(r"^train +0 / 4 +0 / 8 +0 / 2 +differs$", text, re.MULTILINE)
+
+
+def test_everything_wrong_is_named_in_one_run(refer, capsys):
+    refer.refs[1]["ann_id"] = 99
+    refer.refs[2]["sentences"][0]["sent"] = " "
+    del refer.refs[3]["image_id"]
+    refer.refs[4] = "a word"
+    refer.instances["annotations"][5]["segmentation"] = []
+    refer.write()
+    cut(refer.images / "first.jpg", -200)
+    status, text = run(capsys, refer.root)
+    assert status == 1
+    expected = [
+        r"refs\(unc\)\.p, ref_id 111: ann_id 99 is not in instances\.json",
+        r"refs\(unc\)\.p, ref_id 112: one of the phrases .* is empty",
+        r"refs\(unc\)\.p, ref_id 113: a field is missing .*image_id",
+        r"refs\(unc\)\.p, entry 4: a field is missing or not of REFER's type",
+        r"refs\(unc\)\.p, ref_id 115: ann_id 15 has no mask",
+        r"image .*first\.jpg cannot be read .*truncated",
+    ]
+    assert len(problems(text)) == len(expected)
+    for line, pattern in zip(problems(text), expected):
+        assert re.search(pattern, line), line
+    assert re.search(r"^train +2 / 4 +4 / 8 +1 / 2 +differs$", text, re.MULTILINE)  # 110 and 116 are left
+    assert re.search(r"^val +0 / 1 +0 / 2 +0 / 1 +differs$", text, re.MULTILINE)
+
+
+def test_both_broken_annotation_files_are_named(refer, capsys):
+    for name in ("refs(unc).p", "instances.json"):
+        (refer.root / "refcoco" / name).write_text("<html>404</html>")
+    status, text = run(capsys, refer.root)
+    assert status == 1
+    first, second = problems(text)
+    assert "refs(unc).p is not a pickle" in first and "instances.json is not a COCO annotation file" in second
+
+
+def test_images_of_another_size_are_named(refer, capsys):
+    PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(refer.images / "second.png")
+    status, text = run(capsys, refer.root)
+    (line,) = problems(text)
+    assert status == 1 and f"second.png is {WIDTH} x {HEIGHT} pixels" in line
+    assert f"its record says {HEIGHT} x {WIDTH}" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (lambda refs: refs.pop(), r"train +3 / 4 +6 / 8 +2 / 2"),
+        (lambda refs: refs[0]["sentences"].pop(), r"train +4 / 4 +7 / 8 +2 / 2"),
+        (lambda refs: refs[2].update(split="dev"), r"dev +1 / 0 +2 / 0 +1 / 0"),
+        (lambda refs: refs[2].update(split="dev"), r"val +0 / 1 +0 / 2 +0 / 1"),
+    ],
+)
+def test_other_numbers_are_no_download_of_that_set(refer, capsys, change, row):
+    change(refer.refs)
+    refer.write()
+    status, text = run(capsys, refer.root)
+    assert status == 1 and not problems(text)
+    assert re.search(rf"^{row} +differs$", text, re.MULTILINE)
+
+
+def test_all_sets_are_checked_unless_some_are_named(refer, capsys, monkeypatch):
+    monkeypatch.setattr(check, "PUBLISHED", {NAME: WHOLE, "refcocog/google": WHOLE})
+    status, text = run(capsys, refer.root)
+    assert status == 1 and "refcoco/unc: ok" in text and "refcocog/google: incomplete" in text
+    status, text = run(capsys, refer.root, NAME)
+    assert status == 0 and "refcocog" not in text
+
+
+def test_unknown_sets_are_refused_with_the_known_ones(refer, capsys):
+    with pytest.raises(SystemExit) as caught:
+        check.main([str(refer.root), "refcoco"])
+    assert caught.value.code == 2
+    assert "no counts are known for refcoco; choose from refcoco/unc" in capsys.readouterr().err
+
+
+def test_sums_are_those_of_the_literature():
+    """Objects, phrases: RefCOCO and RefCOCO+ of Yu et al. 2016 (their 142,209 is one short), RefCOCOg as released."""
+    sums = {name: tuple(map(sum, zip(*splits.values())))[:2] for name, splits in PUBLISHED.items()}
+    assert sums == {
+        "refcoco/unc": (50_000, 142_210),
+        "refcoco+/unc": (49_856, 141_564),
+        "refcocog/umd": (49_822, 95_010),
+        "refcocog/google": (49_822, 95_010),
+    }
+
+
+def test_the_readme_has_the_same_numbers():
+    pattern = r"^\| `([\w+]+/\w+)` \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$"
+    table = {}
+    for name, split, *counts in re.findall(pattern, (ROOT / "data" / "README.md").read_text(), re.MULTILINE):
+        table.setdefault(name, {})[split] = tuple(int(count.replace(",", "")) for count in counts)
+    assert table == PUBLISHED
+
+
+@pytest.mark.skipif(not MINI.exists(), reason="needs the photographs of ../shared/refer_mini")
+def test_five_photographs_are_sound_but_few(capsys):
+    status, text = run(capsys, MINI)
+    assert status == 1 and not problems(text)
+    assert [line.split(":")[0] for line in text.splitlines() if line.endswith("incomplete")] == list(PUBLISHED)
+    assert text.count("differs") == sum(map(len, PUBLISHED.values()))
