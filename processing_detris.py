@@ -33,6 +33,7 @@ DEFAULT_SIDE = 448
 SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
+BYTE_SYMBOLS = 512  # 256 bytes, within a word and at its end
 
 
 def _letterbox_geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
@@ -258,12 +259,19 @@ class DetrisProcessor(ProcessorMixin):
         mask_threshold (`float`): a pixel is foreground where its probability is above this.
 
     Raises:
-        ValueError: if `max_text_length` leaves no room for a word.
+        ValueError: if `max_text_length` leaves no room for a word, or the tokenizer has no vocabulary.
     """
 
     def __init__(self, image_processor, tokenizer, max_text_length: int = 17, mask_threshold: float = 0.35):
         if max_text_length < 3:
             raise ValueError(f"max_text_length is {max_text_length}: start, end and at least one word need 3 or more.")
+        if (
+            len(tokenizer) < BYTE_SYMBOLS
+        ):  # `from_pretrained` makes an empty one where the vocabulary's file is missing
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} symbols, but CLIP's spell every byte and have {BYTE_SYMBOLS} or "
+                "more: tokenizer.json is missing from its folder, so save or download it again."
+            )
         super().__init__(image_processor, tokenizer)
         self.max_text_length = max_text_length
         self.mask_threshold = mask_threshold

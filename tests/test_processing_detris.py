@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from processing_detris import DetrisImageProcessor, DetrisProcessor
@@ -356,6 +357,13 @@ def test_empty_phrases_are_refused(processor, phrase, wrap):
 def test_start_and_end_need_room(tiny_tokenizer, image_processor):
     with pytest.raises(ValueError, match="max_text_length is 2"):
         DetrisProcessor(image_processor, tiny_tokenizer, max_text_length=2)
+
+
+def test_a_tokenizer_whose_file_is_missing_is_refused(tiny_tokenizer, image_processor, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        DetrisProcessor(image_processor, CLIPTokenizer.from_pretrained(tmp_path))
 
 
 # Images and phrases together
