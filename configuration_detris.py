@@ -18,7 +18,7 @@ class DetrisConfig(PreTrainedConfig):
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision backbone, of type `dinov2_with_registers` (default) or `dinov2`. Its
-            `image_size` always becomes the `image_size` below: the model keeps its position table at its own grid.
+            `image_size` is that of its pretraining and sets the size of its position table.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the CLIP text backbone (`clip_text_model`). Its `projection_dim` is the width of the
             sentence embedding.
@@ -102,18 +102,15 @@ class DetrisConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_fields()
-        # The sub-config may belong to the caller: change a copy.
-        self.vision_config = type(self.vision_config).from_dict(
-            self.vision_config.to_dict() | {"image_size": self.image_size}
-        )
+        self.check_fields()
 
     @property
     def grid_size(self) -> int:
         """Patches along one side of the image, `g`."""
         return self.image_size // self.vision_config.patch_size
 
-    def _check_fields(self) -> None:
+    def check_fields(self) -> None:
+        """Refuse values that cannot work with a `ValueError`, also where fields were set one by one."""
         vision, text = self.vision_config, self.text_config
         if vision.model_type not in ("dinov2", "dinov2_with_registers"):
             raise ValueError(

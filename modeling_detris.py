@@ -7,13 +7,14 @@ with `R` registers, `D` vision width, `C` text width, `S` width of the sentence 
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 from peft import inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from transformers import AutoModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers.utils import ModelOutput
 
 try:
@@ -66,8 +67,18 @@ def resample_position_table(position_embeddings: torch.Tensor, grid_size: int) -
         return position_embeddings
     grid = patch_positions.transpose(1, 2).unflatten(2, (old_grid_size, old_grid_size))  # (1, D, g', g')
     scale_factor = (grid_size + POSITION_GRID_OFFSET) / old_grid_size
-    grid = F.interpolate(grid, scale_factor=(scale_factor, scale_factor), mode="bicubic", recompute_scale_factor=False)
-    return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
+    grid = F.interpolate(
+        grid.float(), scale_factor=(scale_factor, scale_factor), mode="bicubic", recompute_scale_factor=False
+    )
+    return torch.cat([class_position, grid.flatten(2).transpose(1, 2).to(class_position.dtype)], dim=1)
+
+
+def _align(model: nn.Module) -> nn.Module:
+    # Loaded tensors lie where they lie in the file, unaligned, so that matrix products round otherwise than with those
+    # of the model that was saved.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -262,22 +273,24 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
 
-    def __init__(self, config: DetrisConfig):
+    def __init__(
+        self,
+        config: DetrisConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: CLIPTextModelWithProjection | None = None,
+    ):
         super().__init__(config)
-        if config.vision_config.image_size != config.image_size:
-            raise ValueError(
-                f"image_size is {config.image_size} but the position table is for {config.vision_config.image_size}: "
-                f"load the model at its own size, then call resize_image({config.image_size})."
-            )
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.text_model = CLIPTextModel(config.text_config)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.text_config.projection_dim, bias=False)
+        config.check_fields()  # loading may have changed some
+        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
+        text_model = text_model or CLIPTextModelWithProjection(config.text_config)
+        self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
+        self.vision_model.embeddings.interpolate_pos_encoding = self._position_embeddings
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
         self.prefix_length = 1 + getattr(config.vision_config, "num_register_tokens", 0)
         self.post_init()
-        # After `post_init`, which starts all that stands inside a backbone by the backbone's rules.
+        # After `post_init`, which starts all that stands inside a backbone by the backbone's rules, if it is new.
         if config.vision_adapter_layers or config.text_adapter_layers:
             inject_adapter_in_model(self._adapter_config(), self)
         self._set_trainable()
@@ -367,29 +380,15 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 f"({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} are too many "
                 f"({', '.join(unexpected[:3]) or 'none'}). Load it with the configuration that it was saved with."
             )
-        # Loaded tensors lie where they lie in the file, unaligned, so that matrix products round otherwise than with
-        # those of the model that was saved.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+        _align(model)
         # Loading makes every parameter trainable.
         model._set_trainable()
         return (model, loading_info) if output_loading_info else model
 
-    def resize_image(self, image_size: int) -> None:
-        """
-        Prepare the model for square images of another size: its position table is resampled as the official code does.
-
-        Args:
-            image_size (`int`): new side in pixels, divisible by the patch size.
-
-        Raises:
-            ValueError: if the patch size does not divide `image_size`.
-        """
-        config = DetrisConfig.from_dict(self.config.to_dict() | {"image_size": image_size})
-        embeddings = self.vision_model.embeddings
-        table = resample_position_table(embeddings.position_embeddings.detach(), config.grid_size)
-        embeddings.position_embeddings = nn.Parameter(table, embeddings.position_embeddings.requires_grad)
-        self.config.image_size = self.config.vision_config.image_size = image_size
+    def _position_embeddings(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        # In place of the backbone's own method, whose resampling differs from the official one. The table is kept as
+        # it was pretrained, so that any image size is resampled from the original and can be saved without loss.
+        return resample_position_table(self.vision_model.embeddings.position_embeddings, self.config.grid_size)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, **config_fields) -> "DetrisForReferringSegmentation":
@@ -397,8 +396,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         Build a fresh DETRIS: pretrained backbones, untrained adapters and head.
 
         Args:
-            vision (`str`): Hub id or folder of a DINOv2 model, with or without registers.
-            text (`str`): Hub id or folder of a CLIP model; its text tower and text projection are taken.
+            vision (`str`): Hub id or folder of a DINOv2 model, with or without registers, or an original `.pth` file.
+            text (`str`): Hub id or folder of a CLIP model, or OpenAI's original file; its text tower is taken.
             **config_fields: further fields of [`DetrisConfig`].
 
         Returns:
@@ -408,27 +407,34 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             OSError: if a folder or Hub id cannot be read.
             ValueError: if the backbones or fields do not fit together.
         """
-        # Whatever they are stored in: adapters and head are trained in float32.
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        vision_model, vision_info = AutoModel.from_pretrained(vision, **options)
-        text_model, text_info = CLIPTextModelWithProjection.from_pretrained(text, **options)
-        for source, info in ((vision, vision_info), (text, text_info)):
+        vision_model = cls._read_backbone(vision, AutoModel, "read_dinov2")
+        text_model = cls._read_backbone(text, CLIPTextModelWithProjection, "read_clip_text")
+        # Copies of their configurations: the backbones have settled which attention they use.
+        config = DetrisConfig(
+            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
+        )
+        return cls(config, vision_model, text_model).eval()
+
+    @staticmethod
+    def _read_backbone(source: str, model_class: type, read_original: str) -> PreTrainedModel:
+        if os.path.isfile(source):
+            try:  # only those who build a new DETRIS need this, and have the repository
+                import convert_detris_checkpoint
+            except ImportError:
+                raise ValueError(
+                    f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
+                    "convert_detris_checkpoint.py to read it."
+                ) from None
+            model = getattr(convert_detris_checkpoint, read_original)(source)
+        else:
+            # Whatever they are stored in: adapters and head are trained in float32.
+            model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
             if info["missing_keys"]:
                 raise ValueError(
                     f"{source} lacks {len(info['missing_keys'])} tensors of its backbone, such as "
                     f"{min(info['missing_keys'])}: give a DINOv2 model for vision and a CLIP model for text."
                 )
-        config = DetrisConfig(
-            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
-        )
-        model = cls(config)
-        vision_weights, table = vision_model.state_dict(), "embeddings.position_embeddings"
-        vision_weights[table] = resample_position_table(vision_weights[table], config.grid_size)
-        weights = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
-        weights |= text_model.state_dict()
-        names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
-        model.load_state_dict({names[name]: weight for name, weight in weights.items()}, strict=False)
-        return model.eval()
+        return _align(model)
 
     def encode_text(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -525,7 +531,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, "
-                f"{size}): use its processor, or call resize_image for another size."
+                f"{size}): use its processor, or load the model with image_size= for another size."
             )
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (phrases, tokens).")

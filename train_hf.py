@@ -1,16 +1,21 @@
 """Train, evaluate and run DETRIS with the Hugging Face Trainer.
 
     python train_hf.py configs/quickstart.yaml --learning_rate 5e-4
-    accelerate launch --num_processes 4 train_hf.py configs/quickstart.yaml --output_dir runs/four
+    accelerate launch --num_processes 4 train_hf.py configs/base_refcoco.yaml --data_root path/to/refer
     python train_hf.py configs/quickstart.yaml --resume_from_checkpoint runs/quickstart/checkpoint-100
-    python train_hf.py --model_name_or_path runs/quickstart --dataset shapes --test_splits testA --do_predict
+    python train_hf.py --model_name_or_path runs/base_refcoco --data_root path/to/refer \
+        --test_splits refcoco:unc:val refcoco:unc:testA refcoco+:unc:val refcocog:umd:test --do_predict
 
 A YAML or JSON file may come first; it holds the same arguments, and those on the command line win. They are the fields
 of the three dataclasses below; `--help` lists them with all that `TrainingArguments` brings.
 """
 
+import functools
 import json
+import logging
 import random
+import shutil
+import statistics
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +24,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from accelerate.utils import broadcast
@@ -35,9 +41,11 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from configuration_detris import DetrisConfig
-from data.refer import load_refer
+from convert_detris_checkpoint import TOKENIZER
+from data.refer import FEATURES, load_refer
 from data.shapes import load_shapes
 from gallery import Sample, draw_sample
 from modeling_detris import DetrisForReferringSegmentation
@@ -45,6 +53,10 @@ from processing_detris import DetrisImageProcessor, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
+MIXTURE = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
+TABLE_COLUMNS = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
+
+logger = logging.getLogger(__name__)
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -67,7 +79,11 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Saved DETRIS: a folder or a Hub id."})
     vision_backbone: str | None = field(default=None, metadata={"help": "DINOv2 for a new DETRIS: folder or Hub id."})
-    text_backbone: str | None = field(default=None, metadata={"help": "CLIP, and its tokenizer, for a new DETRIS."})
+    text_backbone: str | None = field(default=None, metadata={"help": "CLIP for a new DETRIS."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": f"CLIP's: folder or Hub id; else the model's own, or {TOKENIZER} where it has none."},
+    )
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
     )
@@ -79,9 +95,10 @@ class ModelArguments:
         unknown = set(self.model_config) - {config_field.name for config_field in fields(DetrisConfig)}
         if unknown:
             raise ValueError(f"model_config has {sorted(unknown)}, which are no fields of DetrisConfig.")
-        new = bool(self.vision_backbone and self.text_backbone)
-        if new == bool(self.model_name_or_path):
-            raise ValueError("Give either model_name_or_path, or vision_backbone and text_backbone.")
+        backbones = [self.vision_backbone, self.text_backbone]
+        new = all(backbones)
+        if any(backbones) != new or new == bool(self.model_name_or_path):
+            raise ValueError("Give either model_name_or_path, or both vision_backbone and text_backbone.")
         if self.model_config and not new:
             raise ValueError("model_config describes a new model; the one at model_name_or_path has its own.")
 
@@ -92,7 +109,10 @@ class DataArguments:
 
     dataset: str = field(
         default="shapes",
-        metadata={"help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', or a folder made by save_to_disk."},
+        metadata={
+            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by save_to_disk, or several "
+            "that are trained on together, as 'refcoco/unc + refcoco+/unc': the first one's other splits are taken."
+        },
     )
     data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
     shapes_config: dict | str | None = field(
@@ -100,12 +120,32 @@ class DataArguments:
     )
     train_split: str = "train"
     eval_split: str = field(default="val", metadata={"help": "Split that chooses the best checkpoint."})
-    test_splits: list[str] = field(default_factory=list, metadata={"help": "Splits that --do_predict runs over."})
+    eval_first_phrase_only: bool = field(
+        default=False, metadata={"help": "Choose it as officially, by the first phrase of each object alone."}
+    )
+    test_splits: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Splits that --do_predict runs over: of the data set, as 'val', or of another, as "
+            "'refcoco+:unc:testA'."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first rows of each split."})
 
     def __post_init__(self):
         self.shapes_config = _from_json(self.shapes_config, "shapes_config")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more, or leave it out for all rows.")
+        if isinstance(self.test_splits, str):
+            raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
+        for name in self.test_splits:
+            if name.count(":") not in (0, 2):
+                raise ValueError(
+                    f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set, split_by and "
+                    "split such as 'refcoco+:unc:testA'."
+                )
 
 
 @dataclass
@@ -115,6 +155,13 @@ class DetrisTrainingArguments(TrainingArguments):
     learning_rate: float = 1e-4
     num_train_epochs: float = 65.0
     per_device_train_batch_size: int = 32
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Objects of an optimizer step over all processes and accumulated steps; takes the place of "
+            "per_device_train_batch_size."
+        },
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Any other than 'constant' takes the place of the milestones."}
@@ -137,6 +184,10 @@ class DetrisTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
+    use_cpu: bool = not torch.accelerator.is_available()  # or else bf16 is refused there
+    save_masks: bool = field(
+        default=True, metadata={"help": "Write each predicted mask and a picture of it, not only its IoU."}
+    )
     report_to: None | str | list[str] = field(
         default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
     )
@@ -146,6 +197,27 @@ class DetrisTrainingArguments(TrainingArguments):
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}: DETRIS's loss has none, give 0."
+            )
+        if self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_") not in TABLE_COLUMNS:
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}: give one of {', '.join(TABLE_COLUMNS)}."
+            )
+        if self.global_batch_size is not None:
+            parts = self.world_size * self.gradient_accumulation_steps
+            if self.global_batch_size < 1 or self.global_batch_size % parts:
+                raise ValueError(
+                    f"global_batch_size is {self.global_batch_size}: it must be a positive multiple of {parts}, which "
+                    f"is {self.world_size} processes times {self.gradient_accumulation_steps} accumulated steps."
+                )
+            self.per_device_train_batch_size = self.global_batch_size // parts
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: Trainer would spread a single process over all GPUs, without synchronised batch norm."""
+        return min(super().n_gpu, 1)
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetrisTrainingArguments]:
@@ -155,10 +227,17 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
         ValueError: an argument is unknown, or its value cannot be.
         OSError: the file cannot be read.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, DetrisTrainingArguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, DetrisTrainingArguments), description=__doc__, allow_abbrev=False
+    )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         path, argv = Path(argv[0]), argv[1:]
-        defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+        try:
+            defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+        if not isinstance(defaults, dict):
+            raise ValueError(f"{path} holds no arguments: write one to a line, such as 'learning_rate: 1e-4'.")
         known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
         unknown = set(defaults) - known
         if unknown:
@@ -170,27 +249,61 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def load_splits(args: DataArguments) -> datasets.DatasetDict:
-    """All splits of the data set that the arguments name, images not yet decoded.
+def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
+    """All splits of the data set `name`, images not yet decoded.
 
     Raises:
         ValueError: there is no such data set.
         OSError: a file is missing or broken.
     """
-    if args.dataset == "shapes":
+    if name == "shapes":
         splits = load_shapes(**args.shapes_config)
-    elif Path(args.dataset).is_dir():
-        splits = datasets.load_from_disk(args.dataset)
+    elif Path(name).is_dir():
+        splits = datasets.load_from_disk(name)
         if not isinstance(splits, datasets.DatasetDict):
-            raise ValueError(f"{args.dataset} holds a single split: save a DatasetDict with named splits.")
+            raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
+        for split, rows in splits.items():
+            missing = FEATURES.keys() - set(rows.column_names)
+            if missing:
+                raise ValueError(f"Split {split!r} of {name} has no columns {sorted(missing)}: see data/README.md.")
     elif args.data_root is None:
         raise ValueError(
-            f"dataset is {args.dataset!r}: it is neither 'shapes' nor a folder, and for a REFER data set such as "
-            "'refcoco/unc' data_root must say where it lies."
+            f"The data set {name!r} is neither 'shapes' nor a folder: for a REFER data set such as 'refcoco/unc', "
+            "data_root must say where it lies."
         )
     else:
-        splits = load_refer(args.data_root, *args.dataset.partition("/")[::2])
+        splits = load_refer(args.data_root, *name.partition("/")[::2])
     return splits.cast_column("image", datasets.Image(decode=False))
+
+
+def mix_splits(parts: dict[str, datasets.DatasetDict], train_split: str) -> datasets.DatasetDict:
+    """The first data set's splits, with the training rows of all of them together.
+
+    Rows leave training whose image is in any other split of any part. The official mixture keeps them, so that it
+    trains on images that it is tested on. `image_id` must mean the same in all parts, as COCO's does.
+
+    Raises:
+        ValueError: a part has no rows to train on.
+    """
+    held_out = {
+        image_id
+        for splits in parts.values()
+        for name, rows in splits.items()
+        if name != train_split
+        for image_id in rows["image_id"]
+    }
+    training = []
+    for name, splits in parts.items():
+        rows = select_split(splits, train_split, None)
+        leaks = [image_id in held_out for image_id in rows["image_id"]]
+        phrases = sum(len(sentences) for sentences, leak in zip(rows["sentences"], leaks) if leak)
+        logger.warning(
+            f"{name}: {sum(leaks)} of {len(rows)} objects ({phrases} phrases) leave training, for their images are in "
+            "another split of the mixture."
+        )
+        training.append(rows.select([index for index, leak in enumerate(leaks) if not leak]))
+    first = next(iter(parts.values()))
+    return datasets.DatasetDict(first | {train_split: datasets.concatenate_datasets(training)})
 
 
 def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
@@ -204,6 +317,38 @@ def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | Non
         problem = "is empty" if name in splits else "does not exist"
         raise ValueError(f"Split {name!r} {problem}; splits with rows are {filled}.")
     return splits[name].take(min(max_samples or len(splits[name]), len(splits[name])))
+
+
+def load_rows(
+    args: DataArguments, do_train: bool, do_eval: bool, do_predict: bool
+) -> tuple[datasets.Dataset | None, datasets.Dataset | None, dict[str, datasets.Dataset]]:
+    """Rows to train on, to choose the checkpoint by, and of each test split, as far as they are asked for.
+
+    A data set is read once, and only if one of its splits is asked for.
+    """
+
+    @functools.cache
+    def splits_of(name: str) -> datasets.DatasetDict:
+        parts = name.split(MIXTURE)
+        if len(parts) == 1:
+            return load_splits(name, args)
+        return mix_splits({part: splits_of(part) for part in parts}, args.train_split)
+
+    train_rows = eval_rows = None
+    if do_train:
+        train_rows = select_split(splits_of(args.dataset), args.train_split, args.max_train_samples)
+    if do_eval:
+        eval_rows = select_split(splits_of(args.dataset), args.eval_split, args.max_eval_samples)
+        if args.eval_first_phrase_only:
+            first = [sentences[:1] for sentences in eval_rows["sentences"]]
+            feature = eval_rows.features["sentences"]
+            eval_rows = eval_rows.remove_columns("sentences").add_column("sentences", first, feature=feature)
+    test_rows = {}
+    for name in args.test_splits if do_predict else []:
+        dataset, _, split = name.rpartition(":")
+        splits = splits_of(dataset.replace(":", "/") or args.dataset)
+        test_rows[name] = select_split(splits, split, args.max_eval_samples)
+    return train_rows, eval_rows, test_rows
 
 
 def read_image(row: dict) -> Image.Image:
@@ -280,15 +425,12 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
             args.vision_backbone, args.text_backbone, **args.model_config | overrides
         )
     else:
-        model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path)
-        config = DetrisConfig.from_dict(model.config.to_dict() | overrides)  # checks the values
-        if config.image_size != model.config.image_size:
-            model.resize_image(config.image_size)
-        model.config.max_text_length = config.max_text_length
+        model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path, **overrides)
     config = model.config
+    source = args.model_name_or_path or args.text_backbone
     processor = DetrisProcessor(
         image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
-        tokenizer=CLIPTokenizer.from_pretrained(args.model_name_or_path or args.text_backbone),
+        tokenizer=CLIPTokenizer.from_pretrained(args.tokenizer or (TOKENIZER if Path(source).is_file() else source)),
         max_text_length=config.max_text_length,
         mask_threshold=config.mask_threshold,
     )
@@ -402,7 +544,7 @@ class DetrisTrainer(Trainer):
         return self.metric.compute(intersection=intersection, union=union)
 
     def predict(self, *args, **kwargs):
-        self.predicted_masks = []
+        self.predicted_masks = [] if self.args.save_masks else None
         return super().predict(*args, **kwargs)
 
 
@@ -433,38 +575,59 @@ def _encode(mask: torch.Tensor) -> dict:
 
 
 def write_predictions(
-    folder: Path, dataset: datasets.Dataset, counts: np.ndarray, masks: list[list[dict]], metric: evaluate.Metric
+    folder: Path, rows: datasets.Dataset, counts: np.ndarray, masks: list[list[dict]] | None, metric: evaluate.Metric
 ) -> None:
-    """Write each phrase's mask (PNG, 0 and 255), a picture of it over its image, and a line of `results.jsonl`.
+    """Write a line of `results.jsonl` for each phrase, its mask (PNG, 0 and 255) and a picture of it over its image.
 
     Args:
-        folder: is made if it does not exist.
-        dataset: `R` rows.
+        folder: is made anew, so that nothing of an earlier run is left in it.
+        rows: `R` rows.
         counts (`(R, K, 2)`): pixels in intersection and union.
-        masks: for each row, a COCO RLE for each phrase.
+        masks: for each row, a COCO RLE for each phrase; `None` leaves masks and pictures out.
         metric: turns counts into IoU.
     """
-    for name in ("masks", "overlays"):
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("masks", "overlays") if masks is not None else (".",):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
-        for row, row_counts, row_masks in zip(dataset, counts.tolist(), masks, strict=True):
-            image = read_image(row)
-            for phrase, (sentence, encoded) in enumerate(zip(row["sentences"], row_masks, strict=True)):
+        for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
+            image = None if masks is None else read_image(row)
+            for phrase, sentence in enumerate(row["sentences"]):
                 intersection, union = row_counts[phrase]
-                iou = float(metric.iou(intersection, union))
-                mask, name = coco_mask.decode(encoded), f"{row['ref_id']}_{phrase}"
-                Image.fromarray(mask * 255).save(folder / "masks" / f"{name}.png")
-                draw_sample(Sample(image, sentence, row["mask"], mask, iou)).save(folder / "overlays" / f"{name}.jpg")
                 result = {
                     "ref_id": row["ref_id"],
                     "image_id": row["image_id"],
                     "sentence": sentence,
-                    "iou": iou,
+                    "iou": float(metric.iou(intersection, union)),
                     "intersection": intersection,
                     "union": union,
-                    "mask": f"masks/{name}.png",
                 }
+                if masks is not None:
+                    mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
+                    result["mask"] = f"masks/{name}.png"
+                    Image.fromarray(mask * 255).save(folder / result["mask"])
+                    picture = draw_sample(Sample(image, sentence, row["mask"], mask, result["iou"]))
+                    picture.save(folder / "overlays" / f"{name}.jpg")
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
+    """Write the paper's table, in percent, as `table.txt`, `table.md` and `table.json`, and return it as text.
+
+    Args:
+        folder: exists.
+        lines: for each split its name, objects, phrases and figures by `TABLE_COLUMNS`; their plain mean comes last.
+    """
+    mean = {head: statistics.fmean(line[head] for line in lines) for head in TABLE_COLUMNS.values()}
+    mean = {"split": "mean of the rows"} | mean
+    table = pd.DataFrame([*lines, mean | {"objects": "", "phrases": ""}])
+    text = table.to_string(index=False, float_format="{:.2f}".format)
+    header, *body = table.to_csv(sep="|", index=False, float_format="%.2f").splitlines()
+    markdown = [header, "|".join(["---"] + ["---:"] * (len(table.columns) - 1)), *body]
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (folder / "table.md").write_text("".join(f"|{line}|\n" for line in markdown), encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps([*lines, mean], indent=2) + "\n", encoding="utf-8")
+    return text
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -472,16 +635,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("There is nothing to do: give --do_train, --do_eval, --do_predict or several of them.")
+    if training_args.do_predict and not data_args.test_splits:
+        raise ValueError("do_predict needs test_splits: name the splits to segment.")
+    if training_args.resume_from_checkpoint:
+        # A folder without these would be trained from its first step, by an optimizer that knows nothing.
+        folder = Path(training_args.resume_from_checkpoint)
+        missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if not (folder / name).exists()]
+        if missing:
+            raise ValueError(f"{folder} has no {' and no '.join(missing)}: resume from a folder checkpoint-<step>.")
 
     with training_args.main_process_first(desc="reading the data"):
-        splits = load_splits(data_args)
-    train_dataset = eval_dataset = None
-    if training_args.do_train:
-        train_dataset = select_split(splits, data_args.train_split, data_args.max_train_samples)
-    if training_args.do_eval:
-        eval_dataset = select_split(splits, data_args.eval_split, data_args.max_eval_samples)
-    tests = data_args.test_splits if training_args.do_predict else []
-    test_datasets = {name: select_split(splits, name, data_args.max_eval_samples) for name in tests}
+        train_rows, eval_rows, test_rows = load_rows(
+            data_args, training_args.do_train, training_args.do_eval, training_args.do_predict
+        )
+    batch_size = training_args.train_batch_size * training_args.world_size
+    if training_args.do_train and training_args.dataloader_drop_last and len(train_rows) < batch_size:
+        logger.warning(f"dataloader_drop_last is off: {len(train_rows)} objects fill no batch of {batch_size}.")
+        training_args.dataloader_drop_last = False
 
     set_seed(training_args.seed)
     model, processor = build_model(model_args)
@@ -490,7 +660,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     callbacks = []
     if training_args.do_train and training_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
-    trainer = DetrisTrainer(model, training_args, processor, train_dataset, eval_dataset, callbacks)
+    trainer = DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
+    output_dir = Path(training_args.output_dir)
 
     metrics = {}
     if training_args.do_train:
@@ -503,12 +674,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= _report(trainer, "train", result.metrics | trained)
     if training_args.do_eval:
         metrics |= _report(trainer, "eval", trainer.evaluate())
-    for name, dataset in test_datasets.items():
-        output = trainer.predict(dataset, metric_key_prefix=name)
+    lines = []
+    for split, rows in test_rows.items():
+        # It also names files, where "train" and "eval" are those of training.
+        name = f"test_{split}" if split in ("train", "eval") else split.replace(":", "_")
+        output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= _report(trainer, name, output.metrics)
+        line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
+        lines.append(line | {head: 100 * output.metrics[f"{name}_{key}"] for key, head in TABLE_COLUMNS.items()})
         if trainer.is_world_process_zero():
-            folder = Path(training_args.output_dir) / "predictions" / name
-            write_predictions(folder, dataset, output.predictions, trainer.predicted_masks, trainer.metric)
+            folder = output_dir / "predictions" / name
+            write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
+    if lines and trainer.is_world_process_zero():
+        print(f"\n{write_table(output_dir, lines)}\n")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -1,17 +1,36 @@
 """Official checkpoints in this project's layout: every tensor, each in its place, nothing dropped in silence."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import official_config, official_figures, official_weights
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny_models import official_config, official_figures, official_inputs, official_weights
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
 
 from configuration_detris import DetrisConfig
-from convert_detris_checkpoint import convert_state_dict, name_table
-from modeling_detris import DetrisForReferringSegmentation, resample_position_table
+from convert_detris_checkpoint import convert_state_dict, main, name_table, recognize_config
+from modeling_detris import DetrisForReferringSegmentation
 
-RELEASED = Path(__file__).parents[2] / "shared" / "conformance" / "checkpoints"
+CONFORMANCE = Path(__file__).parents[2] / "shared" / "conformance"
+RELEASED = CONFORMANCE / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +92,8 @@ def test_each_kind_of_tensor_becomes_ours(official, converted):
         )
     gate = official["neck.fusion4.multihead_attn.in_proj_weight"]
     assert torch.equal(converted["neck.gates.1.value.weight"], gate[1024:])
-    table = converted["vision_model.embeddings.position_embeddings"]
-    assert table.shape == (1, 1 + 8 * 8, 64)
-    assert torch.equal(table, resample_position_table(official["dinov2.pos_embed"], 8))
+    table = converted["vision_model.embeddings.position_embeddings"]  # as pretrained, the model resamples it
+    assert torch.equal(table, official["dinov2.pos_embed"])
 
 
 def test_tensors_that_do_not_fit_the_configuration_are_named(official):
@@ -105,6 +123,7 @@ LARGE = {
         "hidden_size": 1024,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
+        "image_size": 518,
         "patch_size": 14,
     },
     "feature_layers": [8, 16],
@@ -140,3 +159,427 @@ def test_released_checkpoints_fit_by_name_and_shape(name, fields):
         }
         model = DetrisForReferringSegmentation(config)
     model.load_state_dict(convert_state_dict(checkpoint, config), strict=True, assign=True)
+
+
+# --- recognition --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["base", "large", "large_mixed"])
+def test_released_recipes_are_recognized(name):
+    path = RELEASED / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"needs shared/conformance/checkpoints/{path.name} beside the repository")
+    with torch.device("meta"):
+        checkpoint = {name: torch.empty(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
+    recipes = {
+        "base": {},
+        "large": LARGE | {"vision_adapter_layers": [2, 6, 10, 14, 18, 22]},
+        "large_mixed": LARGE
+        | {
+            "vision_adapter_layers": list(range(1, 24)),
+            "vision_adapter_dim": 384,
+            "text_adapter_layers": list(range(1, 12)),
+            "text_adapter_dim": 384,
+        },
+    }
+    # Only what is written down: how a configuration was made, or in which order, is no matter.
+    recognized, expected = (
+        json.loads(config.to_json_string()) for config in (recognize_config(checkpoint), DetrisConfig(**recipes[name]))
+    )
+    assert recognized == expected
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+TINY_RECIPE = {  # what a checkpoint does not tell and is not as in released ones
+    "image_size": 112,
+    "max_text_length": 9,
+    "model_config": {
+        "vision_config": {"num_attention_heads": 4},
+        "feature_layers": [1, 2],
+        "aligner_dropout": 0.0,
+        "decoder_dropout": 0.0,
+    },
+}
+LOGITS_ELSEWHERE = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+folder, torch_threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(torch_threads)
+AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "logits.safetensors")
+"""
+
+
+def logits_elsewhere(folder, tmp_path, pixel_values, input_ids):
+    """What `AutoModel` computes from a folder in a process that does not see this repository."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_file({"pixel_values": pixel_values, "input_ids": input_ids}, elsewhere / "inputs.safetensors")
+    subprocess.run(
+        [sys.executable, "-I", "-c", LOGITS_ELSEWHERE, str(folder), str(torch.get_num_threads())],
+        cwd=elsewhere,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        check=True,
+    )
+    return load_file(elsewhere / "logits.safetensors")["logits"]
+
+
+def training_checkpoint(weights):
+    """As the official `train.py` saves it, Adam and schedule after a step included."""
+    copies = [tensor.clone() for name, tensor in weights.items() if name.startswith(("neck", "proj"))]
+    trained = [nn.Parameter(copy) for copy in copies if copy.is_floating_point()]
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[35])
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {
+        "epoch": 3,
+        "cur_iou": 0.5,
+        "best_iou": 0.5,
+        "prec": {"Pr@50": 0.5},
+        "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+
+
+def spread(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.std()).item()
+
+
+def assert_same_effect(official, again):
+    """All names and shapes are equal, and all tensors but those that do nothing."""
+    assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in official.items()}
+    for name, tensor in official.items():
+        if name == "txt_backbone.logit_scale":
+            continue
+        if name.startswith("neck.fusion") and "in_proj" in name:  # query and key come first
+            tensor, again[name] = tensor.chunk(3)[2], again[name].chunk(3)[2]
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.fixture
+def convert_tiny(official, tiny_tokenizer, tmp_path):
+    """A function that converts a tiny checkpoint, or the file it is given, and returns the folder."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
+    checkpoint = tmp_path / "best_model.pth"
+
+    def convert(content=None, **options):
+        if content is not None:
+            torch.save(content, checkpoint, **options)
+        main([str(checkpoint), str(tmp_path / "model")] + tiny_arguments)
+        return tmp_path / "model"
+
+    tiny_arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--tokenizer", str(tmp_path / "tokenizer")]
+    convert.checkpoint = checkpoint
+    return convert
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_training_checkpoint_becomes_a_folder_and_goes_back(official, convert_tiny, tmp_path, legacy):
+    folder = convert_tiny(training_checkpoint(official), _use_new_zipfile_serialization=not legacy)
+    pixel_values, input_ids, _ = official_inputs()
+    expected = official_figures()[1]["logits"]
+    assert spread(logits_elsewhere(folder, tmp_path, pixel_values, input_ids), expected) < 2e-4
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-segmentation"
+    assert "best_model.pth" in card.text and "112 x 112" in card.text and "9 tokens" in card.text
+
+    main([str(folder), str(tmp_path / "again.pth"), "--to-official"])
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert_same_effect(official, {name.removeprefix("module."): t for name, t in again["state_dict"].items()})
+    assert all(name.startswith("module.") for name in again["state_dict"])  # as DataParallel wants them
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"tokenizer", "recipe.yaml", "best_model.pth", "model", "again.pth", "elsewhere", "modules"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [(["--dataset", "refcocog/umd"], 22), (["--dataset", "refcoco+/unc"], 17), (["--max_text_length", "30"], 30)],
+)
+def test_phrases_are_as_long_as_their_dataset_has_them(official, convert_tiny, tmp_path, arguments, tokens):
+    torch.save(official, convert_tiny.checkpoint)
+    common = [str(convert_tiny.checkpoint), str(tmp_path / "model"), "--tokenizer", str(tmp_path / "tokenizer")]
+    main([*common, *arguments])
+    config = DetrisConfig.from_pretrained(tmp_path / "model")
+    assert (config.max_text_length, config.image_size) == (tokens, 448)
+    assert json.loads((tmp_path / "model" / "processor_config.json").read_text())["max_text_length"] == tokens
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dataset", "refcocoo/unc"]])
+def test_a_phrase_length_that_nothing_tells_is_asked_for(official, tmp_path, arguments):
+    torch.save(official, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="does not tell how long phrases are.*--max_text_length"):
+        main([str(tmp_path / "bare.pth"), str(tmp_path / "model"), *arguments])
+    assert not (tmp_path / "model").exists()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda weights, path: None, OSError, r"best_model.pth does not exist: give"),
+        (
+            lambda weights, path: (torch.save(weights, path), os.truncate(path, 200_000)),
+            OSError,
+            "cut short or damaged",
+        ),
+        (lambda weights, path: path.write_text("not found"), ValueError, "no PyTorch checkpoint: give"),
+        (lambda weights, path: torch.save(weights | {"x": Hostile()}, path), ValueError, "posix.system.*nothing.*run"),
+        (lambda weights, path: torch.save([1, 2], path), ValueError, "holds no state dict.*give a model's"),
+        (
+            lambda weights, path: torch.save({n: t for n, t in weights.items() if n != "decoder.norm.bias"}, path),
+            ValueError,
+            r"1 tensors are missing \(decoder.norm.bias\)",
+        ),
+        (
+            lambda weights, path: torch.save({n: t for n, t in weights.items() if n != "neck.txt_proj.weight"}, path),
+            ValueError,
+            "no tensor 'neck.txt_proj.weight'.*get the file again",
+        ),
+        (
+            lambda weights, path: torch.save(weights | {"neck.new": torch.zeros(1)}, path),
+            ValueError,
+            r"1 are too many \(neck.new\)",
+        ),
+        (
+            lambda weights, path: torch.save(weights | {"proj.vis.4.bias": torch.zeros(7)}, path),
+            ValueError,
+            r"mask_head.output_projection.bias has shape \(7,\), expected is \(256,\)",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
+    official, convert_tiny, tmp_path, monkeypatch, damage, error, message
+):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()} | {"best_model.pth"}
+    damage(official, convert_tiny.checkpoint)
+    with pytest.raises(error, match=message) as caught:
+        convert_tiny()
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= before  # neither a folder nor what hostile code would make
+
+
+def test_what_is_there_is_not_written_over(official, convert_tiny, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileExistsError, match="model exists: name a folder that does not"):
+        convert_tiny(official)
+    with pytest.raises(FileExistsError, match="best_model.pth exists: name a file that does not"):
+        main([str(tmp_path / "model"), str(convert_tiny.checkpoint), "--to-official"])
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_no_folder(official, convert_tiny, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convert_detris_checkpoint.DetrisProcessor.save_pretrained", fail)
+        with pytest.raises(OSError, match="No space left"):
+            convert_tiny(official)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "recipe.yaml", "best_model.pth"}
+
+
+def test_models_that_the_official_code_does_not_have_stay_here(tmp_path):
+    config = DetrisConfig(
+        vision_config={"model_type": "dinov2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1},
+        text_config={"model_type": "clip_text_model", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64},
+        vision_adapter_layers=[1],
+        text_adapter_layers=[1],
+        feature_layers=[0, 1],
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type dinov2 and 2 feature_layers: the official code has registers"):
+        main([str(tmp_path), str(tmp_path / "official.pth"), "--to-official"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "large", "large_mixed"])
+def test_released_sizes_become_folders_and_go_back(clip_tokenizer, tmp_path, name):
+    if not CONFORMANCE.exists():
+        pytest.skip("needs shared/conformance beside the repository")
+    sys.path.insert(0, str(CONFORMANCE))  # its `weights` and `check` belong together
+    try:
+        check = importlib.import_module("check")
+    finally:
+        sys.path.remove(str(CONFORMANCE))
+    official = check.synthesize(check.load_specs(RELEASED / f"{name}.json"), 0)
+    torch.save(training_checkpoint(official), tmp_path / "best_model.pth")
+    clip_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = ["--dataset", "refcoco/unc", "--tokenizer", str(tmp_path / "tokenizer")]
+    main([str(tmp_path / "best_model.pth"), str(tmp_path / "model"), *arguments])
+
+    expected = load_file(CONFORMANCE / "expected" / f"{name}.safetensors")
+    pixel_values, input_ids, _ = check.inputs_of(448, 17, 49408, 2, int(expected["pixel_seed"]))
+    logits = logits_elsewhere(tmp_path / "model", tmp_path, pixel_values, input_ids)
+    assert spread(logits, expected["logits"][:, 0]) < 2e-4
+
+    main([str(tmp_path / "model"), str(tmp_path / "again.pth"), "--to-official"])
+    again = torch.load(tmp_path / "again.pth", weights_only=True, mmap=True)["state_dict"]
+    assert_same_effect(official, {name.removeprefix("module."): tensor for name, tensor in again.items()})
+
+
+# --- original backbones -------------------------------------------------------------------------------------------
+
+
+def original_dinov2(model):
+    """The state dict of a Hugging Face DINOv2 by the names of DINOv2's own release."""
+    weights, original = model.state_dict(), {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("embeddings.").replace("encoder.layer.", "blocks.").replace("layernorm.", "norm.")
+        name = name.replace("position_embeddings", "pos_embed").replace(
+            "patch_embeddings.projection", "patch_embed.proj"
+        )
+        name = name.replace("layer_scale1.lambda1", "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
+        name = name.replace("attention.o_proj", "attn.proj")
+        if "q_proj" in name:
+            stem = weights_name = name.split(".attention.")[0]
+            leaf = name.rsplit(".", 1)[1]
+            stem = weights_name.replace("blocks.", "encoder.layer.")
+            parts = [weights[f"{stem}.attention.{part}_proj.{leaf}"] for part in "qkv"]
+            original[f"{weights_name}.attn.qkv.{leaf}"] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            original[name] = tensor
+    return original
+
+
+def original_clip(model):
+    """The text half of a Hugging Face CLIP by the names of OpenAI's release, and a little of the image half."""
+    weights = model.state_dict()
+    original = {
+        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": weights["text_model.embeddings.position_embedding.weight"],
+        "text_projection": weights["text_projection.weight"].T,
+        "ln_final.weight": weights["text_model.final_layer_norm.weight"],
+        "ln_final.bias": weights["text_model.final_layer_norm.bias"],
+        "logit_scale": torch.tensor(4.6),
+        "visual.proj": torch.ones(2, 2),
+    }
+    for layer in range(model.config.text_config.num_hidden_layers):
+        theirs, ours = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"{ours}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+            original[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(parts)
+            for name, our_name in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                original[f"{theirs}.{name}.{leaf}"] = weights[f"{ours}.{our_name}.{leaf}"]
+    return original
+
+
+class Holder(nn.Module):
+    """Modules within modules that hold the tensors of a state dict, for TorchScript."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for first in dict.fromkeys(name.split(".")[0] for name in tensors):
+            inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.split(".")[0] == first}
+            if "" in inner:
+                self.register_parameter(first, nn.Parameter(inner[""].contiguous(), requires_grad=False))
+            else:
+                self.add_module(first, Holder(inner))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+def save_originals(folder, width, depth, text_width, text_depth, registers=True):
+    """Random backbones: Hugging Face folders `vision` and `clip`, and the same in their original files."""
+    heads = {"num_attention_heads": width // 64, "num_hidden_layers": depth, "hidden_size": width}
+    vision_config = {"image_size": 518, "patch_size": 14, **heads}
+    text = {"num_attention_heads": text_width // 64, "num_hidden_layers": text_depth, "hidden_size": text_width}
+    text |= {"intermediate_size": 4 * text_width, "projection_dim": text_width, "hidden_act": "quick_gelu"}
+    image_tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    vision = (
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vision_config))
+        if registers
+        else Dinov2Model(Dinov2Config(**vision_config))
+    )
+    text_config = CLIPTextConfig(**text, bos_token_id=49406, eos_token_id=49407)
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text_config.to_dict(),
+            vision_config=CLIPVisionConfig(**image_tower).to_dict(),
+            projection_dim=text_width,
+        )
+    )
+    with torch.no_grad():  # new backbones have biases of zero
+        for parameter in (*vision.parameters(), *clip.parameters()):
+            if parameter.ndim < 2:
+                parameter.normal_(1, 0.1)
+    vision.save_pretrained(folder / "vision")
+    clip.save_pretrained(folder / "clip")
+    torch.save(original_dinov2(vision), folder / "dinov2_pretrain.pth")
+    torch.save(original_clip(clip), folder / "clip.pth")
+    torch.jit.script(Holder(original_clip(clip))).save(folder / "ViT-B-16.pt")
+
+
+def assert_one_model(folder, text_file, **fields):
+    models = []
+    for vision, text in ((folder / "vision", folder / "clip"), (folder / "dinov2_pretrain.pth", folder / text_file)):
+        torch.manual_seed(1)
+        models.append(DetrisForReferringSegmentation.from_backbones(str(vision), str(text), **fields))
+    of_folders, of_files = (model.state_dict() for model in models)
+    assert of_folders.keys() == of_files.keys()
+    assert [name for name, tensor in of_folders.items() if not torch.equal(tensor, of_files[name])] == []
+    inputs = torch.randn(1, 3, 448, 448), torch.tensor([[49406, 320, 2368, 49407, 0]])
+    with torch.no_grad():
+        logits = [model(*inputs).logits for model in models]
+    assert torch.equal(*logits) and logits[0].std() > 0
+
+
+SMALL_FIELDS = {"vision_adapter_layers": [1], "text_adapter_layers": [1], "feature_layers": [0, 1]}
+
+
+@pytest.mark.parametrize("registers", [True, False])
+@pytest.mark.parametrize("text_file", ["ViT-B-16.pt", "clip.pth"])
+def test_original_backbone_files_give_the_model_of_hugging_faces_folders(tmp_path, registers, text_file):
+    save_originals(tmp_path, 64, 2, 128, 2, registers)
+    assert_one_model(tmp_path, text_file, **SMALL_FIELDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "depth", "registers", "fields"),
+    [
+        (768, 12, True, {}),
+        (768, 12, False, {}),
+        (1024, 24, True, {"vision_adapter_layers": [2, 6, 10, 14, 18, 22], "feature_layers": [8, 16]}),
+    ],
+)
+def test_original_backbones_of_real_size_give_the_model_of_hugging_faces_folders(
+    tmp_path, width, depth, registers, fields
+):
+    save_originals(tmp_path, width, depth, 512, 12, registers)
+    assert_one_model(tmp_path, "ViT-B-16.pt", **fields)
+
+
+def test_files_that_are_no_backbones_are_refused(tmp_path):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    dinov2, clip = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(ValueError, match="clip.pth is no DINOv2 of a known kind: it has no patch_embed.proj.weight"):
+        DetrisForReferringSegmentation.from_backbones(str(tmp_path / "clip.pth"), clip, **SMALL_FIELDS)
+    with pytest.raises(ValueError, match="pretrain.pth is no CLIP of a known kind: it has no token_embedding.weight"):
+        DetrisForReferringSegmentation.from_backbones(dinov2, dinov2, **SMALL_FIELDS)
+    weights = torch.load(dinov2)
+    torch.save(weights | {"head.weight": torch.zeros(1)}, dinov2)
+    with pytest.raises(ValueError, match=r"too many \(dinov2.head.weight\). Give a"):
+        DetrisForReferringSegmentation.from_backbones(dinov2, clip, **SMALL_FIELDS)

@@ -142,7 +142,7 @@ def test_eight_steps_of_adam_are_the_official_ones(official):
 )
 def test_trained_share_is_the_papers(capsys, vision, fields, share, millions):
     vision_config = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), vision))
-    vision_config |= {"model_type": "dinov2_with_registers", "patch_size": 14}
+    vision_config |= {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14}
     with torch.device("meta"):
         model = DetrisForReferringSegmentation(DetrisConfig(vision_config=vision_config, **fields))
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -306,24 +306,24 @@ def test_phrases_that_share_an_image_get_what_they_get_alone(adapter_layers, fea
 
 @pytest.mark.parametrize("registers", [True, False])
 @pytest.mark.parametrize("new_size", [28, 84])
-def test_resized_model_is_one_built_at_that_size(tmp_path, registers, new_size):
+def test_any_image_size_is_resampled_from_the_pretrained_table(tmp_path, registers, new_size):
     model, inputs = small_model(small_config(registers)), small_inputs(2, size=new_size)
     weights = model.state_dict()
     table = "vision_model.embeddings.position_embeddings"
     weights[table] = resampled_twin(weights[table], new_size // 14)
-    built = small_model(small_config(registers, image_size=new_size))
+    built = small_model(small_config(registers, vision={"image_size": new_size}, image_size=new_size))
     built.load_state_dict(weights, strict=True)
     expected = built(**inputs).logits
 
-    model.resize_image(new_size)
-    assert (model.config.image_size, model.config.vision_config.image_size) == (new_size, new_size)
-    assert gap(model(**inputs).logits, expected) < 1e-4
-    assert not model.get_parameter(table).requires_grad
-    model.save_pretrained(tmp_path)
-    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved", image_size=new_size)
+    assert loaded.config.image_size == new_size and not loaded.get_parameter(table).requires_grad
+    assert gap(loaded(**inputs).logits, expected) < 1e-4
+    loaded.save_pretrained(tmp_path / "again")  # and nothing was lost on the way
+    again = DetrisForReferringSegmentation.from_pretrained(tmp_path / "again", image_size=56)
+    assert torch.equal(again(**small_inputs(2)).logits, model(**small_inputs(2)).logits)
     with pytest.raises(ValueError, match="image_size is 57: it must be a positive multiple of 14"):
-        model.resize_image(57)
+        DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved", image_size=57)
 
 
 # --- Attention and training ------------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ BACKBONE_FIELDS = {
 
 def save_backbones(folder, registers=True, text="projection", dtype=torch.float32):
     """Save small backbones whose position table is 5x5 as `folder/vision` and `folder/text`; return their weights."""
-    config = small_config(registers, image_size=70)
+    config = small_config(registers)
     vision = (Dinov2WithRegistersModel if registers else Dinov2Model)(config.vision_config)
     if text == "projection":
         text_model = CLIPTextModelWithProjection(config.text_config)
@@ -535,22 +535,20 @@ def test_from_backbones_takes_their_weights_and_starts_the_rest(tmp_path, regist
     model = DetrisForReferringSegmentation.from_backbones(
         str(tmp_path / "vision"), str(tmp_path / "text"), **BACKBONE_FIELDS | {"image_size": image_size}
     )
-    table = "embeddings.position_embeddings"
-    if image_size != 70:
-        vision_weights[table] = resampled_twin(vision_weights[table].float(), image_size // 14)
     expected = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
     expected |= {name: weight for name, weight in text_weights.items() if name.startswith("text_")}
     ours = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters() if is_backbone(n)}
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():
-        if name == f"vision_model.{table}" and image_size != 70:
-            torch.testing.assert_close(ours[name].detach(), weight)
-        else:
-            assert torch.equal(ours[name], weight.float()), name
+        assert torch.equal(ours[name], weight.float()), name
     assert model.dtype == torch.float32 and not model.training
     assert not any(is_backbone(name) for name in trainable(model)) and trainable(model)
     assert_starts_as_the_paper_says(model)
-    assert model(**small_inputs(2, size=image_size)).logits.isfinite().all()
+    inputs = small_inputs(2, size=image_size)
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved")(**inputs).logits, logits)
+    assert model.text_model.config._attn_implementation == model.vision_model.config._attn_implementation == "sdpa"
 
 
 def test_from_backbones_refuses_what_is_no_backbone(tmp_path):
@@ -651,11 +649,6 @@ def test_weights_of_another_shape_are_refused(saved, error, fields):
         DetrisForReferringSegmentation.from_pretrained(saved, config=small_config(**fields))
 
 
-def test_another_image_size_needs_resampled_positions(saved):
-    with pytest.raises(ValueError, match=r"resize_image\(112\)"):
-        DetrisForReferringSegmentation.from_pretrained(saved, image_size=112)
-
-
 # --- Bad inputs ------------------------------------------------------------------------------------------------------
 
 
@@ -664,7 +657,7 @@ def test_another_image_size_needs_resampled_positions(saved):
     [
         ({"pixel_values": None}, "got phrases but no pixel_values.* give pixel_values too"),
         ({"input_ids": None}, "got images but no input_ids.* give input_ids too"),
-        ({"pixel_values": torch.zeros(2, 3, 70, 70)}, r"\(2, 3, 70, 70\) but .* \(images, 3, 56, 56\).*resize_image"),
+        ({"pixel_values": torch.zeros(2, 3, 70, 70)}, r"\(2, 3, 70, 70\) but .* \(images, 3, 56, 56\).*image_size="),
         ({"pixel_values": torch.zeros(2, 1, 56, 56)}, r"\(2, 1, 56, 56\) but .* \(images, 3, 56, 56\)"),
         ({"pixel_values": torch.zeros(3, 56, 56)}, r"\(3, 56, 56\) but .* \(images, 3, 56, 56\)"),
         ({"pixel_values": torch.zeros(0, 3, 56, 56)}, r"batch is empty \(0 images, 2 phrases\)"),

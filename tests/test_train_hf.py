@@ -1,6 +1,8 @@
 """`train_hf.py` from arguments to predictions, on backbones of two random layers and a few synthetic images."""
 
 import json
+import runpy
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +16,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_hf
+from configuration_detris import DetrisConfig
+from convert_detris_checkpoint import convert_state_dict
 from data.shapes import load_shapes
+from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
     DetrisTrainer,
@@ -22,6 +28,7 @@ from train_hf import (
     ModelArguments,
     TrainingCollator,
     build_model,
+    load_rows,
     load_splits,
     main,
     parse_arguments,
@@ -30,6 +37,7 @@ from train_hf import (
 )
 
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 SIZES = {"train": 14, "val": 4, "testA": 3, "testB": 0, "unseen": 0}
 MODEL_CONFIG = {
     "vision_adapter_layers": [1],
@@ -150,6 +158,12 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"model_config": {"decoder_width": 8}}, "decoder_width"),
         ({"model_name_or_path": "elsewhere"}, "either model_name_or_path"),
         ({"model_config": [1]}, "model_config"),
+        ({"test_splits": ["val", "refcoco:val"]}, "'refcoco:val'.*'refcoco\\+:unc:testA'"),
+        ({"test_splits": "val"}, "test_splits is 'val': give a list"),
+        ({"max_eval_samples": 0}, "max_eval_samples is 0: give 1 or more"),
+        ({"max_train_samples": -1}, "max_train_samples is -1: give 1 or more"),
+        ({"metric_for_best_model": "miou"}, "metric_for_best_model is 'miou': give one of mean_iou"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
 )
 def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, message):
@@ -159,9 +173,60 @@ def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, m
         parse_arguments([str(path)])
 
 
+@pytest.mark.parametrize(
+    "content, message", [("", "holds no arguments"), ("- 1", "holds no arguments"), ("a: [", "is not YAML")]
+)
+def test_a_file_without_arguments_is_refused(tmp_path, content, message):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"config.yaml {message}"):
+        parse_arguments([str(tmp_path / "config.yaml")])
+
+
+def test_one_backbone_beside_a_saved_model_is_refused():
+    with pytest.raises(ValueError, match="either model_name_or_path, or both"):
+        ModelArguments(model_name_or_path="saved", vision_backbone="vision")
+
+
+def test_arguments_are_not_abbreviated(config_file, capsys):
+    with pytest.raises(ValueError, match="--learning_rat"):
+        parse_arguments([config_file, "--learning_rat", "1"])
+
+
 def test_nothing_to_do_is_an_error(config_file):
     with pytest.raises(ValueError, match="--do_train"):
         main([config_file])
+    with pytest.raises(ValueError, match="do_predict needs test_splits"):
+        main([config_file, "--do_predict"])
+
+
+def test_resuming_from_a_folder_that_is_no_checkpoint_is_refused_early(config_file, tmp_path):
+    with pytest.raises(ValueError, match="saved has no trainer_state.json and no scheduler.pt: resume from a folder"):
+        main([config_file, "--do_train", "--resume_from_checkpoint", str(tmp_path / "saved")])
+
+
+@pytest.mark.parametrize(
+    "processes, accumulated, global_batch_size, of_a_process",
+    [(1, 1, None, 6), (1, 1, 32, 32), (2, 1, 32, 16), (8, 1, 32, 4), (8, 4, 32, 1), (2, 3, 12, 2)],
+)
+def test_the_global_batch_is_shared_out(monkeypatch, processes, accumulated, global_batch_size, of_a_process):
+    monkeypatch.setattr(DetrisTrainingArguments, "world_size", processes)
+    args = DetrisTrainingArguments(
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=accumulated,
+        global_batch_size=global_batch_size,
+        report_to="none",
+    )
+    args._n_gpu = 8  # that one process sees are not its own
+    assert args.per_device_train_batch_size == args.train_batch_size == of_a_process
+
+
+@pytest.mark.parametrize("global_batch_size", [20, 0, -8])
+def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch, global_batch_size):
+    monkeypatch.setattr(DetrisTrainingArguments, "world_size", 4)
+    with pytest.raises(
+        ValueError, match=f"global_batch_size is {global_batch_size}: .* multiple of 8, .* 4 processes"
+    ):
+        DetrisTrainingArguments(global_batch_size=global_batch_size, gradient_accumulation_steps=2, report_to="none")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -178,16 +243,86 @@ def test_a_split_that_is_missing_or_empty_is_refused_with_those_there_are(shapes
 
 def test_an_unknown_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="refcoco/unc"):
-        load_splits(DataArguments(dataset="refcocoo"))
+        load_splits("refcocoo", DataArguments())
     with pytest.raises(ValueError, match="refcocoo"):
-        load_splits(DataArguments(dataset="refcocoo/unc", data_root=str(tmp_path)))
+        load_splits("refcocoo/unc", DataArguments(data_root=str(tmp_path)))
 
 
 def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
     datasets.DatasetDict({name: shapes[name] for name in ("train", "val")}).save_to_disk(tmp_path / "saved")
-    loaded = load_splits(DataArguments(dataset=str(tmp_path / "saved")))
+    loaded = load_splits(str(tmp_path / "saved"), DataArguments())
     assert loaded["val"]["sentences"] == shapes["val"]["sentences"]
+    loaded.remove_columns("mask").save_to_disk(tmp_path / "maskless")
+    with pytest.raises(ValueError, match=r"'train' of .*maskless has no columns \['mask'\]"):
+        load_splits(str(tmp_path / "maskless"), DataArguments())
     assert np.array_equal(read_image(loaded["val"][2]), read_image(shapes["val"][2]))
+
+
+@pytest.fixture
+def two_sets(shapes, monkeypatch):
+    """Makes two data sets over the images a … f of the synthetic set, and gives their names as they are read."""
+    rows = shapes["train"]
+    numbers = dict(zip(dict.fromkeys(rows["image_id"]), "abcdef"))
+    images = {
+        letter: [index for index, image_id in enumerate(rows["image_id"]) if numbers.get(image_id) == letter]
+        for letter in "abcdef"
+    }
+    sets = {
+        ("refcoco+", "unc"): {"train": "abcd", "val": "e"},
+        ("refcocog", "umd"): {"train": "cdef", "val": "a", "test": "b"},
+    }
+    read = []
+
+    def load_refer(root: str, *name: str) -> datasets.DatasetDict:
+        read.append(name[0])
+        return datasets.DatasetDict(
+            {split: rows.select(sum(map(images.get, letters), [])) for split, letters in sets[name].items()}
+        )
+
+    monkeypatch.setattr(train_hf, "load_refer", load_refer)
+    monkeypatch.setattr(train_hf, "load_shapes", None)  # is not to be drawn in vain
+    return rows, images, read
+
+
+def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
+    rows, images, read = two_sets
+    args = DataArguments(dataset="refcoco+/unc + refcocog/umd", data_root="unused", test_splits=["refcocog:umd:test"])
+    train, val, tests = load_rows(args, do_train=True, do_eval=True, do_predict=True)
+
+    def ref_ids(letters: str) -> list[int]:
+        return [rows[index]["ref_id"] for letter in letters for index in images[letter]]
+
+    assert list(train["ref_id"]) == ref_ids("cd" + "cdf")
+    assert list(val["ref_id"]) == ref_ids("e")
+    assert list(tests["refcocog:umd:test"]["ref_id"]) == ref_ids("b")
+    assert read == ["refcoco+", "refcocog"]
+    for name, all_images, leaks in (("refcoco+/unc", "abcd", "ab"), ("refcocog/umd", "cdef", "e")):
+        phrases = sum(len(rows[index]["sentences"]) for letter in leaks for index in images[letter])
+        counts = f"{len(ref_ids(leaks))} of {len(ref_ids(all_images))} objects ({phrases} phrases)"
+        assert f"{name}: {counts} leave training" in caplog.text
+
+
+def test_a_data_set_is_read_once_and_only_when_it_is_asked_for(two_sets):
+    rows, images, read = two_sets
+    args = DataArguments(
+        data_root="unused", test_splits=["refcocog:umd:val", "refcocog:umd:test", "refcocog:umd:train"]
+    )
+    train, val, tests = load_rows(args, do_train=False, do_eval=False, do_predict=True)
+    assert train is None and val is None and read == ["refcocog"]
+    assert [len(tests[name]) for name in args.test_splits] == [
+        sum(len(images[letter]) for letter in letters) for letters in ("a", "b", "cdef")
+    ]
+
+
+def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
+    rows, images, _ = two_sets
+    arguments = {"dataset": "refcocog/umd", "data_root": "unused", "test_splits": ["val"]}
+    _, val, tests = load_rows(DataArguments(**arguments, eval_first_phrase_only=True), False, True, True)
+    expected = [rows[index] for index in images["a"]]
+    assert val["sentences"] == [row["sentences"][:1] for row in expected]
+    assert all(np.array_equal(ours["mask"], row["mask"]) for ours, row in zip(val, expected, strict=True))
+    for every_phrase in (tests["val"], load_rows(DataArguments(**arguments), False, True, False)[1]):
+        assert every_phrase["sentences"] == [row["sentences"] for row in expected] != val["sentences"]
 
 
 @pytest.mark.parametrize("content", [None, b"no image", "truncated"])
@@ -231,6 +366,31 @@ def test_a_training_batch_holds_one_phrase_for_each_object(make_trainer, shapes)
         of_row = trainer.processing_class(text=row["sentences"], return_tensors="pt")["input_ids"]
         assert (of_row == ids).all(dim=1).any()
         assert label.mean().item() == pytest.approx(row["mask"].mean(), abs=0.01)
+        assert ((label > 0) & (label < 1)).any()  # edges are soft
+
+
+def test_the_tokenizer_is_the_one_named_or_the_models_own(model_arguments, tiny_tokenizer, tmp_path, monkeypatch):
+    def vocabulary(**arguments) -> dict[str, int]:
+        _, processor = build_model(ModelArguments(**model_arguments | arguments, model_config=MODEL_CONFIG))
+        return processor.tokenizer.get_vocab()
+
+    own, other = vocabulary(), tiny_tokenizer.get_vocab()
+    assert own == train_hf.CLIPTokenizer.from_pretrained(model_arguments["text_backbone"]).get_vocab() != other
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    assert vocabulary(tokenizer=str(tmp_path / "other")) == other
+
+    # A file of weights has no tokenizer beside it.
+    weights, from_backbones = tmp_path / "ViT-B-16.pt", DetrisForReferringSegmentation.from_backbones
+    weights.touch()
+    monkeypatch.setattr(
+        DetrisForReferringSegmentation,
+        "from_backbones",
+        lambda vision, text, **fields: from_backbones(vision, model_arguments["text_backbone"], **fields),
+    )
+    assert train_hf.TOKENIZER == "openai/clip-vit-base-patch16"
+    monkeypatch.setattr(train_hf, "TOKENIZER", str(tmp_path / "other"))
+    assert vocabulary(text_backbone=str(weights)) == other
+    assert vocabulary(text_backbone=str(weights), tokenizer=model_arguments["text_backbone"]) == own
 
 
 # --- optimizer and schedule ---------------------------------------------------------------------------------------
@@ -319,6 +479,32 @@ def test_worker_processes_that_live_on_draw_the_same_phrases(make_trainer):
     helped = make_trainer(**options, dataloader_num_workers=1, dataloader_persistent_workers=True)
     helped.train()
     assert losses(helped) == losses(alone)
+
+
+def test_the_checkpoint_with_the_best_mean_iou_is_kept(make_trainer):
+    trainer = make_trainer(
+        rows=8, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+    )
+    weights, figures = [], iter([0.2, 0.5, 0.4])
+
+    def compute_metrics(results) -> dict[str, float]:
+        weights.append(trainer.model.mask_head.output_projection.weight.detach().clone())
+        return {"mean_iou": next(figures)}
+
+    trainer.compute_metrics = compute_metrics
+    trainer.train()
+    assert torch.equal(trainer.model.mask_head.output_projection.weight, weights[1])
+    assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[1], weights[2])
+
+
+def test_fewer_objects_than_a_batch_are_trained_on_all_the_same(config_file, caplog):
+    arguments = [config_file, "--do_train", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no"]
+    arguments += ["--load_best_model_at_end", "false", "--dataloader_drop_last"]
+    assert main([*arguments, "--max_train_samples", "3"])["epoch"] == 2
+    assert "dataloader_drop_last is off: 3 objects fill no batch of 4" in caplog.text
+    caplog.clear()
+    assert main([*arguments, "--max_train_samples", "7"])["epoch"] == 2  # the last three are left out
+    assert "dataloader_drop_last" not in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -417,18 +603,130 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
     assert processor.mask_threshold == 0.1
 
 
+def test_the_table_is_that_of_the_phrases_with_or_without_masks(config_file, tmp_path, capsys):
+    arguments = [config_file, "--do_predict", "--test_splits", "val", "testA", "--max_eval_samples", "6"]
+    run, tables = tmp_path / "run", []
+    for save_masks in (True, False):
+        metrics = main([*arguments, "--save_masks", str(save_masks), "--output_dir", str(run / str(save_masks))])
+        tables.append((run / str(save_masks) / "table.json").read_text())
+    assert {path.name for path in (run / "False" / "predictions" / "val").iterdir()} == {"results.jsonl"}
+    assert tables[0] == tables[1]
+    *lines, mean = json.loads(tables[1])
+    assert [line["split"] for line in lines] == ["val", "testA"]
+    for line in lines:
+        path = run / "False" / "predictions" / line["split"] / "results.jsonl"
+        results = [json.loads(result) for result in path.read_text().splitlines()]
+        ious = np.array([result["iou"] for result in results])
+        overall = sum(result["intersection"] for result in results) / sum(result["union"] for result in results)
+        assert (line["objects"], line["phrases"]) == (6, len(results))
+        figures = [ious.mean(), overall, *((ious > threshold).mean() for threshold in (0.5, 0.6, 0.7, 0.8, 0.9))]
+        heads = ["mIoU", "oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
+        assert [line[head] for head in heads] == pytest.approx([100 * figure for figure in figures])
+        assert line["mIoU"] == pytest.approx(100 * metrics[f"{line['split']}_mean_iou"]) and line["mIoU"] > 0
+        assert mean.keys() == {"split", *heads}
+    assert all(mean[head] == pytest.approx(statistics.mean(line[head] for line in lines)) for head in heads)
+
+    text = (run / "False" / "table.txt").read_text()
+    assert text in capsys.readouterr().out
+    val, markdown = lines[0], (run / "False" / "table.md").read_text().splitlines()
+    cells = ["val", "6", str(val["phrases"]), *(f"{val[head]:.2f}" for head in heads)]
+    assert text.splitlines()[1].split() == cells and markdown[2] == f"|{'|'.join(cells)}|"
+    assert markdown[0] == f"|{'|'.join(['split', 'objects', 'phrases', *heads])}|"
+    assert set(markdown[1]) == set("|-:") and len({line.count("|") for line in markdown}) == 1
+
+
+@pytest.fixture
+def official_end_to_end(clip_tokenizer, tmp_path):
+    """The official evaluation of `refer_mini`, and the folder of the model that it was run with."""
+    conformance = SHARED / "conformance"
+    if not (SHARED / "refer_mini").exists() or not conformance.exists():
+        pytest.skip("needs shared/refer_mini and shared/conformance beside the repository")
+    expected = json.loads((conformance / "expected" / "evaluation_refer_mini.json").read_text())
+    official, weights = expected["config"], runpy.run_path(str(conformance / "weights.py"))
+    config = DetrisConfig(
+        vision_config={
+            "model_type": "dinov2_with_registers",
+            "hidden_size": official["dino_width"],
+            "num_hidden_layers": official["dino_layers"],
+            "num_attention_heads": official["dino_heads"],
+            "image_size": 518,
+            "patch_size": 14,
+        },
+        text_config={"model_type": "clip_text_model", "num_hidden_layers": official["clip_layers"]},
+        vision_adapter_layers=official["visual_adapter_layer"],
+        vision_adapter_dim=official["visual_adapter_dim"],
+        text_adapter_layers=official["txtual_adapter_layer"],
+        text_adapter_dim=official["txt_adapter_dim"],
+        feature_layers=official["output_dinov2"],
+        decoder_layers=official["num_layers"],
+        decoder_ffn_dim=official["dim_ffn"],
+        image_size=official["input_size"],
+        max_text_length=official["word_len"],
+    )
+    checkpoint = weights["synthesize"](
+        weights["load_specs"](conformance / "checkpoints" / "e2e.json"), expected["seed"]
+    )
+    checkpoint["proj.txt.bias"][-1] = expected["proj.txt.bias[-1]"]
+    model = DetrisForReferringSegmentation(config)
+    model.load_state_dict(convert_state_dict(checkpoint, config), strict=True)
+    model.save_pretrained(tmp_path / "model")
+    clip_tokenizer.save_pretrained(tmp_path / "model")
+    return expected, tmp_path / "model"
+
+
+@pytest.mark.slow
+def test_one_command_prints_the_papers_table_with_the_official_figures(official_end_to_end, tmp_path, monkeypatch):
+    expected, model = official_end_to_end
+    refer_mini = {  # objects, phrases
+        "refcoco:unc:train": (10, 22),
+        "refcoco:unc:val": (3, 7),
+        "refcoco:unc:testA": (2, 5),
+        "refcoco:unc:testB": (1, 2),
+        "refcoco+:unc:val": (3, 7),
+        "refcocog:umd:val": (3, 7),
+        "refcocog:umd:test": (3, 7),
+        "refcocog:google:val": (4, 9),
+    }
+    run = tmp_path / "run"
+    monkeypatch.setattr(train_hf, "load_shapes", None)  # the default data set is not drawn
+    arguments = {"model_name_or_path": model, "data_root": SHARED / "refer_mini", "output_dir": run}
+    arguments |= {"save_masks": False, "disable_tqdm": True, "report_to": "none"}
+    arguments = [f"--{name}={value}" for name, value in arguments.items()]
+    main([*arguments, "--do_predict", "--test_splits", *refer_mini])
+    *lines, _ = json.loads((run / "table.json").read_text())
+    assert {line["split"]: (line["objects"], line["phrases"]) for line in lines} == refer_mini
+
+    refcoco = [line for line in lines if line["split"].startswith("refcoco:")]
+    folders = [run / "predictions" / line["split"].replace(":", "_") for line in refcoco]
+    results = [
+        json.loads(result) for folder in folders for result in (folder / "results.jsonl").read_text().splitlines()
+    ]
+    ours = {(result["ref_id"], result["sentence"]): result["iou"] for result in results}
+    official = {(phrase["ref_id"], phrase["sentence"]): phrase["iou"] for phrase in expected["sentences"]}
+    assert ours == pytest.approx(official, abs=5e-3)
+    phrases = [line["phrases"] for line in refcoco]
+    figures = {"mIoU": expected["mean_iou"]} | {f"Pr@0.{x}": expected["precision"][f"Pr@{x}0"] for x in range(5, 10)}
+    for head, figure in figures.items():
+        together = sum(line[head] * count for line, count in zip(refcoco, phrases)) / sum(phrases)
+        assert together == pytest.approx(figure, abs=0.05)
+    overall = sum(result["intersection"] for result in results) / sum(result["union"] for result in results)
+    assert 100 * overall == pytest.approx(expected["overall_iou"], abs=0.05)
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
     """On 7 objects in batches of 2 for each of two processes, the last batch is filled up with 1 that must not count.
 
-    `accelerate launch --cpu --num_processes 2` starts a single process unless MPI does the launching, hence the other
-    two switches.
+    What is evaluated are the weights and batch-norm statistics that get saved: no checkpoint is loaded before, which
+    would give both processes the same. `accelerate launch --cpu --num_processes 2` starts a single process unless MPI
+    does the launching, hence the other two switches.
     """
     arguments = ["--max_eval_samples", "7", "--test_splits", "val"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     subprocess.run(
-        [*accelerate, "train_hf.py", config_file, *arguments, "--do_train", "--do_predict", "--max_steps", "6"]
-        + ["--per_device_train_batch_size", "2", "--use_cpu"],
+        [*accelerate, "train_hf.py", config_file, *arguments, "--do_train", "--do_eval", "--do_predict"]
+        + ["--max_steps", "6", "--learning_rate", "1e-3", "--global_batch_size", "4", "--use_cpu"]
+        + ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
         cwd=ROOT,
         check=True,
         timeout=300,

@@ -47,6 +47,7 @@ def official_config() -> DetrisConfig:
             "hidden_size": 64,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
+            "image_size": 518,
             "patch_size": PATCH_SIZE,
         },
         text_config={
@@ -122,6 +123,7 @@ def small_config(registers: bool = True, vision: dict | None = None, **fields) -
         "hidden_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
+        "image_size": 70,  # of the pretraining
         "patch_size": PATCH_SIZE,
     }
     text_config = {
