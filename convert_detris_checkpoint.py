@@ -11,10 +11,11 @@ backbones, DINOv2's `.pth` and OpenAI's CLIP, are read here too, for `DetrisForR
 import argparse
 import os
 import re
+import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
-from processing_detris import DetrisImageProcessor, DetrisProcessor
+from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
 WEIGHT_AND_BIAS = ("weight", "bias")
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -49,7 +50,11 @@ IGNORED = "txt_backbone.logit_scale"
 HEAD_WIDTH = 64
 # Nor do the tokens of a phrase (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
-TOKENIZER = "openai/clip-vit-base-patch16"  # every CLIP model has this one; backbones' original files come without
+BACKBONES = {
+    Dinov2Config: Dinov2Model,
+    Dinov2WithRegistersConfig: Dinov2WithRegistersModel,
+    CLIPTextConfig: CLIPTextModelWithProjection,
+}
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -79,16 +84,9 @@ def _conv_norm(official_conv: str, official_norm: str, ours: str, bias: bool = F
 def _adapter(official: str, ours: str) -> Iterator[tuple]:
     yield from _tensors(f"{official}.D_fc1", f"{ours}.down")
     yield from _tensors(f"{official}.D_fc2", f"{ours}.up")
-    for theirs, mine in (
-        ("dense_branch1", "branch1"),
-        ("dense_branch2.0", "branch2.0"),
-        ("dense_branch2.1", "branch2.1"),
-        ("dense_branch3.0", "branch3.0"),
-        ("dense_branch3.1", "branch3.1"),
-    ):
-        yield from _conv_norm(
-            f"{official}.{theirs}.conv", f"{official}.{theirs}.bn", f"{ours}.dense.{mine}", bias=True
-        )
+    for branch in ("1", "2.0", "2.1", "3.0", "3.1"):
+        theirs, mine = f"{official}.dense_branch{branch}", f"{ours}.dense.branch{branch}"
+        yield from _conv_norm(f"{theirs}.conv", f"{theirs}.bn", mine, bias=True)
 
 
 def _text_backbone(depth: int, adapter_layers: Iterable[int] = ()) -> Iterator[tuple]:
@@ -176,13 +174,23 @@ def _head(config: DetrisConfig) -> Iterator[tuple]:
     yield from _tensors("proj.txt", "mask_head.kernel_projection")
 
 
-def name_table(config: DetrisConfig) -> list[tuple[str, list[str], str]]:
-    """
-    List every tensor of an official checkpoint as `(official name, our names, kind)`.
+# How an official tensor becomes ours, which may be several, and how ours become the official one.
+KINDS = {
+    "same": (lambda tensor: [tensor], lambda ours: ours[0]),
+    "transposed": (  # in the first two axes
+        lambda tensor: [tensor.transpose(0, 1).contiguous()],
+        lambda ours: ours[0].transpose(0, 1).contiguous(),
+    ),
+    "thirds": (lambda tensor: tensor.chunk(3), torch.cat),  # query, key and value
+    "last third": (  # the value alone: query and key have no effect
+        lambda tensor: tensor.chunk(3)[2:],
+        lambda ours: torch.cat([torch.zeros_like(ours[0]), torch.zeros_like(ours[0]), ours[0]]),
+    ),
+}
 
-    The kind says how the official tensor becomes ours: `same`; `transposed` in its first two axes; `thirds` along the
-    first axis, for query, key and value; `last third`, the value alone, since the rest has no effect.
-    """
+
+def name_table(config: DetrisConfig) -> list[tuple[str, list[str], str]]:
+    """List every tensor of an official checkpoint as `(official name, our names, kind)`; `KINDS` has the kinds."""
     registers = config.vision_config.model_type == "dinov2_with_registers"
     return [
         *_text_backbone(config.text_config.num_hidden_layers, config.text_adapter_layers),
@@ -193,28 +201,38 @@ def name_table(config: DetrisConfig) -> list[tuple[str, list[str], str]]:
 
 def _to_ours(official: Mapping[str, torch.Tensor], table: Iterable[tuple]) -> dict[str, torch.Tensor]:
     """Ours by name; views of the official tensors where possible."""
-    converted = {}
-    for name, ours, kind in table:
-        tensor = official[name]
-        if kind == "transposed":
-            tensors = [tensor.transpose(0, 1).contiguous()]
-        elif kind == "thirds":
-            tensors = tensor.chunk(3)
-        elif kind == "last third":
-            tensors = tensor.chunk(3)[2:]
-        else:
-            tensors = [tensor]
-        converted.update(zip(ours, tensors, strict=True))
-    return converted
+    return {
+        our_name: ours
+        for name, our_names, kind in table
+        for our_name, ours in zip(our_names, KINDS[kind][0](official[name]), strict=True)
+    }
 
 
-def _check_names(names: Iterable[str], table: Iterable[tuple], what: str, remedy: str) -> None:
-    expected = {name for name, _, _ in table}
-    missing, unexpected = sorted(expected - set(names)), sorted(set(names) - expected - {IGNORED})
+def _to_official(ours: Mapping[str, torch.Tensor], table: Iterable[tuple]) -> dict[str, torch.Tensor]:
+    return {name: KINDS[kind][1]([ours[our_name] for our_name in our_names]) for name, our_names, kind in table}
+
+
+def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose tensors have names and shapes, and take no memory."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _check(official: Mapping[str, Any], expected: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
+    """Refuse tensors whose names or shapes are not those expected."""
+    missing, unexpected = sorted(expected.keys() - official.keys()), sorted(official.keys() - expected.keys())
+    unexpected = [name for name in unexpected if name != IGNORED]
     if missing or unexpected:
         raise ValueError(
             f"{what}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} "
-            f"are too many ({', '.join(unexpected[:3]) or 'none'}). {remedy}"
+            f"are too many ({', '.join(map(str, unexpected[:3])) or 'none'}). {remedy}"
+        )
+    wrong = [name for name, tensor in expected.items() if official[name].shape != tensor.shape]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{what}: {len(wrong)} tensors have another shape than expected, such as {name} with "
+            f"{tuple(official[name].shape)} instead of {tuple(expected[name].shape)}. {remedy}"
         )
 
 
@@ -236,14 +254,15 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
         `dict[str, torch.Tensor]` by our names. Tensors are views of the official ones where possible.
 
     Raises:
-        ValueError: if tensors are missing or too many for `config`; the message names them.
+        ValueError: if tensors are missing, too many or of another shape than in `config`; the message names them.
     """
     official, table = _state_dict_of(official), name_table(config)
-    _check_names(
+    expected = _to_official(_skeleton(DetrisForReferringSegmentation, config).state_dict(), table)
+    _check(
         official,
-        table,
+        expected,
         "The official checkpoint does not fit the configuration",
-        "Give the configuration that it was trained with.",
+        "Get the file again, or give the configuration (--recipe) that it was trained with.",
     )
     return _to_ours(official, table)
 
@@ -261,18 +280,7 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
     Returns:
         `dict[str, torch.Tensor]` by official names, without `module.` in front.
     """
-    official = {IGNORED: torch.tensor(0.0)}
-    for name, ours, kind in name_table(config):
-        tensors = [state_dict[our_name] for our_name in ours]
-        if kind == "transposed":
-            official[name] = tensors[0].transpose(0, 1).contiguous()
-        elif kind == "thirds":
-            official[name] = torch.cat(tensors)
-        elif kind == "last third":
-            official[name] = torch.cat([torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0]), tensors[0]])
-        else:
-            official[name] = tensors[0]
-    return official
+    return _to_official(state_dict, name_table(config)) | {IGNORED: torch.tensor(0.0)}
 
 
 # --- recognition --------------------------------------------------------------------------------------------------
@@ -325,31 +333,33 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
             `text_config` as mappings of the fields that differ.
 
     Raises:
-        ValueError: if a tensor is missing that the configuration is read from.
+        ValueError: if a tensor is missing or misshapen that the configuration is read from, or its sizes cannot be.
     """
     official = _state_dict_of(official)
-    vision_adapter, text_adapter = r"dinov2\.blocks\.(\d+)\.adapter\.", r"txt_backbone\..*\.(\d+)\.adapter\."
+    vision_layer, text_layer = r"dinov2\.blocks\.(\d+)\.", r"txt_backbone\.transformer\.resblocks\.(\d+)\."
     try:
         backbones = {"vision_config": _vision_config(official), "text_config": _text_config(official)}
         depth = backbones["vision_config"].num_hidden_layers
         recognized = {
-            "vision_adapter_layers": _layers(official, vision_adapter),
-            "text_adapter_layers": _layers(official, text_adapter),
+            "vision_adapter_layers": _layers(official, vision_layer + "adapter"),
+            "text_adapter_layers": _layers(official, text_layer + "adapter"),
             "feature_layers": [depth // 3, 2 * depth // 3],  # as in all official recipes
             "decoder_dim": official["neck.txt_proj.weight"].shape[0],
             "decoder_layers": len(_layers(official, r"decoder\.layers\.(\d+)\.")),
             "decoder_ffn_dim": official["decoder.layers.0.ffn.0.weight"].shape[0],
         }
-        for name in recognized["vision_adapter_layers"][:1]:
-            adapter = f"dinov2.blocks.{name}.adapter"
+        if recognized["vision_adapter_layers"]:
+            adapter = f"dinov2.blocks.{recognized['vision_adapter_layers'][0]}.adapter"
             recognized["vision_adapter_dim"] = official[f"{adapter}.D_fc1.weight"].shape[0]
             recognized["aligner_attention_dim"] = official[f"{adapter}.cross.image_proj.weight"].shape[0]
-        for name in recognized["text_adapter_layers"][:1]:
-            adapter = f"txt_backbone.transformer.resblocks.{name}.adapter"
+        if recognized["text_adapter_layers"]:
+            adapter = f"txt_backbone.transformer.resblocks.{recognized['text_adapter_layers'][0]}.adapter"
             recognized["text_adapter_dim"] = official[f"{adapter}.D_fc1.weight"].shape[0]
     except KeyError as error:
+        raise ValueError(f"There is no tensor {error}: it is no whole official DETRIS, get the file again.") from None
+    except (ValueError, IndexError):  # a shape has too few or too many sides to take sizes from
         raise ValueError(
-            f"The checkpoint has no tensor {error}, so it is no whole official DETRIS: get the file again."
+            "Tensors that tell the sizes have no shape of an official DETRIS: get the file again."
         ) from None
     for name, config in backbones.items():
         backbones[name] = type(config).from_dict(config.to_dict() | fields.pop(name, {}))
@@ -359,11 +369,12 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     Read a PyTorch checkpoint from strangers: tensors, numbers, strings and plain containers, nothing that could run.
 
-    Tensors stay in the file until they are used.
+    Returns:
+        The state dict, also out of a training checkpoint; tensors stay in the file until they are used.
 
     Raises:
         OSError: if the file is missing or damaged.
@@ -380,7 +391,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         if asked:
             raise ValueError(
                 f"{path} asks for {asked[1]}, which is neither a tensor nor a plain container; nothing in it was run: "
-                "get the file from those who published it."
+                "get the file from those who published it, or save its state_dict alone."
             ) from None
         with open(path, "rb") as file:
             archive = file.read(2) == b"PK"
@@ -388,26 +399,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             raise OSError(f"{path} is cut short or damaged: copy or download it again.") from None
         raise ValueError(f"{path} is no PyTorch checkpoint: give a .pth file that torch.save wrote.") from None
     tensors = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(
             f"{path} holds no state dict, neither by itself nor as 'state_dict': give a model's checkpoint."
         )
-    return checkpoint
-
-
-def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping, what: str):
-    """A model without weights, which `tensors` fit by name and shape; or the first that does not is named."""
-    with torch.device("meta"):
-        model = model_class(config)
-    for name, expected in model.state_dict().items():
-        if name not in tensors:
-            raise ValueError(f"{what}: {name} is missing. Get the file again.")
-        if tensors[name].shape != expected.shape:
-            raise ValueError(
-                f"{what}: {name} has shape {tuple(tensors[name].shape)}, expected is {tuple(expected.shape)}. "
-                "Get the file again, or name the recipe that it was trained with."
-            )
-    return model
+    return _state_dict_of(tensors)
 
 
 def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersModel:
@@ -418,54 +416,68 @@ def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersMod
         OSError: if the file is missing or damaged.
         ValueError: if it is no such file.
     """
-    tensors = {f"dinov2.{name}": tensor for name, tensor in _state_dict_of(read_checkpoint(path)).items()}
-    what = f"{path} is no DINOv2 of a known kind"
-    try:
-        config = _vision_config(tensors)
-    except KeyError as error:
-        raise ValueError(f"{what}: it has no {error.args[0].removeprefix('dinov2.')}.") from None
-    registers = isinstance(config, Dinov2WithRegistersConfig)
-    table = list(_vision_backbone(config.num_hidden_layers, registers))
-    _check_names(
-        tensors, table, what, "Give a *_pretrain.pth with or without registers, of size small, base or large."
-    )
-    return _build(
-        Dinov2WithRegistersModel if registers else Dinov2Model, config, tensors, table, "vision_model.", what
-    )
+
+    def table(config):
+        return _vision_backbone(config.num_hidden_layers, isinstance(config, Dinov2WithRegistersConfig))
+
+    tensors = {f"dinov2.{name}": tensor for name, tensor in read_checkpoint(path).items()}
+    return _build(tensors, _vision_config, table, f"{path} is no DINOv2 of size small, base or large")
 
 
 def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
     """
     Read the text tower of a CLIP by OpenAI, such as `ViT-B-16.pt`: TorchScript as published, or a state dict.
 
+    TorchScript may run code of its own when it is loaded: take such a file from OpenAI, not from strangers.
+
     Raises:
         OSError: if the file is missing or damaged.
         ValueError: if it is no such file.
     """
-    what = f"{path} is no CLIP of a known kind"
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        with warnings.catch_warnings():  # TorchScript is deprecated, but it is what was published
-            warnings.simplefilter("ignore", DeprecationWarning)
-            tensors = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
-        tensors = _state_dict_of(read_checkpoint(path))
+
+    def table(config):
+        return _text_backbone(config.num_hidden_layers)
+
+    tensors = _read_torchscript(path) if _is_torchscript(path) else read_checkpoint(path)
     others = ("visual.", "input_resolution", "context_length", "vocab_size")  # the image tower and loose numbers
     tensors = {
         f"txt_backbone.{name}": tensor.float() for name, tensor in tensors.items() if not name.startswith(others)
     }
+    return _build(tensors, _text_config, table, f"{path} is no CLIP by OpenAI")
+
+
+def _is_torchscript(path: str | os.PathLike) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():  # TorchScript is deprecated, but it is what was published
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        except RuntimeError:
+            raise OSError(f"{path} is damaged: copy or download it again.") from None
+
+
+def _build(
+    official: dict[str, torch.Tensor], make_config: Callable, make_table: Callable, what: str
+) -> PreTrainedModel:
+    """A backbone from tensors by their names in an official DETRIS."""
+    remedy = "Give the file as its authors published it."
     try:
-        config = _text_config(tensors)
-    except KeyError as error:
-        raise ValueError(f"{what}: it has no {error.args[0].removeprefix('txt_backbone.')}.") from None
-    table = list(_text_backbone(config.num_hidden_layers))
-    _check_names(tensors, table, what, "Give a file such as ViT-B-16.pt.")
-    return _build(CLIPTextModelWithProjection, config, tensors, table, "", what)
-
-
-def _build(model_class, config, tensors, table, prefix: str, what: str) -> PreTrainedModel:
-    ours = {name.removeprefix(prefix): tensor for name, tensor in _to_ours(tensors, table).items()}
-    _skeleton(model_class, config, ours, what)
-    return model_class.from_pretrained(None, config=config, state_dict=ours, dtype=torch.float32)
+        config = make_config(official)
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"{what}: tensors that tell its sizes are missing or misshapen. {remedy}") from None
+    model_class = BACKBONES[type(config)]
+    table = [
+        (name, [our_name.removeprefix("vision_model.") for our_name in our_names], kind)
+        for name, our_names, kind in make_table(config)
+    ]
+    _check(official, _to_official(_skeleton(model_class, config).state_dict(), table), what, remedy)
+    return model_class.from_pretrained(None, config=config, state_dict=_to_ours(official, table), dtype=torch.float32)
 
 
 MODEL_CARD = """---
@@ -475,8 +487,8 @@ MODEL_CARD = """---
 # DETRIS for referring image segmentation
 
 An image and a phrase go in, the mask of what the phrase names comes out (Huang et al., AAAI 2025,
-[arXiv 2501.08580](https://arxiv.org/abs/2501.08580)). Converted from an official checkpoint, `{source}`: the weights
-are its authors', unchanged.
+[arXiv 2501.08580](https://arxiv.org/abs/2501.08580)). Converted from `{source}`, a checkpoint in the official layout,
+without a change to its numbers.
 
 | | |
 |---|---|
@@ -506,7 +518,7 @@ trained on photographs of COCO, which have licences of their own.
 def from_official(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    tokenizer: str = TOKENIZER,
+    tokenizer: str = CLIP_TOKENIZER,
     dataset: str = "",
     **fields,
 ) -> None:
@@ -528,16 +540,14 @@ def from_official(
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
     official = read_checkpoint(checkpoint)
-    config = recognize_config(official, **fields)
-    tensors = convert_state_dict(official, config)
-    model = _skeleton(DetrisForReferringSegmentation, config, tensors, str(checkpoint))
+    try:
+        config = recognize_config(official, **fields)
+        tensors = convert_state_dict(official, config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
+    model = _skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
-    processor = DetrisProcessor(
-        image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
-        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
-        max_text_length=config.max_text_length,
-        mask_threshold=config.mask_threshold,
-    )
+    processor = DetrisProcessor.from_config(config, CLIPTokenizer.from_pretrained(tokenizer))
     card_data = ModelCardData(
         license="mit",
         library_name="transformers",
@@ -581,7 +591,8 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
             f"feature_layers: the official code has registers and {len(NECK_LEVELS) - 1} feature layers only."
         )
     tensors = load_file(Path(folder) / SAFE_WEIGHTS_NAME)  # which maps the file: a model would copy it
-    _skeleton(DetrisForReferringSegmentation, config, tensors, str(folder))
+    expected = _skeleton(DetrisForReferringSegmentation, config).state_dict()
+    _check(tensors, expected, f"{folder} does not fit its config.json", "Save or download it again.")
     official = convert_to_official(tensors, config)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}-") as scratch:
@@ -602,25 +613,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_text_length", type=int, help="tokens of a phrase, instead")
     parser.add_argument("--recipe", help="file in configs/ whose model_config and sizes are taken, instead")
     parser.add_argument("--image_size", type=int, help="side of the square input; 448 in all official recipes")
-    parser.add_argument("--tokenizer", default=TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
+    parser.add_argument("--tokenizer", default=CLIP_TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
     arguments = parser.parse_args(argv)
     if arguments.to_official:
         to_official(arguments.source, arguments.output)
         return
     recipe = yaml.safe_load(Path(arguments.recipe).read_text(encoding="utf-8")) if arguments.recipe else {}
     dataset = arguments.dataset or recipe.get("dataset")
-    sizes = {
-        "image_size": arguments.image_size or recipe.get("image_size"),
-        "max_text_length": arguments.max_text_length or recipe.get("max_text_length") or TEXT_LENGTHS.get(dataset),
-    }
-    if sizes["max_text_length"] is None:
+    recipe["max_text_length"] = (
+        arguments.max_text_length or TEXT_LENGTHS.get(arguments.dataset) or recipe.get("max_text_length")
+    )
+    if recipe["max_text_length"] is None and not arguments.recipe:  # a recipe that says nothing has the default
         raise ValueError(
             f"A checkpoint does not tell how long phrases are, and dataset is {dataset!r}: give --dataset as one of "
-            f"{', '.join(TEXT_LENGTHS)}, or --max_text_length."
+            f"{', '.join(TEXT_LENGTHS)}, or --max_text_length, or --recipe."
         )
-    fields = recipe.get("model_config", {}) | {name: size for name, size in sizes.items() if size is not None}
+    recipe["image_size"] = arguments.image_size or recipe.get("image_size")
+    sizes = {name: recipe[name] for name in ("image_size", "max_text_length") if recipe[name] is not None}
+    fields = recipe.get("model_config", {}) | sizes
     from_official(arguments.source, arguments.output, arguments.tokenizer, dataset or "", **fields)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

@@ -96,6 +96,12 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
+class _TextTower(CLIPTextModelWithProjection):
+    """CLIP's text half, read from a whole CLIP without a list of all that is left there."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", "^logit_scale$"]
+
+
 class _GateLinear(nn.Linear):
     """Square linear layer that starts as those inside `nn.MultiheadAttention` do: uniform within `bound`, no bias."""
 
@@ -284,7 +290,6 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
         self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
-        self.vision_model.embeddings.interpolate_pos_encoding = self._position_embeddings
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
@@ -385,11 +390,6 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         model._set_trainable()
         return (model, loading_info) if output_loading_info else model
 
-    def _position_embeddings(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        # In place of the backbone's own method, whose resampling differs from the official one. The table is kept as
-        # it was pretrained, so that any image size is resampled from the original and can be saved without loss.
-        return resample_position_table(self.vision_model.embeddings.position_embeddings, self.config.grid_size)
-
     @classmethod
     def from_backbones(cls, vision: str, text: str, **config_fields) -> "DetrisForReferringSegmentation":
         """
@@ -407,8 +407,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             OSError: if a folder or Hub id cannot be read.
             ValueError: if the backbones or fields do not fit together.
         """
-        vision_model = cls._read_backbone(vision, AutoModel, "read_dinov2")
-        text_model = cls._read_backbone(text, CLIPTextModelWithProjection, "read_clip_text")
+        vision_model = cls._read_backbone(vision, AutoModel)
+        text_model = cls._read_backbone(text, _TextTower)
         # Copies of their configurations: the backbones have settled which attention they use.
         config = DetrisConfig(
             vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
@@ -416,16 +416,18 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         return cls(config, vision_model, text_model).eval()
 
     @staticmethod
-    def _read_backbone(source: str, model_class: type, read_original: str) -> PreTrainedModel:
+    def _read_backbone(source: str, model_class: type) -> PreTrainedModel:
         if os.path.isfile(source):
             try:  # only those who build a new DETRIS need this, and have the repository
-                import convert_detris_checkpoint
-            except ImportError:
+                from convert_detris_checkpoint import read_clip_text, read_dinov2
+            except ModuleNotFoundError as error:
+                if error.name != "convert_detris_checkpoint":
+                    raise
                 raise ValueError(
                     f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
                     "convert_detris_checkpoint.py to read it."
                 ) from None
-            model = getattr(convert_detris_checkpoint, read_original)(source)
+            model = (read_clip_text if model_class is _TextTower else read_dinov2)(source)
         else:
             # Whatever they are stored in: adapters and head are trained in float32.
             model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
@@ -460,7 +462,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         Returns:
             `list` of the feature maps `(N, D, g, g)`: after each of `feature_layers`, and the last, normalised one.
         """
-        hidden_states = self.vision_model.embeddings(pixel_values)  # (B, P, D)
+        hidden_states = self._embed_patches(pixel_values)  # (B, P, D)
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
             if isinstance(layer, VisionAdapterLayer):
@@ -480,6 +482,19 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         return [
             states[:, self.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size)) for states in features
         ]
+
+    def _embed_patches(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        # What the backbone's embeddings do themselves, but for the resampling, which is the official one. The table
+        # stays as it was pretrained, so that every image size is resampled from the original and none loses anything.
+        embeddings = self.vision_model.embeddings
+        patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
+        class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)
+        hidden_states = torch.cat([class_tokens, patches], dim=1)
+        hidden_states = hidden_states + resample_position_table(embeddings.position_embeddings, self.config.grid_size)
+        if self.prefix_length > 1:
+            registers = embeddings.register_tokens.expand(len(patches), -1, -1)
+            hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
+        return embeddings.dropout(hidden_states)
 
     def forward(
         self,

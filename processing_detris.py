@@ -30,6 +30,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DEFAULT_SIDE = 448
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; every CLIP model has this one
 SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
@@ -276,6 +277,16 @@ class DetrisProcessor(ProcessorMixin):
         self.max_text_length = max_text_length
         self.mask_threshold = mask_threshold
         self._has_warned_of_cut = False
+
+    @classmethod
+    def from_config(cls, config, tokenizer) -> "DetrisProcessor":
+        """The processor that fits a [`DetrisConfig`], around CLIP's tokenizer."""
+        return cls(
+            image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
+            tokenizer=tokenizer,
+            max_text_length=config.max_text_length,
+            mask_threshold=config.mask_threshold,
+        )
 
     def __call__(
         self,

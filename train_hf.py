@@ -44,12 +44,11 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from configuration_detris import DetrisConfig
-from convert_detris_checkpoint import TOKENIZER
 from data.refer import FEATURES, load_refer
 from data.shapes import load_shapes
 from gallery import Sample, draw_sample
 from modeling_detris import DetrisForReferringSegmentation
-from processing_detris import DetrisImageProcessor, DetrisProcessor
+from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
@@ -82,7 +81,7 @@ class ModelArguments:
     text_backbone: str | None = field(default=None, metadata={"help": "CLIP for a new DETRIS."})
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": f"CLIP's: folder or Hub id; else the model's own, or {TOKENIZER} where it has none."},
+        metadata={"help": f"CLIP's: folder or Hub id; else the model's own, or {CLIP_TOKENIZER} for original files."},
     )
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
@@ -426,14 +425,9 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
         )
     else:
         model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path, **overrides)
-    config = model.config
     source = args.model_name_or_path or args.text_backbone
-    processor = DetrisProcessor(
-        image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
-        tokenizer=CLIPTokenizer.from_pretrained(args.tokenizer or (TOKENIZER if Path(source).is_file() else source)),
-        max_text_length=config.max_text_length,
-        mask_threshold=config.mask_threshold,
-    )
+    tokenizer = args.tokenizer or (CLIP_TOKENIZER if Path(source).is_file() else source)
+    processor = DetrisProcessor.from_config(model.config, CLIPTokenizer.from_pretrained(tokenizer))
     return model, processor
 
 
@@ -587,8 +581,10 @@ def write_predictions(
         metric: turns counts into IoU.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("masks", "overlays") if masks is not None else (".",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    if masks is not None:
+        (folder / "masks").mkdir()
+        (folder / "overlays").mkdir()
     with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
         for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
             image = None if masks is None else read_image(row)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from datasets.utils import tqdm
 
-from .refer import check_image, read_instances, read_refs, read_row, refer_files, require
+from .refer import check_image, check_ref_ids, read_instances, read_refs, read_row, refer_files, require
 
 NAMES_SHOWN = 5  # of missing images, which can be thousands
+PROBLEMS_SHOWN = 100  # annotations of another release have one in every record
 
 
 class Counts(NamedTuple):
@@ -81,15 +82,16 @@ def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[s
         return {}, problems
 
     splits = defaultdict(list)
-    sizes = {}
+    sizes = set()
     for index, ref in enumerate(tqdm(refs, desc=f"{name}: annotations", unit="ref")):
         if found := attempt(read_row, files, index, ref, instances):
             split, row, size = found
             splits[split].append(row)
-            sizes[row["image"]] = size
+            sizes.add((row["image"], size))
+    attempt(check_ref_ids, files, [row["ref_id"] for rows in splits.values() for row in rows])
 
     missing = []
-    for path, size in tqdm(sizes.items(), desc=f"{name}: images", unit="image"):
+    for path, size in tqdm(sorted(sizes), desc=f"{name}: images", unit="image"):
         if Path(path).exists():
             attempt(check_image, path, size)
         else:
@@ -107,8 +109,10 @@ def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[s
 def report(root: str | os.PathLike, name: str) -> bool:
     """Print what `check` finds beside what was published; True if they agree and nothing is wrong."""
     found, problems = check(root, name)
-    for problem in problems:
+    for problem in problems[:PROBLEMS_SHOWN]:
         print(f"- {problem}")
+    if len(problems) > PROBLEMS_SHOWN:
+        print(f"… and {len(problems) - PROBLEMS_SHOWN} more problems")
     print(f"{name + ' (found / published)':<30}" + "".join(f"{field:>20}" for field in Counts._fields))
     published = PUBLISHED[name]
     complete = not problems

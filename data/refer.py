@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -147,23 +147,29 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
     refs, instances = read_refs(files.refs), read_instances(files.instances)
 
     checked = set()  # images that were found in order
-    ref_ids = set()
     splits = defaultdict(list)
     for index, ref in enumerate(refs):
         split, row, size = read_row(files, index, ref, instances)
-        if row["ref_id"] in ref_ids:  # predictions are named by it
-            raise ValueError(f"{files.refs}: two entries have ref_id {row['ref_id']}; give each a number of its own.")
-        ref_ids.add(row["ref_id"])
-        if row["image"] not in checked:
+        if (row["image"], size) not in checked:
             try:
                 check_image(row["image"], size)
             except (OSError, ValueError) as error:
                 raise type(error)(f"{files.refs}, ref_id {row['ref_id']}: {error}") from error
-            checked.add(row["image"])
+            checked.add((row["image"], size))
         splits[split].append(row)
+    check_ref_ids(files, [row["ref_id"] for rows in splits.values() for row in rows])
     return datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
     )
+
+
+def check_ref_ids(files: "ReferFiles", ref_ids: list[int]) -> None:
+    """Refuse with a `ValueError` numbers that two refs share: predictions are named by them."""
+    repeated = [ref_id for ref_id, count in Counter(ref_ids).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{files.refs}: {len(repeated)} ref_ids stand at several refs, such as {repeated[0]}; give each its own."
+        )
 
 
 class ReferFiles(NamedTuple):
@@ -246,6 +252,8 @@ def read_row(files: ReferFiles, index: int, ref: dict, instances: dict) -> tuple
         size = (image["height"], image["width"])
         if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"image_id {image['id']} is recorded as {size[0]} x {size[1]} pixels; no image is.")
+        if type(ref["ref_id"]) is not int:
+            raise ValueError(f"ref_id is {ref['ref_id']!r}; give a whole number.")
         row = {
             "image": str(files.images / file_name),
             "mask": _rle(annotation["segmentation"], size, f"ann_id {annotation['id']}"),

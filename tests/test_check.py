@@ -188,3 +188,18 @@ def test_five_photographs_are_sound_but_few(capsys):
     assert status == 1 and not problems(text)
     assert [line.split(":")[0] for line in text.splitlines() if line.endswith("incomplete")] == list(PUBLISHED)
     assert text.count("differs") == sum(map(len, PUBLISHED.values()))
+
+
+def test_refs_that_share_a_number_are_named(refer, capsys):
+    refer.refs[1]["ref_id"] = refer.refs[0]["ref_id"]
+    refer.write()
+    status, text = run(capsys, refer.root)
+    (line,) = problems(text)
+    assert status == 1 and "1 ref_ids stand at several refs, such as 110" in line
+
+
+def test_a_thousand_problems_are_counted_not_printed(refer, capsys):
+    refer.refs += [{"ref_id": number} for number in range(200, 1200)]
+    refer.write()
+    status, text = run(capsys, refer.root)
+    assert status == 1 and len(problems(text)) == 100 and "… and 900 more problems" in text

@@ -394,7 +394,7 @@ def test_no_graph_is_kept_before_the_first_adapter():
     model = small_model(small_config(vision_adapter_layers=[2], text_adapter_layers=[1])).train()
     graphs = {"vision": [], "text": []}
     modules = {
-        "vision": [model.vision_model.embeddings, *model.vision_model.encoder.layer],
+        "vision": [model.vision_model.embeddings.dropout, *model.vision_model.encoder.layer],
         "text": [model.text_model.embeddings, *model.text_model.encoder.layers],
     }
     for tower, parts in modules.items():

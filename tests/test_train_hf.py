@@ -17,8 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_hf
-from configuration_detris import DetrisConfig
-from convert_detris_checkpoint import convert_state_dict
+from convert_detris_checkpoint import from_official
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
@@ -387,8 +386,8 @@ def test_the_tokenizer_is_the_one_named_or_the_models_own(model_arguments, tiny_
         "from_backbones",
         lambda vision, text, **fields: from_backbones(vision, model_arguments["text_backbone"], **fields),
     )
-    assert train_hf.TOKENIZER == "openai/clip-vit-base-patch16"
-    monkeypatch.setattr(train_hf, "TOKENIZER", str(tmp_path / "other"))
+    assert train_hf.CLIP_TOKENIZER == "openai/clip-vit-base-patch16"
+    monkeypatch.setattr(train_hf, "CLIP_TOKENIZER", str(tmp_path / "other"))
     assert vocabulary(text_backbone=str(weights)) == other
     assert vocabulary(text_backbone=str(weights), tokenizer=model_arguments["text_backbone"]) == own
 
@@ -643,39 +642,27 @@ def official_end_to_end(clip_tokenizer, tmp_path):
         pytest.skip("needs shared/refer_mini and shared/conformance beside the repository")
     expected = json.loads((conformance / "expected" / "evaluation_refer_mini.json").read_text())
     official, weights = expected["config"], runpy.run_path(str(conformance / "weights.py"))
-    config = DetrisConfig(
-        vision_config={
-            "model_type": "dinov2_with_registers",
-            "hidden_size": official["dino_width"],
-            "num_hidden_layers": official["dino_layers"],
-            "num_attention_heads": official["dino_heads"],
-            "image_size": 518,
-            "patch_size": 14,
-        },
-        text_config={"model_type": "clip_text_model", "num_hidden_layers": official["clip_layers"]},
-        vision_adapter_layers=official["visual_adapter_layer"],
-        vision_adapter_dim=official["visual_adapter_dim"],
-        text_adapter_layers=official["txtual_adapter_layer"],
-        text_adapter_dim=official["txt_adapter_dim"],
-        feature_layers=official["output_dinov2"],
-        decoder_layers=official["num_layers"],
-        decoder_ffn_dim=official["dim_ffn"],
-        image_size=official["input_size"],
-        max_text_length=official["word_len"],
-    )
     checkpoint = weights["synthesize"](
         weights["load_specs"](conformance / "checkpoints" / "e2e.json"), expected["seed"]
     )
     checkpoint["proj.txt.bias"][-1] = expected["proj.txt.bias[-1]"]
-    model = DetrisForReferringSegmentation(config)
-    model.load_state_dict(convert_state_dict(checkpoint, config), strict=True)
-    model.save_pretrained(tmp_path / "model")
-    clip_tokenizer.save_pretrained(tmp_path / "model")
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in checkpoint.items()}}, tmp_path / "e2e.pth")
+    clip_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    from_official(
+        tmp_path / "e2e.pth",
+        tmp_path / "model",
+        tokenizer=str(tmp_path / "tokenizer"),
+        image_size=official["input_size"],
+        max_text_length=official["word_len"],
+        vision_config={"num_attention_heads": official["dino_heads"]},
+    )
     return expected, tmp_path / "model"
 
 
 @pytest.mark.slow
-def test_one_command_prints_the_papers_table_with_the_official_figures(official_end_to_end, tmp_path, monkeypatch):
+def test_one_command_prints_the_papers_table_with_the_official_figures(
+    official_end_to_end, tmp_path, monkeypatch, capsys
+):
     expected, model = official_end_to_end
     refer_mini = {  # objects, phrases
         "refcoco:unc:train": (10, 22),
@@ -693,6 +680,7 @@ def test_one_command_prints_the_papers_table_with_the_official_figures(official_
     arguments |= {"save_masks": False, "disable_tqdm": True, "report_to": "none"}
     arguments = [f"--{name}={value}" for name, value in arguments.items()]
     main([*arguments, "--do_predict", "--test_splits", *refer_mini])
+    assert (run / "table.txt").read_text() in capsys.readouterr().out
     *lines, _ = json.loads((run / "table.json").read_text())
     assert {line["split"]: (line["objects"], line["phrases"]) for line in lines} == refer_mini
 
