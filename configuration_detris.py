@@ -1,5 +1,8 @@
 """Configuration of DETRIS: two frozen backbones, the adapters inside them and the head behind them."""
 
+from collections.abc import Iterable
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -108,6 +111,13 @@ class DetrisConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Patches along one side of the image, `g`."""
         return self.image_size // self.vision_config.patch_size
+
+    @classmethod
+    def refuse_unknown(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no fields with a `ValueError`; transformers would keep them in silence."""
+        unknown = set(names) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are no fields of DetrisConfig.")
 
     def check_fields(self) -> None:
         """Refuse values that cannot work with a `ValueError`, also where fields were set one by one."""

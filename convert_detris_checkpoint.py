@@ -256,6 +256,8 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     Raises:
         ValueError: if tensors are missing, too many or of another shape than in `config`; the message names them.
     """
+    if len(config.feature_layers) + 1 != len(NECK_LEVELS):
+        raise ValueError(f"feature_layers is {config.feature_layers}: an official DETRIS has {len(NECK_LEVELS) - 1}.")
     official, table = _state_dict_of(official), name_table(config)
     expected = _to_official(_skeleton(DetrisForReferringSegmentation, config).state_dict(), table)
     _check(
@@ -335,6 +337,7 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
     Raises:
         ValueError: if a tensor is missing or misshapen that the configuration is read from, or its sizes cannot be.
     """
+    DetrisConfig.refuse_unknown(fields)
     official = _state_dict_of(official)
     vision_layer, text_layer = r"dinov2\.blocks\.(\d+)\.", r"txt_backbone\.transformer\.resblocks\.(\d+)\."
     try:
@@ -382,6 +385,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     whole = zipfile.is_zipfile(path)  # older checkpoints are no archives, and cannot be mapped
+    if whole:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch does not look at the checksums of what it maps
+                raise OSError(f"{path} is damaged: copy or download it again.")
+        if _is_torchscript(path):
+            raise ValueError(f"{path} is TorchScript, such as CLIP's original file, and no checkpoint of a DETRIS.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except FileNotFoundError:
@@ -601,6 +610,16 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
         os.rename(f"{scratch}/model", checkpoint)
 
 
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        recipe = None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
+        raise ValueError(f"{path} is no recipe: give a file such as those in configs/.")
+    return recipe
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -618,7 +637,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.to_official:
         to_official(arguments.source, arguments.output)
         return
-    recipe = yaml.safe_load(Path(arguments.recipe).read_text(encoding="utf-8")) if arguments.recipe else {}
+    recipe = _read_recipe(Path(arguments.recipe)) if arguments.recipe else {}
     dataset = arguments.dataset or recipe.get("dataset")
     recipe["max_text_length"] = (
         arguments.max_text_length or TEXT_LENGTHS.get(arguments.dataset) or recipe.get("max_text_length")

@@ -407,6 +407,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             OSError: if a folder or Hub id cannot be read.
             ValueError: if the backbones or fields do not fit together.
         """
+        DetrisConfig.refuse_unknown(config_fields)
         vision_model = cls._read_backbone(vision, AutoModel)
         text_model = cls._read_backbone(text, _TextTower)
         # Copies of their configurations: the backbones have settled which attention they use.

@@ -271,7 +271,8 @@ class DetrisProcessor(ProcessorMixin):
         ):  # `from_pretrained` makes an empty one where the vocabulary's file is missing
             raise ValueError(
                 f"The tokenizer has {len(tokenizer)} symbols, but CLIP's spell every byte and have {BYTE_SYMBOLS} or "
-                "more: tokenizer.json is missing from its folder, so save or download it again."
+                "more: its tokenizer.json is missing, or the Hub was not reached; save or download it again, or name "
+                "another tokenizer."
             )
         super().__init__(image_processor, tokenizer)
         self.max_text_length = max_text_length

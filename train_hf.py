@@ -91,9 +91,7 @@ class ModelArguments:
 
     def __post_init__(self):
         self.model_config = _from_json(self.model_config, "model_config")
-        unknown = set(self.model_config) - {config_field.name for config_field in fields(DetrisConfig)}
-        if unknown:
-            raise ValueError(f"model_config has {sorted(unknown)}, which are no fields of DetrisConfig.")
+        DetrisConfig.refuse_unknown(self.model_config)
         backbones = [self.vision_backbone, self.text_backbone]
         new = all(backbones)
         if any(backbones) != new or new == bool(self.model_name_or_path):
@@ -206,7 +204,7 @@ class DetrisTrainingArguments(TrainingArguments):
             )
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
-            if self.global_batch_size < 1 or self.global_batch_size % parts:
+            if parts < 1 or self.global_batch_size < 1 or self.global_batch_size % parts:
                 raise ValueError(
                     f"global_batch_size is {self.global_batch_size}: it must be a positive multiple of {parts}, which "
                     f"is {self.world_size} processes times {self.gradient_accumulation_steps} accumulated steps."
@@ -331,6 +329,10 @@ def load_rows(
         parts = name.split(MIXTURE)
         if len(parts) == 1:
             return load_splits(name, args)
+        if len(set(parts)) < len(parts) or not all(parts):
+            raise ValueError(
+                f"The mixture {name!r} names a data set twice or none: give 'refcoco/unc + refcoco+/unc'."
+            )
         return mix_splits({part: splits_of(part) for part in parts}, args.train_split)
 
     train_rows = eval_rows = None
@@ -426,8 +428,14 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
     else:
         model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path, **overrides)
     source = args.model_name_or_path or args.text_backbone
-    tokenizer = args.tokenizer or (CLIP_TOKENIZER if Path(source).is_file() else source)
-    processor = DetrisProcessor.from_config(model.config, CLIPTokenizer.from_pretrained(tokenizer))
+    name = args.tokenizer or (CLIP_TOKENIZER if Path(source).is_file() else source)
+    tokenizer = CLIPTokenizer.from_pretrained(name)
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name} has {len(tokenizer)} symbols, but the text backbone reads "
+            f"{model.config.text_config.vocab_size}: give the tokenizer that belongs to it."
+        )
+    processor = DetrisProcessor.from_config(model.config, tokenizer)
     return model, processor
 
 

@@ -254,6 +254,11 @@ def read_row(files: ReferFiles, index: int, ref: dict, instances: dict) -> tuple
             raise ValueError(f"image_id {image['id']} is recorded as {size[0]} x {size[1]} pixels; no image is.")
         if type(ref["ref_id"]) is not int:
             raise ValueError(f"ref_id is {ref['ref_id']!r}; give a whole number.")
+        bbox = annotation["bbox"]
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(side) in (int, float) for side in bbox):
+            raise ValueError(
+                f"ann_id {annotation['id']} has the bbox {bbox!r}; give x, y, width and height in pixels."
+            )
         row = {
             "image": str(files.images / file_name),
             "mask": _rle(annotation["segmentation"], size, f"ann_id {annotation['id']}"),
@@ -262,7 +267,7 @@ def read_row(files: ReferFiles, index: int, ref: dict, instances: dict) -> tuple
             "ann_id": annotation["id"],
             "image_id": image["id"],
             "category": _record(instances["categories"], "category_id", ref["category_id"])["name"],
-            "bbox": annotation["bbox"],
+            "bbox": bbox,
         }
         return ref["split"], row, size
     except ValueError as error:

@@ -327,6 +327,12 @@ def test_a_phrase_length_that_nothing_tells_is_asked_for(official, tmp_path, arg
     assert not (tmp_path / "model").exists()
 
 
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 64)
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hostile",)
@@ -340,6 +346,12 @@ class Hostile:
             lambda weights, path: (torch.save(weights, path), os.truncate(path, 200_000)),
             OSError,
             "cut short or damaged",
+        ),
+        (lambda weights, path: (torch.save(weights, path), flip(path)), OSError, "best_model.pth is damaged: copy"),
+        (
+            lambda weights, path: torch.jit.script(Holder({"a.b": torch.ones(1)})).save(path),
+            ValueError,
+            "is TorchScript, such as CLIP's original file",
         ),
         (lambda weights, path: path.write_text("not found"), ValueError, "no PyTorch checkpoint: give"),
         (lambda weights, path: torch.save(weights | {"x": Hostile()}, path), ValueError, "posix.system.*nothing.*run"),
@@ -391,6 +403,23 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
         convert_tiny()
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} <= before  # neither a folder nor what hostile code would make
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "recipe.yaml is no recipe: give a file"),
+        ("a: [", "recipe.yaml is no recipe"),
+        ("model_config: [1]", "recipe.yaml is no recipe"),
+        ("model_config: {vision_adapter_layer: [1]}", r"\['vision_adapter_layer'\] are no fields of DetrisConfig"),
+        ("model_config: {feature_layers: [1]}", r"feature_layers is \[1\]: an official DETRIS has 2"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(official, convert_tiny, tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert_tiny(official)
+    assert not (tmp_path / "model").exists()
 
 
 def test_what_is_there_is_not_written_over(official, convert_tiny, tmp_path):

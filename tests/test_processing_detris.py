@@ -362,7 +362,7 @@ def test_start_and_end_need_room(tiny_tokenizer, image_processor):
 def test_a_tokenizer_whose_file_is_missing_is_refused(tiny_tokenizer, image_processor, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+    with pytest.raises(ValueError, match="its tokenizer.json is missing"):
         DetrisProcessor(image_processor, CLIPTokenizer.from_pretrained(tmp_path))
 
 

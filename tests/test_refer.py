@@ -386,6 +386,7 @@ def set_segmentation(value):
         (lambda refs, _: refs[1].update(ref_id=110), ": 1 ref_ids stand at several refs, such as 110"),
         (lambda refs, _: refs[0].pop("sentences"), "ref_id 110: a field is missing .*'sentences'"),
         (lambda refs, _: refs.insert(0, 5), "entry 0: a field is missing or not of REFER's type"),
+        (lambda _, instances: instances["annotations"][0].update(bbox=[1]), r"ann_id 10 has the bbox \[1\]; give x"),
         (set_segmentation([]), "ref_id 110: ann_id 10 has no mask"),
         (set_segmentation([[1, 1, 5, 5]]), "ref_id 110: ann_id 10: .* is no polygon"),
         (set_segmentation([[1, 1, 5, 5, 6, 6, 7]]), "is no polygon"),

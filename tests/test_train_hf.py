@@ -219,6 +219,12 @@ def test_the_global_batch_is_shared_out(monkeypatch, processes, accumulated, glo
     assert args.per_device_train_batch_size == args.train_batch_size == of_a_process
 
 
+@pytest.mark.parametrize("name", ["refcoco+/unc + ", "refcoco+/unc + refcoco+/unc"])
+def test_a_mixture_of_nothing_or_the_same_is_refused(two_sets, name):
+    with pytest.raises(ValueError, match="names a data set twice or none"):
+        load_rows(DataArguments(dataset=name, data_root="unused"), do_train=True, do_eval=False, do_predict=False)
+
+
 @pytest.mark.parametrize("global_batch_size", [20, 0, -8])
 def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch, global_batch_size):
     monkeypatch.setattr(DetrisTrainingArguments, "world_size", 4)
@@ -366,6 +372,13 @@ def test_a_training_batch_holds_one_phrase_for_each_object(make_trainer, shapes)
         assert (of_row == ids).all(dim=1).any()
         assert label.mean().item() == pytest.approx(row["mask"].mean(), abs=0.01)
         assert ((label > 0) & (label < 1)).any()  # edges are soft
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(model_arguments, clip_tokenizer, tmp_path):
+    clip_tokenizer.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip has 49408 symbols, but the text backbone reads"):
+        model_config = {"model_config": MODEL_CONFIG, "tokenizer": str(tmp_path / "clip")}
+        build_model(ModelArguments(**model_arguments | model_config))
 
 
 def test_the_tokenizer_is_the_one_named_or_the_models_own(model_arguments, tiny_tokenizer, tmp_path, monkeypatch):
