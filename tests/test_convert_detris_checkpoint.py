@@ -124,23 +124,20 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("base", {}),
-        ("large", LARGE | {"vision_adapter_layers": [2, 6, 10, 14, 18, 22]}),
-        (
-            "large_mixed",
-            LARGE
-            | {
-                "vision_adapter_layers": list(range(1, 24)),
-                "vision_adapter_dim": 384,
-                "text_adapter_layers": list(range(1, 12)),
-                "text_adapter_dim": 384,
-            },
-        ),
-    ],
-)
+RELEASED_RECIPES = {
+    "base": {},
+    "large": LARGE | {"vision_adapter_layers": [2, 6, 10, 14, 18, 22]},
+    "large_mixed": LARGE
+    | {
+        "vision_adapter_layers": list(range(1, 24)),
+        "vision_adapter_dim": 384,
+        "text_adapter_layers": list(range(1, 12)),
+        "text_adapter_dim": 384,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), RELEASED_RECIPES.items())
 def test_released_checkpoints_fit_by_name_and_shape(name, fields):
     path = RELEASED / f"{name}.json"
     if not path.exists():
@@ -158,27 +155,17 @@ def test_released_checkpoints_fit_by_name_and_shape(name, fields):
 # --- recognition --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["base", "large", "large_mixed"])
+@pytest.mark.parametrize("name", RELEASED_RECIPES)
 def test_released_recipes_are_recognized(name):
     path = RELEASED / f"{name}.json"
     if not path.exists():
         pytest.skip(f"needs shared/conformance/checkpoints/{path.name} beside the repository")
     with torch.device("meta"):
         checkpoint = {name: torch.empty(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
-    recipes = {
-        "base": {},
-        "large": LARGE | {"vision_adapter_layers": [2, 6, 10, 14, 18, 22]},
-        "large_mixed": LARGE
-        | {
-            "vision_adapter_layers": list(range(1, 24)),
-            "vision_adapter_dim": 384,
-            "text_adapter_layers": list(range(1, 12)),
-            "text_adapter_dim": 384,
-        },
-    }
     # Only what is written down: how a configuration was made, or in which order, is no matter.
     recognized, expected = (
-        json.loads(config.to_json_string()) for config in (recognize_config(checkpoint), DetrisConfig(**recipes[name]))
+        json.loads(config.to_json_string())
+        for config in (recognize_config(checkpoint), DetrisConfig(**RELEASED_RECIPES[name]))
     )
     assert recognized == expected
 
@@ -467,7 +454,7 @@ def peak_memory(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["base", "large", "large_mixed"])
+@pytest.mark.parametrize("name", RELEASED_RECIPES)
 def test_released_sizes_become_folders_and_go_back(clip_tokenizer, tmp_path, name):
     if not CONFORMANCE.exists():
         pytest.skip("needs shared/conformance beside the repository")
