@@ -4,24 +4,92 @@ Source: DETRIS, arXiv 2501.08580, section 3; official files `model/adapter.py`, 
 (`ResidualAttentionBlock`) and `model/dinov2/layers/block.py` (`Block`).
 """
 
+import hashlib
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
 
 import peft.mapping
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.functional import delete_adapter, set_adapter
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-PEFT_TYPE = "DETRIS"
+BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
+HEAD_MODULES = ("neck", "decoder", "mask_head")
+# Fields of DetrisConfig whose values adapters and head are trained for, but whose tensors do not show all of them.
+MODEL_FIELDS = ("feature_layers", "image_size", "decoder_dim", "decoder_layers", "decoder_heads", "decoder_ffn_dim")
+ADAPTER_PARAMETER = re.compile(r"\.(detris_adapter|lora_\w+)\.")
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 DENSE_BLOCK_NORM_EPS = 1e-3
+CANNOT_BE_MERGED = "DETRIS adapters are not linear, so they cannot be merged into their layers: keep them apart."
+
+
+class PeftMethod(StrEnum):
+    """Type of PEFT method, an enumeration as PEFT's own are: transformers asks for its `value`."""
+
+    DETRIS = "DETRIS"
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put the backbones' own layers back in the place of those with adapters, and the active head in that of all."""
+    for name, module in reversed(list(model.named_modules())):  # what lies deepest comes first
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            active = module.active_adapters
+            model.set_submodule(name, module.modules_to_save[active[0]] if active else module.original_module)
+
+
+def activate_remaining(model: PreTrainedModel, active: list[str]) -> list[str]:
+    """After a deletion, activate the adapters that were active, or else the last left; PEFT chooses layer by layer."""
+    remaining = [name for name in active if name in model.peft_config] or list(model.peft_config)[-1:]
+    frozen = all(model.peft_config[name].inference_mode for name in remaining)
+    set_adapter(model, remaining, inference_mode=frozen)
+    return remaining
+
+
+def fields_of(config: PreTrainedConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of a configuration, as JSON keeps them."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def backbone_digest(model: nn.Module) -> str | None:
+    """SHA-256 of the backbones' weights, by name, of a DETRIS or a PEFT model around one.
+
+    Returns:
+        `str` of 64 hexadecimal digits, or `None` if some of them are not held in float32: rounded or quantised weights
+        do not tell which ones they were made from.
+    """
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        # The mask token serves DINOv2's pretraining alone.
+        if not ADAPTER_PARAMETER.search(name) and not name.endswith(".mask_token")
+    }
+    digest = hashlib.sha256()
+    for name, parameter in sorted(weights.items()):
+        if not name.startswith(BACKBONE_MODULES):
+            continue
+        if parameter.dtype != torch.float32 or parameter.is_meta:
+            return None
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 class ConvNormReLU(nn.Sequential):
@@ -93,6 +161,29 @@ class TextAdapter(nn.Module):
         return self.up(torch.cat([start, words], dim=1) + hidden_states)
 
 
+class BatchFirstAttention(nn.MultiheadAttention):
+    """Multi-head attention whose rounding is the same whether its weights are frozen or not.
+
+    Shapes: query `(N, Q, d)`, key and value `(N, K, ·)` and where they are padding `(N, K)` to `(N, Q, d)`.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # With `batch_first` PyTorch would project transposed views, and it multiplies those one way if the weights
+        # need gradients and another if they do not: adapters would differ in their last digits once they are frozen.
+        query, key_first = query.transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous()
+        value_first = key_first if value is key else value.transpose(0, 1).contiguous()
+        attended, _ = super().forward(
+            query, key_first, value_first, key_padding_mask=key_padding_mask, need_weights=False
+        )
+        return attended.transpose(0, 1).contiguous()
+
+
 class WordAttention(nn.Module):
     """Attention from image patches to all `L` words of their phrase, padding included (official `CrossAttention`).
 
@@ -103,12 +194,12 @@ class WordAttention(nn.Module):
         super().__init__()
         self.patch_projection = nn.Linear(dim, attention_dim)
         self.word_projection = nn.Linear(text_hidden_size, attention_dim)
-        self.attention = nn.MultiheadAttention(attention_dim, num_heads, dropout=dropout, batch_first=True)
+        self.attention = BatchFirstAttention(attention_dim, num_heads, dropout=dropout)
         self.output_projection = nn.Linear(attention_dim, dim)
 
     def forward(self, patches: torch.Tensor, text_hidden_states: torch.Tensor) -> torch.Tensor:
         query, words = self.patch_projection(patches), self.word_projection(text_hidden_states)
-        return self.output_projection(self.attention(query, words, words, need_weights=False)[0])
+        return self.output_projection(self.attention(query, words, words))
 
 
 class DenseAligner(nn.Module):
@@ -143,7 +234,8 @@ class DenseAligner(nn.Module):
         prefix, patches = hidden_states[:, : self.prefix_length], hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, d, g, g)
-        aligned = self.dense(grid).flatten(2).transpose(1, 2) + patches
+        # Contiguous for the reason that BatchFirstAttention gives.
+        aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
         aligned = self.word_attention(aligned, text_hidden_states)
         return self.up(torch.cat([prefix, aligned], dim=1) + hidden_states)
 
@@ -185,15 +277,17 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
             hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def make_adapter(self, config: "DetrisAdapterConfig") -> nn.Module:
+    def make_adapter(self, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> nn.Module:
         raise NotImplementedError
 
-    def update_layer(self, adapter_name: str, config: "DetrisAdapterConfig") -> None:
-        self.detris_adapter[adapter_name] = self.make_adapter(config)
-        self.scale[adapter_name] = config.scale
+    def update_layer(self, adapter_name: str, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> None:
+        self.detris_adapter[adapter_name] = self.make_adapter(config, model_config)
+        self.scale[adapter_name] = config.adapter_scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _active_name(self) -> str | None:
+    @property
+    def active_name(self) -> str | None:
+        """The adapter that takes part, if any does."""
         names = [name for name in self.active_adapters if name in self.detris_adapter]
         if self.disable_adapters or not names:
             return None
@@ -209,17 +303,17 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
             return self.scale[adapter_name] * self.detris_adapter[adapter_name](*args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError("DETRIS adapters are not linear, so they cannot be merged into their layer: keep them apart.")
+        raise ValueError(CANNOT_BE_MERGED)
 
 
 class TextAdapterLayer(DetrisAdapterLayer):
     """CLIP encoder layer with a text adapter; `(N, L, C)` to `(N, L, C)`."""
 
-    def make_adapter(self, config: "DetrisAdapterConfig") -> nn.Module:
-        return TextAdapter(self.get_base_layer().embed_dim, config.text_dim)
+    def make_adapter(self, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> nn.Module:
+        return TextAdapter(self.get_base_layer().embed_dim, config.text_adapter_dim)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        adapter_name, layer = self._active_name(), self.base_layer
+        adapter_name, layer = self.active_name, self.base_layer
         if adapter_name is None:
             return layer(hidden_states, *args, **kwargs)
         attention_output, _ = layer.self_attn(layer.layer_norm1(hidden_states), *args, **kwargs)
@@ -232,19 +326,19 @@ class TextAdapterLayer(DetrisAdapterLayer):
 class VisionAdapterLayer(DetrisAdapterLayer):
     """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`."""
 
-    def make_adapter(self, config: "DetrisAdapterConfig") -> nn.Module:
+    def make_adapter(self, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> nn.Module:
         return DenseAligner(
             hidden_size=self.get_base_layer().norm1.normalized_shape[0],
-            dim=config.vision_dim,
-            text_hidden_size=config.text_hidden_size,
-            prefix_length=config.prefix_length,
-            attention_dim=config.attention_dim,
-            attention_heads=config.attention_heads,
-            dropout=config.dropout,
+            dim=config.vision_adapter_dim,
+            text_hidden_size=model_config.text_config.hidden_size,
+            prefix_length=model_config.prefix_length,
+            attention_dim=config.aligner_attention_dim,
+            attention_heads=config.aligner_attention_heads,
+            dropout=config.aligner_dropout,
         )
 
-    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor) -> torch.Tensor:
-        adapter_name, layer = self._active_name(), self.base_layer
+    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        adapter_name, layer = self.active_name, self.base_layer
         if adapter_name is None:
             return layer(hidden_states)
         attention_output, _ = layer.attention(layer.norm1(hidden_states))
@@ -256,56 +350,217 @@ class VisionAdapterLayer(DetrisAdapterLayer):
 
 @dataclass
 class DetrisAdapterConfig(PeftConfig):
-    """PEFT configuration of the DETRIS adapters.
+    """PEFT configuration of the DETRIS adapters, of LoRA's beside or instead of them, and of the head.
 
-    Layers are counted from 0. `modules_to_save` names what else is trained and saved (neck, decoder, mask head).
+    The fields are those of [`DetrisConfig`]. `model_fields` and `backbone_digest` are filled in, and compared with the
+    model that saved adapters are loaded into.
     """
 
-    vision_layers: list[int] = field(default_factory=list, metadata={"help": "Vision layers with a dense aligner."})
-    vision_dim: int = field(default=128, metadata={"help": "Width of the dense aligners."})
-    text_layers: list[int] = field(default_factory=list, metadata={"help": "Text layers with a text adapter."})
-    text_dim: int = field(default=64, metadata={"help": "Width of the text adapters."})
-    scale: float = field(default=0.2, metadata={"help": "Factor on what an adapter adds."})
-    text_hidden_size: int = field(default=512, metadata={"help": "Width of the words that the aligners read."})
-    prefix_length: int = field(default=5, metadata={"help": "Class and register tokens in front of the patches."})
-    attention_dim: int = field(default=128, metadata={"help": "Width of the aligners' attention to the words."})
-    attention_heads: int = field(default=8, metadata={"help": "Heads of that attention."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout on that attention's weights."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules trained and saved."})
+    peft_method: str = field(default="detris", metadata={"help": "'detris', 'lora', 'detris+lora' or 'none'."})
+    vision_adapter_layers: list[int] = field(default_factory=list, metadata={"help": "Those with a dense aligner."})
+    vision_adapter_dim: int = field(default=128, metadata={"help": "Width of the dense aligners."})
+    text_adapter_layers: list[int] = field(default_factory=list, metadata={"help": "Those with a text adapter."})
+    text_adapter_dim: int = field(default=64, metadata={"help": "Width of the text adapters."})
+    adapter_scale: float = field(default=0.2, metadata={"help": "Factor on what an adapter adds."})
+    aligner_attention_dim: int = field(default=128, metadata={"help": "Width of their attention to the words."})
+    aligner_attention_heads: int = field(default=8, metadata={"help": "Heads of that attention."})
+    aligner_dropout: float = field(default=0.1, metadata={"help": "Dropout on that attention's weights."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of low-rank adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Their scale, as a multiple of 1 / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on their input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules of a layer that hold one."}
+    )
+    lora_use_dora: bool = field(default=False, metadata={"help": "Whether they are those of DoRA."})
+    modules_to_save: list[str] | None = field(
+        default_factory=lambda: list(HEAD_MODULES), metadata={"help": "Other modules trained and saved."}
+    )
+    model_fields: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Fields of the model's configuration that the adapters and head depend on."}
+    )
+    backbone_digest: str | None = field(
+        default=None, metadata={"help": "SHA-256 of the backbones' weights, set when the adapters are saved."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PeftMethod.DETRIS
+
+    @property
+    def has_lora(self) -> bool:
+        return "lora" in self.peft_method
+
+    @property
+    def dense_layers(self) -> tuple[list[int], list[int]]:
+        """Vision and text layers that hold DETRIS's own adapters."""
+        dense = "detris" in self.peft_method
+        return (self.vision_adapter_layers, self.text_adapter_layers) if dense else ([], [])
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """
+        Refuse a model whose configuration or backbones are not those that the adapters were trained with.
+
+        Raises:
+            ValueError: if they differ; the message names both sides.
+        """
+        fields_of_model = fields_of(model.config, MODEL_FIELDS)
+        for name, value in (self.model_fields or {}).items():
+            if fields_of_model.get(name) != value:
+                raise ValueError(
+                    f"The adapters were trained with {name} {value}, but the model has {fields_of_model.get(name)}: "
+                    f"build it with {name}={value}."
+                )
+        digest = self.backbone_digest and backbone_digest(model)
+        if digest != self.backbone_digest:
+            if digest is None:
+                warnings.warn(
+                    "The backbones are not in float32, so it is not checked that the adapters were trained in them.",
+                    stacklevel=2,
+                )
+                return
+            raise ValueError(
+                f"The adapters were trained in other backbones: theirs have the digest {self.backbone_digest}, these "
+                f"{digest}. Load them onto the backbones that they were trained in."
+            )
 
 
 class DetrisTuner(BaseTuner):
     """Puts the adapters into the layers of `vision_model` and `text_model`; see `DetrisAdapterConfig`."""
 
     prefix = "detris_adapter"
-    tuner_layer_cls = DetrisAdapterLayer
+    tuner_layer_cls = BaseTunerLayer
     target_module_mapping = {}
 
+    def inject_adapter(self, model: PreTrainedModel, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        config.check_model(model)
+        if config.model_fields is None:
+            config.model_fields = fields_of(model.config, MODEL_FIELDS)
+        layers = [module for module in model.modules() if isinstance(module, DetrisAdapterLayer)]
+        if any(adapter_name in layer.detris_adapter for layer in layers):
+            # The model brings adapters of that name, which would stay wherever the new ones have none.
+            delete_adapter(model, adapter_name, self.prefix)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: DetrisAdapterConfig, model_config: dict) -> DetrisAdapterConfig:
-        names = [f"vision_model.encoder.layer.{layer}" for layer in peft_config.vision_layers]
-        names += [f"text_model.encoder.layers.{layer}" for layer in peft_config.text_layers]
-        # One expression, not a list: PEFT shortens long lists to suffixes, which would hit more layers than these.
-        peft_config.target_modules = "|".join(map(re.escape, names))
+        vision_layers, text_layers = peft_config.dense_layers
+        if peft_config.has_lora:
+            vision_layers = range(model_config["vision_config"]["num_hidden_layers"])
+            text_layers = range(model_config["text_config"]["num_hidden_layers"])
+        names = [f"vision_model.encoder.layer.{layer}" for layer in vision_layers]
+        names += [f"text_model.encoder.layers.{layer}" for layer in text_layers]
+        # A regular expression: PEFT shortens long lists to suffixes, which would hit more layers than these.
+        peft_config.target_modules = "|".join(map(re.escape, names)) or DUMMY_TARGET_MODULES
         return peft_config
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+        if peft_config.has_lora:
+            # Here, for PEFT looks for no targets inside a layer that has been wrapped.
+            self._add_lora(peft_config, adapter_name, target)
+        vision_layers, text_layers = peft_config.dense_layers
+        in_vision = current_key.startswith("vision_model.")
+        if int(target_name) not in (vision_layers if in_vision else text_layers):
+            return
+        if not isinstance(target, DetrisAdapterLayer):
+            wrapped = VisionAdapterLayer(target) if in_vision else TextAdapterLayer(target)
+            self._replace_module(parent, target_name, wrapped, target)
+            target = wrapped
+        target.update_layer(adapter_name, peft_config, self.model.config)
+
+    def _add_lora(self, peft_config: DetrisAdapterConfig, adapter_name: str, layer: nn.Module) -> None:
+        lora_config = LoraConfig(
+            r=peft_config.lora_rank,
+            lora_alpha=peft_config.lora_alpha,
+            lora_dropout=peft_config.lora_dropout,
+            target_modules=peft_config.lora_target_modules,
+            use_dora=peft_config.lora_use_dora,
+            inference_mode=peft_config.inference_mode,
+        )
+        size = {"r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
+        targets = [
+            (name, module)
+            for name, module in layer.named_modules()
+            if name.rpartition(".")[2] in lora_config.target_modules and self.prefix not in name
+        ]
+        missing = lora_config.target_modules - {name.rpartition(".")[2] for name, _ in targets}
+        if missing:
+            raise ValueError(
+                f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
+                "linear modules that those of both have, such as 'q_proj', 'k_proj' and 'v_proj'."
+            )
+        for name, module in targets:
+            if isinstance(module, LoraLayer):
+                module.update_layer(adapter_name, **size, config=lora_config)
+            else:
+                quantized = {
+                    f"loaded_in_{bits}bit": getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)
+                }
+                module = LoraModel._create_new_module(
+                    lora_config, adapter_name, module, target_name=name, **size, **quantized
+                )
+                layer.set_submodule(name, module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
+        # PEFT keeps `adapter_names` from the model, because other methods hand them to their layers.
+        if adapter_names is None:
+            yield
+            return
+        handle = self.model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"adapter_names": adapter_names}), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_BE_MERGED)
+
+    def unload(self) -> nn.Module:
+        # PEFT's own begins with what lies outermost and then does not find what lies in it.
+        remove_adapters(self.model)
+        self.model.peft_config, self.model.config.peft_method = {}, "none"
+        return self.model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        self.active_adapter = activate_remaining(self.model, active)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names) -> dict:
+        # Called when adapters are saved; their configuration is saved afterwards.
+        config.backbone_digest = backbone_digest(model) or config.backbone_digest
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for the name right before the last part of the key, but an adapter has modules of its own.
-        return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.", 1)
+        # A layer is wrapped or not depending on what other adapters the model has.
+        key = key.replace(".base_layer.", ".")
+        if f".{cls.prefix}." in key:
+            # PEFT looks for the name right before the last part of the key, but an adapter has modules of its own.
+            return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
-        if not isinstance(target, DetrisAdapterLayer):
-            wrapper = VisionAdapterLayer if current_key.startswith("vision_model.") else TextAdapterLayer
-            wrapped = wrapper(target)
-            self._replace_module(parent, target_name, wrapped, target)
-            target = wrapped
-        target.update_layer(adapter_name, peft_config)
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
+        missing = sorted(name for name in own if f".{adapter_name}." in f"{name}." and name not in state_dict)
+        if missing:  # PEFT would leave them at random
+            raise ValueError(f"{len(missing)} tensors of the adapters are missing, such as {missing[0]}.")
+        return state_dict
 
 
-peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DetrisAdapterConfig
-peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DetrisTuner
-peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DetrisTuner.prefix
+# What DetrisConfig says of adapters, by the same names.
+ADAPTER_FIELDS = tuple(
+    field.name
+    for field in fields(DetrisAdapterConfig)
+    if field.name in DetrisAdapterConfig.__annotations__
+    and field.name not in ("modules_to_save", "model_fields", "backbone_digest")
+)
+
+peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftMethod.DETRIS] = DetrisAdapterConfig
+peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftMethod.DETRIS] = DetrisTuner
+peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftMethod.DETRIS] = DetrisTuner.prefix

@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 # A dense block splits its width d into branches as narrow as d / 16 (official `model/adapter.py`).
 ADAPTER_DIM_DIVISOR = 16
+PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
 
 
 @strict
@@ -35,6 +36,19 @@ class DetrisConfig(PreTrainedConfig):
             Width of the text adapters, divisible by 16.
         adapter_scale (`float`, *optional*, defaults to 0.2):
             Factor on what an adapter adds to its layer.
+        peft_method (`str`, *optional*, defaults to `"detris"`):
+            What is trained inside the backbones: `detris` (the adapters above), `lora` (PEFT's low-rank adapters, or
+            DoRA's), `detris+lora` or `none`.
+        lora_rank (`int`, *optional*, defaults to 8):
+            Rank of the low-rank adapters, which stand in every layer of both backbones.
+        lora_alpha (`int`, *optional*, defaults to 16):
+            Their scale, as a multiple of `1 / lora_rank`.
+        lora_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on their input.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["q_proj", "v_proj"]`):
+            Linear modules of a backbone layer that hold one, by the last part of their name.
+        lora_use_dora (`bool`, *optional*, defaults to `False`):
+            Whether they are those of DoRA, which learns the weights' magnitude apart from their direction.
         aligner_attention_dim (`int`, *optional*, defaults to 128):
             Width of the aligners' attention from image patches to words.
         aligner_attention_heads (`int`, *optional*, defaults to 8):
@@ -63,6 +77,15 @@ class DetrisConfig(PreTrainedConfig):
             Probability above which a pixel belongs to the mask.
         freeze_backbones (`bool`, *optional*, defaults to `True`):
             Whether only adapters and head are trained.
+        vision_backbone (`str`, *optional*):
+            Hub id, folder or file that the frozen vision backbone came from; what is saved without backbones is
+            loaded around it. Filled in when a model is built.
+        vision_backbone_revision (`str`, *optional*):
+            Its commit on the Hub.
+        text_backbone (`str`, *optional*):
+            The same of the text backbone.
+        text_backbone_revision (`str`, *optional*):
+            The same of the text backbone.
 
     Raises:
         ValueError: if a field has a value that cannot work; the message names field, value and remedy.
@@ -89,6 +112,12 @@ class DetrisConfig(PreTrainedConfig):
     text_adapter_layers: list[int] | tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     text_adapter_dim: int = 64
     adapter_scale: float | int = 0.2
+    peft_method: str = "detris"
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float | int = 0.0
+    lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "v_proj")
+    lora_use_dora: bool = False
     aligner_attention_dim: int = 128
     aligner_attention_heads: int = 8
     aligner_dropout: float | int = 0.1
@@ -102,6 +131,10 @@ class DetrisConfig(PreTrainedConfig):
     max_text_length: int = 17
     mask_threshold: float | int = 0.35
     freeze_backbones: bool = True
+    vision_backbone: str | None = None
+    vision_backbone_revision: str | None = None
+    text_backbone: str | None = None
+    text_backbone_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -111,6 +144,11 @@ class DetrisConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Patches along one side of the image, `g`."""
         return self.image_size // self.vision_config.patch_size
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the vision backbone in front of the patches: the class token and the registers."""
+        return 1 + getattr(self.vision_config, "num_register_tokens", 0)
 
     @classmethod
     def refuse_unknown(cls, names: Iterable[str]) -> None:
@@ -142,7 +180,20 @@ class DetrisConfig(PreTrainedConfig):
                 )
             if sorted(set(layers)) != list(layers):
                 raise ValueError(f"{field} is {list(layers)}: give each layer once, in ascending order.")
-        for field in ("aligner_attention_heads", "decoder_heads", "decoder_layers", "decoder_ffn_dim"):
+        if self.peft_method not in PEFT_METHODS:
+            raise ValueError(f"peft_method is {self.peft_method!r}: give one of {', '.join(PEFT_METHODS)}.")
+        if "lora" in self.peft_method and not self.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules is empty: name modules such as 'q_proj', or give another peft_method."
+            )
+        for field in (
+            "lora_rank",
+            "lora_alpha",
+            "aligner_attention_heads",
+            "decoder_heads",
+            "decoder_layers",
+            "decoder_ffn_dim",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1.")
         for field, divisor in (
@@ -157,7 +208,7 @@ class DetrisConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value <= 0 or value % divisor:
                 raise ValueError(f"{field} is {value}: it must be a positive multiple of {divisor}.")
-        for field in ("aligner_dropout", "decoder_dropout"):
+        for field in ("aligner_dropout", "decoder_dropout", "lora_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it is a probability, at least 0 and below 1.")
         if not 2 <= self.max_text_length <= text.max_position_embeddings:

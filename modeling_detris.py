@@ -6,24 +6,74 @@ Shapes: `B` images, `N` phrases, `L` tokens a phrase, `g = image_size / patch_si
 with `R` registers, `D` vision width, `C` text width, `S` width of the sentence embedding, `d` decoder width.
 """
 
+import copy
 import math
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import huggingface_hub
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftConfig, load_peft_weights
+from peft.functional import (
+    delete_adapter,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_adapter,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, CLIPTextModelWithProjection, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import AutoModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    find_adapter_config_file,
+    logging,
+)
+from transformers.utils.hub import resolve_revision
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
-    from .adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
+    from .adapters_detris import (
+        ADAPTER_FIELDS,
+        ADAPTER_PARAMETER,
+        BACKBONE_MODULES,
+        HEAD_MODULES,
+        BatchFirstAttention,
+        ConvNormReLU,
+        DetrisAdapterConfig,
+        DetrisTuner,
+        VisionAdapterLayer,
+        activate_remaining,
+        fields_of,
+        remove_adapters,
+    )
     from .configuration_detris import DetrisConfig
 except ImportError:
     if __package__:
         raise
-    from adapters_detris import ConvNormReLU, DetrisAdapterConfig, VisionAdapterLayer
+    from adapters_detris import (
+        ADAPTER_FIELDS,
+        ADAPTER_PARAMETER,
+        BACKBONE_MODULES,
+        HEAD_MODULES,
+        BatchFirstAttention,
+        ConvNormReLU,
+        DetrisAdapterConfig,
+        DetrisTuner,
+        VisionAdapterLayer,
+        activate_remaining,
+        fields_of,
+        remove_adapters,
+    )
     from configuration_detris import DetrisConfig
 
 
@@ -31,6 +81,17 @@ except ImportError:
 POSITION_GRID_OFFSET = 0.1
 SINE_POSITION_BASE = 10000.0
 PHRASE_KERNEL_SIZE = 3
+BUILT_IN_ADAPTER = "default"  # PEFT's name for a model's first adapter
+NO_ADAPTER = "__base__"  # PEFT's name for the bare backbones in `adapter_names`
+BACKBONE_SOURCES = (
+    "vision_backbone",
+    "vision_backbone_revision",
+    "text_backbone",
+    "text_backbone_revision",
+)
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -94,6 +155,13 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     columns = positions[None].expand(grid_size, -1, -1)
     rows = positions[:, None].expand(-1, grid_size, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
+def _commit_of(source: str, revision: str | None) -> str | None:
+    """The commit that a Hub id stands for at the moment."""
+    if os.path.exists(source):
+        return None
+    return getattr(resolve_revision(source, revision), "resolved", revision)
 
 
 class _TextTower(CLIPTextModelWithProjection):
@@ -169,12 +237,12 @@ class DetrisDecoderLayer(nn.Module):
     def __init__(self, config: DetrisConfig):
         super().__init__()
         dim, words_dim, ffn_dim = config.decoder_dim, config.text_config.hidden_size, config.decoder_ffn_dim
-        attention = {"num_heads": config.decoder_heads, "dropout": config.decoder_dropout, "batch_first": True}
+        attention = {"num_heads": config.decoder_heads, "dropout": config.decoder_dropout}
         self.self_attention_norm = nn.LayerNorm(dim)
-        self.self_attention = nn.MultiheadAttention(dim, **attention)
+        self.self_attention = BatchFirstAttention(dim, **attention)
         self.self_attention_output_norm = nn.LayerNorm(dim)
         self.word_attention_norm = nn.LayerNorm(dim)
-        self.word_attention = nn.MultiheadAttention(dim, kdim=words_dim, vdim=words_dim, **attention)
+        self.word_attention = BatchFirstAttention(dim, kdim=words_dim, vdim=words_dim, **attention)
         self.word_attention_output_norm = nn.LayerNorm(dim)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
@@ -197,12 +265,10 @@ class DetrisDecoderLayer(nn.Module):
         """Patches `(N, g², d)`, words `(N, L, C)` and where they are padding `(N, L)` to patches `(N, g², d)`."""
         normed = self.self_attention_norm(patches)
         query = normed + patch_positions
-        attended, _ = self.self_attention(query, query, normed, need_weights=False)
+        attended = self.self_attention(query, query, normed)
         patches = patches + self.dropout(self.self_attention_output_norm(attended))
         query = self.word_attention_norm(patches) + patch_positions
-        attended, _ = self.word_attention(
-            query, words + word_positions, words, key_padding_mask=padding, need_weights=False
-        )
+        attended = self.word_attention(query, words + word_positions, words, padding)
         patches = patches + self.dropout(self.word_attention_output_norm(attended))
         return patches + self.dropout(self.feed_forward(self.feed_forward_norm(patches)))
 
@@ -275,6 +341,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     base_model_prefix = "detris"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
+    model_tags = ["detris", "referring-image-segmentation"]  # on the Hub
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
@@ -293,27 +360,13 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
-        self.prefix_length = 1 + getattr(config.vision_config, "num_register_tokens", 0)
         self.post_init()
         # After `post_init`, which starts all that stands inside a backbone by the backbone's rules, if it is new.
-        if config.vision_adapter_layers or config.text_adapter_layers:
-            inject_adapter_in_model(self._adapter_config(), self)
+        adapter_config = DetrisAdapterConfig(**fields_of(config, ADAPTER_FIELDS))
+        adapter_config.modules_to_save = None  # the head is the model's own
+        inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
+        self._hf_peft_config_loaded = True  # what transformers' adapter methods ask for
         self._set_trainable()
-
-    def _adapter_config(self) -> DetrisAdapterConfig:
-        config = self.config
-        return DetrisAdapterConfig(
-            vision_layers=list(config.vision_adapter_layers),
-            vision_dim=config.vision_adapter_dim,
-            text_layers=list(config.text_adapter_layers),
-            text_dim=config.text_adapter_dim,
-            scale=config.adapter_scale,
-            text_hidden_size=config.text_config.hidden_size,
-            prefix_length=self.prefix_length,
-            attention_dim=config.aligner_attention_dim,
-            attention_heads=config.aligner_attention_heads,
-            dropout=config.aligner_dropout,
-        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -326,9 +379,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     @staticmethod
     def part_of(name: str) -> str:
         """Return whether the parameter `name` belongs to the `adapters`, the `backbones` or the `head`."""
-        if ".detris_adapter." in name:
+        if ADAPTER_PARAMETER.search(name):
             return "adapters"
-        return "backbones" if name.startswith(("vision_model.", "text_model.", "text_projection.")) else "head"
+        return "backbones" if name.startswith(BACKBONE_MODULES) else "head"
 
     def _set_trainable(self) -> None:
         for name, parameter in self.named_parameters():
@@ -356,32 +409,151 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             f"adapters%: {100 * counts['adapters'] / counts['backbones']:.2f} of the backbones"
         )
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
-        """Save as [`PreTrainedModel.save_pretrained`] does, but by the names of `state_dict`.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, save_original_format: bool = False, **kwargs
+    ) -> None:
+        """Save as [`PreTrainedModel.save_pretrained`] does, but by the names of `state_dict` and always whole.
 
         By default transformers would write DINOv2's tensors under the names of its version 4, which `Trainer` passes
-        over when it resumes.
+        over when it resumes, and of a model with adapters only these, which is what [`save_adapter`] does.
+
+        Raises:
+            ValueError: if the model holds further adapters or quantised backbones.
         """
+        further = [name for name in self.peft_config if name != BUILT_IN_ADAPTER]
+        if further:
+            raise ValueError(f"The model holds further adapters, {further}: save each of them by save_adapter.")
+        if not all(parameter.is_floating_point() for parameter in self.parameters()):
+            raise ValueError("The backbones are quantised, so the model cannot be saved whole: use save_adapter.")
+        self._enter_auto_map()
+        kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
+        has_adapters, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False
+        for name in BACKBONE_SOURCES:
+            # The model brings its backbones along. Where they are from is worth telling only if others can have them,
+            # and wrong if they have been trained.
+            if not self.config.freeze_backbones or os.path.exists(kept[name] or ""):
+                setattr(self.config, name, None)
+        try:
+            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = has_adapters
+            for name, value in kept.items():
+                setattr(self.config, name, value)
+        for name in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):  # of adapters that were saved there before
+            Path(save_directory, name).unlink(missing_ok=True)
+
+    def _enter_auto_map(self) -> None:
         # transformers enters a class under the last of the auto classes that it was registered for.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModel": f"modeling_detris.{type(self).__name__}"}
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def save_adapter(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str = BUILT_IN_ADAPTER,
+        dtype: torch.dtype | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+    ) -> None:
+        """
+        Save adapters and head as PEFT does, with the code and a configuration that says where the frozen backbones are
+        to be had. [`from_pretrained`], `AutoModel` and [`~peft.PeftModel.from_pretrained`] load the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to save to.
+            adapter_name (`str`, *optional*, defaults to `"default"`): which of the model's adapters.
+            dtype (`torch.dtype`, *optional*): what to save in, such as `torch.bfloat16` for half the size.
+            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder.
+            repo_id (`str`, *optional*): the repository on the Hub that it is meant for.
+
+        Raises:
+            ValueError: if there is no such adapter, or the backbones have been trained too.
+        """
+        self._check_known([adapter_name])
+        if not self.config.freeze_backbones:
+            raise ValueError(
+                "freeze_backbones is False, so the backbones are not what they came from: save the whole model by "
+                "save_pretrained."
+            )
+        tensors = self._adapter_state_dict(adapter_name)
+        if dtype is not None:
+            tensors = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            }
+        adapter_config = copy.copy(self.peft_config[adapter_name])
+        adapter_config.modules_to_save = list(HEAD_MODULES)
+        adapter_config.base_model_name_or_path = repo_id  # where AutoModel looks for configuration and code
+        self._enter_auto_map()
+        config = self._config_with_adapter(adapter_config, repo_id)
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        custom_object_save(self, folder, config)
+        config.save_pretrained(folder)
+        adapter_config.save_pretrained(folder)
+        save_file(
+            {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+            folder / SAFETENSORS_WEIGHTS_NAME,
+            metadata={"format": "pt"},
+        )
+        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of a whole model that was saved here before
+        if push_to_hub:
+            huggingface_hub.create_repo(repo_id, exist_ok=True)
+            huggingface_hub.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Upload adapters and head"
+            )
+
+    def _adapter_state_dict(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Tensors of an adapter and its head, by the names that PEFT saves them under."""
+        tensors = get_peft_model_state_dict(self, adapter_name=adapter_name)
+        for part in HEAD_MODULES:
+            module = getattr(self, part)
+            if isinstance(module, ModulesToSaveWrapper):
+                if adapter_name in module.modules_to_save:
+                    continue  # PEFT has taken it already
+                module = module.original_module
+            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+        return tensors
+
+    def _config_with_adapter(self, adapter_config: DetrisAdapterConfig, repo_id: str | None) -> DetrisConfig:
+        """The model's configuration as if these adapters were its own, and where its backbones are to be had."""
+        config = copy.deepcopy(self.config)
+        for name in ADAPTER_FIELDS:
+            setattr(config, name, getattr(adapter_config, name))
+        for name in ("vision_backbone", "text_backbone"):
+            if getattr(config, name) is None and self.name_or_path:
+                # Those of a whole DETRIS, such as one converted from the official layout.
+                setattr(config, name, self.name_or_path)
+            if repo_id is not None and os.path.exists(getattr(config, name) or ""):
+                logger.warning(
+                    f"{name} is {getattr(config, name)}, which others do not have, so it is left out: who loads the "
+                    f"adapters must give {name}=, unless you put it on the Hub and build the model from there."
+                )
+                setattr(config, name, None)
+        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
         Load as [`PreTrainedModel.from_pretrained`] does, but refuse weights that do not fit the configuration.
 
+        What [`save_adapter`] has saved is loaded around its backbones: those it names, or other copies of them that
+        `vision_backbone` and `text_backbone` name.
+
         Raises:
-            ValueError: if weights are missing or left over, which transformers would start at random or drop.
+            OSError: if a folder or Hub id cannot be read.
+            ValueError: if weights are missing or left over, which transformers would start at random or drop, or if
+                adapters were trained in other backbones.
         """
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        source = pretrained_model_name_or_path
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if source is not None and find_adapter_config_file(source, **hub_kwargs) is not None:
+            return cls._from_adapter(source, hub_kwargs, kwargs)
+        model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
         if missing or unexpected:
             raise ValueError(
-                f"{pretrained_model_name_or_path} does not fit the configuration: {len(missing)} tensors are missing "
+                f"{source} does not fit the configuration: {len(missing)} tensors are missing "
                 f"({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} are too many "
                 f"({', '.join(unexpected[:3]) or 'none'}). Load it with the configuration that it was saved with."
             )
@@ -391,13 +563,58 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
     @classmethod
-    def from_backbones(cls, vision: str, text: str, **config_fields) -> "DetrisForReferringSegmentation":
+    def _from_adapter(cls, source: str, hub_kwargs: dict, kwargs: dict) -> "DetrisForReferringSegmentation":
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = DetrisConfig.from_pretrained(source, **kwargs)
+        for part in ("vision", "text"):
+            if getattr(config, f"{part}_backbone") is None:
+                raise ValueError(
+                    f"{source} holds adapters and does not say which {part} backbone they were trained in: give "
+                    f"{part}_backbone=, a Hub id or folder."
+                )
+        try:
+            vision_model, text_model = cls._read_backbones(
+                config.vision_backbone,
+                config.text_backbone,
+                config.vision_backbone_revision,
+                config.text_backbone_revision,
+                kwargs.get("quantization_config"),
+            )
+        except OSError as error:
+            raise OSError(
+                f"The backbones of {source}, {config.vision_backbone} and {config.text_backbone}, cannot be read: if "
+                f"they lie elsewhere, give vision_backbone= and text_backbone=. ({error})"
+            ) from error
+        model = cls(config, vision_model, text_model)
+        model.load_adapter(source, is_trainable=True, **hub_kwargs)
+        dtype = kwargs.get("dtype")
+        return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).eval()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str,
+        text: str,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
+        **config_fields,
+    ) -> "DetrisForReferringSegmentation":
         """
         Build a fresh DETRIS: pretrained backbones, untrained adapters and head.
 
         Args:
-            vision (`str`): Hub id or folder of a DINOv2 model, with or without registers, or an original `.pth` file.
-            text (`str`): Hub id or folder of a CLIP model, or OpenAI's original file; its text tower is taken.
+            vision (`str`):
+                Hub id or folder of a DINOv2 model, with or without registers, or of a whole DETRIS, or an original
+                `.pth` file.
+            text (`str`):
+                Hub id or folder of a CLIP model, whose text tower is taken, or of a whole DETRIS, or OpenAI's original
+                file.
+            vision_revision, text_revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            quantization_config (*optional*):
+                Loads the frozen backbones quantised, such as `transformers.BitsAndBytesConfig`.
             **config_fields: further fields of [`DetrisConfig`].
 
         Returns:
@@ -408,16 +625,32 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             ValueError: if the backbones or fields do not fit together.
         """
         DetrisConfig.refuse_unknown(config_fields)
-        vision_model = cls._read_backbone(vision, AutoModel)
-        text_model = cls._read_backbone(text, _TextTower)
-        # Copies of their configurations: the backbones have settled which attention they use.
-        config = DetrisConfig(
-            vision_config=vision_model.config.to_dict(), text_config=text_model.config.to_dict(), **config_fields
+        vision_model, text_model = cls._read_backbones(
+            vision, text, vision_revision, text_revision, quantization_config
         )
+        # Copies of their configurations: the backbones have settled which attention they use.
+        config_fields |= {
+            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
+            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
+            "vision_backbone": os.fspath(vision),
+            "vision_backbone_revision": _commit_of(vision, vision_revision),
+            "text_backbone": os.fspath(text),
+            "text_backbone_revision": _commit_of(text, text_revision),
+        }
+        config = DetrisConfig(**config_fields)
         return cls(config, vision_model, text_model).eval()
 
-    @staticmethod
-    def _read_backbone(source: str, model_class: type) -> PreTrainedModel:
+    @classmethod
+    def _read_backbones(
+        cls, vision: str, text: str, vision_revision=None, text_revision=None, quantization_config=None
+    ) -> tuple[PreTrainedModel, CLIPTextModelWithProjection]:
+        return (
+            cls._read_backbone(vision, AutoModel, vision_revision, quantization_config),
+            cls._read_backbone(text, _TextTower, text_revision, quantization_config),
+        )
+
+    @classmethod
+    def _read_backbone(cls, source: str, model_class: type, revision=None, quantization_config=None):
         if os.path.isfile(source):
             try:  # only those who build a new DETRIS need this, and have the repository
                 from convert_detris_checkpoint import read_clip_text, read_dinov2
@@ -428,16 +661,146 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                     f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
                     "convert_detris_checkpoint.py to read it."
                 ) from None
-            model = (read_clip_text if model_class is _TextTower else read_dinov2)(source)
-        else:
-            # Whatever they are stored in: adapters and head are trained in float32.
-            model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-            if info["missing_keys"]:
+            return _align((read_clip_text if model_class is _TextTower else read_dinov2)(source))
+        if PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type") == DetrisConfig.model_type:
+            whole = cls.from_pretrained(source, revision=revision)
+            remove_adapters(whole)
+            if model_class is AutoModel:
+                return whole.vision_model
+            with torch.device("meta"):
+                tower = _TextTower(whole.config.text_config)
+            tower.text_model, tower.text_projection = whole.text_model, whole.text_projection
+            return tower
+        quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+        # In float32, whatever they are stored in: adapters and head are trained in it.
+        model, info = model_class.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True, **quantized
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{source} lacks {len(info['missing_keys'])} tensors of its backbone, such as "
+                f"{min(info['missing_keys'])}: give a DINOv2 model for vision and a CLIP model for text."
+            )
+        return model if quantized else _align(model)
+
+    def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike,
+        adapter_name: str = BUILT_IN_ADAPTER,
+        is_trainable: bool = False,
+        adapter_kwargs: dict | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Load adapters and head that [`save_adapter`] or PEFT has saved, and activate them. Of an adapter that the model
+        has already, the tensors are replaced.
+
+        Args:
+            peft_model_id (`str` or `os.PathLike`): folder or Hub id.
+            adapter_name (`str`, *optional*, defaults to `"default"`): what to call it here.
+            is_trainable (`bool`, *optional*, defaults to `False`): whether a new adapter is to be trained.
+            adapter_kwargs, kwargs: `revision`, `token` and so on for the Hub.
+
+        Raises:
+            ValueError: if the adapters do not fit the model, its backbones or the adapter that they replace; the model
+                stays as it was.
+        """
+        hub_kwargs = {name: value for name, value in (kwargs | (adapter_kwargs or {})).items() if name in HUB_KWARGS}
+        adapter_config = PeftConfig.from_pretrained(peft_model_id, **hub_kwargs)
+        if not isinstance(adapter_config, DetrisAdapterConfig):
+            raise ValueError(
+                f"{peft_model_id} holds adapters of type {adapter_config.peft_type}: load them by PeftModel."
+            )
+        tensors = load_peft_weights(str(peft_model_id), device="cpu", **hub_kwargs)
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        present, active = self.peft_config.get(adapter_name), self.active_adapters()
+        try:
+            if present is None:
+                adapter_config.inference_mode = not is_trainable
+                inject_adapter_in_model(adapter_config, self, adapter_name)
+            else:
+                adapter_config.check_model(self)
+                self._check_same_adapters(present, adapter_config)
+            self._check_tensors(tensors, adapter_name)
+        except ValueError as error:
+            if present is None:
+                self.delete_adapter(adapter_name)
+                self.set_adapter(active)
+            raise ValueError(f"{peft_model_id}: {error}") from None
+        set_peft_model_state_dict(self, tensors, adapter_name)
+        self.train(self.training)  # new modules start in training mode
+
+    @staticmethod
+    def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
+        for name in ADAPTER_FIELDS:
+            old, new = getattr(present, name), getattr(loaded, name)
+            if old != new and not name.endswith("dropout"):
                 raise ValueError(
-                    f"{source} lacks {len(info['missing_keys'])} tensors of its backbone, such as "
-                    f"{min(info['missing_keys'])}: give a DINOv2 model for vision and a CLIP model for text."
+                    f"its adapters have {name} {new}, those of the model that they would replace {old}: load them "
+                    "under another adapter_name."
                 )
-        return _align(model)
+
+    def _check_tensors(self, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        expected = {name: tensor.shape for name, tensor in self._adapter_state_dict(adapter_name).items()}
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} tensors are missing, too many or of another shape than its configuration says, such as "
+                f"{wrong[0]}."
+            )
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the active adapters; without adapters in the backbones that of the head."""
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                return module.active_adapters
+        return [BUILT_IN_ADAPTER]
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Activate an adapter, and its head, by name; see [`load_adapter`]."""
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        # transformers' own would fail where the head of the built-in adapter is the model's own.
+        set_adapter(self, adapter_name)
+
+    def delete_adapter(self, adapter_names: str | list[str]) -> None:
+        """Delete adapters with their heads; of the built-in adapter the head stays, as the model's own."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_known(names)
+        active = self.active_adapters()
+        for name in names:
+            delete_adapter(self, name, DetrisTuner.prefix)
+            del self.peft_config[name]
+            if name == BUILT_IN_ADAPTER:
+                self.config.peft_method = "none"
+        activate_remaining(self, active)
+
+    def _check_known(self, adapter_names: Iterable[str]) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There are no adapters {unknown}: the model has {list(self.peft_config)}.")
+
+    def enable_adapters(self) -> None:
+        """Undo [`disable_adapters`]; transformers' own would leave heads switched off."""
+        for module in self.modules():
+            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+                module.enable_adapters(True)
+
+    @contextmanager
+    def _activated(self, adapter_name: str) -> Iterator[None]:
+        """Let another adapter, or with `__base__` none, take part for a while."""
+        active, requires_grad = self.active_adapters(), [(p, p.requires_grad) for p in self.parameters()]
+        try:
+            if adapter_name == NO_ADAPTER:
+                self.disable_adapters()
+            else:
+                self.set_adapter(adapter_name)
+            yield
+        finally:
+            self.enable_adapters()
+            self.set_adapter(active)
+            for parameter, flag in requires_grad:
+                parameter.requires_grad = flag
 
     def encode_text(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -466,7 +829,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         hidden_states = self._embed_patches(pixel_values)  # (B, P, D)
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
-            if isinstance(layer, VisionAdapterLayer):
+            if isinstance(layer, VisionAdapterLayer) and layer.active_name is not None:
                 if image_index is not None:
                     # Until here an image is the same for all its phrases. What has been kept follows.
                     hidden_states, *features = (states[image_index] for states in (hidden_states, *features))
@@ -481,7 +844,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             features = [states[image_index] for states in features]
         grid_size = self.config.grid_size
         return [
-            states[:, self.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size)) for states in features
+            states[:, self.config.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size))
+            for states in features
         ]
 
     def _embed_patches(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
@@ -492,7 +856,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)
         hidden_states = torch.cat([class_tokens, patches], dim=1)
         hidden_states = hidden_states + resample_position_table(embeddings.position_embeddings, self.config.grid_size)
-        if self.prefix_length > 1:
+        if self.config.prefix_length > 1:
             registers = embeddings.register_tokens.expand(len(patches), -1, -1)
             hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
         return embeddings.dropout(hidden_states)
@@ -504,6 +868,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         labels: torch.FloatTensor | None = None,
+        adapter_names: list[str] | None = None,
         return_dict: bool | None = None,
     ) -> DetrisOutput | tuple:
         r"""
@@ -518,6 +883,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 The image that each phrase speaks of. By default phrase `n` speaks of image `n`.
             labels (`torch.FloatTensor` of shape `(N, H, W)`, *optional*):
                 Masks warped as the images are, in [0, 1]; soft edges stay soft.
+            adapter_names (`list[str]` of length `N`, *optional*):
+                The adapter that each phrase is segmented with, `"__base__"` for none; not in training. By default the
+                active one.
 
         Returns:
             [`DetrisOutput`].
@@ -527,10 +895,10 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         """
         self._check_inputs(pixel_values, input_ids, attention_mask, image_index, labels)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
-        words, sentence = self.encode_text(input_ids)
-        feature_maps = self.encode_images(pixel_values, words, image_index)
-        feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
-        logits = self.mask_head(feature_map, sentence)  # (N, 4g, 4g)
+        if adapter_names is None:
+            logits = self._segment(pixel_values, input_ids, padding, image_index)  # (N, 4g, 4g)
+        else:
+            logits = self._segment_by_adapter(adapter_names, pixel_values, input_ids, padding, image_index)
         loss = None
         if labels is not None:
             # Nearest neighbour at the size of the logits, as officially.
@@ -538,6 +906,33 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             loss = F.binary_cross_entropy_with_logits(logits, target)
         output = DetrisOutput(loss=loss, logits=logits)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+
+    def _segment(self, pixel_values, input_ids, padding, image_index) -> torch.Tensor:
+        words, sentence = self.encode_text(input_ids)
+        feature_maps = self.encode_images(pixel_values, words, image_index)
+        feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
+        return self.mask_head(feature_map, sentence)
+
+    def _segment_by_adapter(self, adapter_names, pixel_values, input_ids, padding, image_index) -> torch.Tensor:
+        if self.training:
+            raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time.")
+        if len(adapter_names) != len(input_ids):
+            raise ValueError(
+                f"There are {len(adapter_names)} adapter_names for {len(input_ids)} phrases: give one each."
+            )
+        self._check_known(set(adapter_names) - {NO_ADAPTER})
+        if image_index is None:
+            image_index = torch.arange(len(input_ids), device=input_ids.device)
+        phrases, logits = [], []
+        for name in dict.fromkeys(adapter_names):
+            chosen = torch.tensor(
+                [n for n, other in enumerate(adapter_names) if other == name], device=input_ids.device
+            )
+            images, index = image_index[chosen].unique(return_inverse=True)
+            with self._activated(name):
+                logits.append(self._segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
+            phrases.append(chosen)
+        return torch.cat(logits)[torch.cat(phrases).argsort()]
 
     def _check_inputs(self, pixel_values, input_ids, attention_mask, image_index, labels) -> None:
         if pixel_values is None or input_ids is None:

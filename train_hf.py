@@ -31,6 +31,7 @@ from accelerate.utils import broadcast
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import (
+    BitsAndBytesConfig,
     CLIPTokenizer,
     EarlyStoppingCallback,
     EvalPrediction,
@@ -42,6 +43,7 @@ from transformers import (
 )
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from configuration_detris import DetrisConfig
 from data.refer import FEATURES, load_refer
@@ -53,6 +55,10 @@ from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
 MIXTURE = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
+QUANTIZATIONS = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "8bit": {"load_in_8bit": True},
+}
 TABLE_COLUMNS = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
 
 logger = logging.getLogger(__name__)
@@ -86,6 +92,14 @@ class ModelArguments:
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
     )
+    peft_method: str | None = field(
+        default=None,
+        metadata={"help": "What a new DETRIS trains inside its backbones: detris, lora, detris+lora or none."},
+    )
+    quantize_backbones: str | None = field(
+        default=None,
+        metadata={"help": "'4bit' or '8bit' for the frozen backbones (bitsandbytes, CUDA); needs save_adapter_only."},
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input; else the model's."})
     max_text_length: int | None = field(default=None, metadata={"help": "Tokens of a phrase; else the model's."})
 
@@ -96,8 +110,13 @@ class ModelArguments:
         new = all(backbones)
         if any(backbones) != new or new == bool(self.model_name_or_path):
             raise ValueError("Give either model_name_or_path, or both vision_backbone and text_backbone.")
-        if self.model_config and not new:
-            raise ValueError("model_config describes a new model; the one at model_name_or_path has its own.")
+        for name in ("model_config", "peft_method"):
+            if getattr(self, name) and not new:
+                raise ValueError(f"{name} describes a new model; the one at model_name_or_path has its own.")
+        if self.quantize_backbones not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                f"quantize_backbones is {self.quantize_backbones!r}: give one of {', '.join(QUANTIZATIONS)}."
+            )
 
 
 @dataclass
@@ -182,6 +201,10 @@ class DetrisTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # or else bf16 is refused there
+    save_adapter_only: bool = field(
+        default=False,
+        metadata={"help": "Save adapters and head alone, with where the frozen backbones are from."},
+    )
     save_masks: bool = field(
         default=True, metadata={"help": "Write each predicted mask and a picture of it, not only its IoU."}
     )
@@ -419,8 +442,10 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
         OSError: a folder or Hub id cannot be read.
         ValueError: a field of the configuration cannot be.
     """
-    overrides = {"image_size": args.image_size, "max_text_length": args.max_text_length}
+    overrides = {name: getattr(args, name) for name in ("image_size", "max_text_length", "peft_method")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    if args.quantize_backbones is not None:
+        overrides["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[args.quantize_backbones])
     if args.model_name_or_path is None:
         model = DetrisForReferringSegmentation.from_backbones(
             args.vision_backbone, args.text_backbone, **args.model_config | overrides
@@ -494,6 +519,26 @@ class DetrisTrainer(Trainer):
                 "update, and the last checkpoint is as it was. Lower the learning rate, or try bf16 or fp32 for fp16."
             )
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.save_adapter_only:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.save_adapter(folder, repo_id=self.hub_model_id if self.args.push_to_hub else None)
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME).exists():
+            self.model.load_adapter(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if Path(self.state.best_model_checkpoint, ADAPTER_CONFIG_NAME).exists():
+            self.model.load_adapter(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
         loader = torch.utils.data.DataLoader(
@@ -659,6 +704,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     set_seed(training_args.seed)
     model, processor = build_model(model_args)
+    if training_args.do_train and training_args.save_adapter_only and not model.config.freeze_backbones:
+        raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
+    if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
+        raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
     if training_args.world_size > 1 and training_args.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     callbacks = []

@@ -175,9 +175,8 @@ def adapter_layers(model):
 def test_the_model_is_a_peft_model():
     config = small_model().peft_config["default"]
     assert isinstance(config, DetrisAdapterConfig) and config.peft_type == "DETRIS"
-    assert (config.vision_layers, config.vision_dim, config.text_layers, config.text_dim) == ([1, 3], 32, [0, 2], 16)
-    assert (config.text_hidden_size, config.prefix_length, config.scale) == (24, 5, 0.2)
-    assert not hasattr(small_model(small_config(vision_adapter_layers=[], text_adapter_layers=[])), "peft_config")
+    assert (config.vision_adapter_layers, config.vision_adapter_dim) == ([1, 3], 32)
+    assert (config.text_adapter_layers, config.text_adapter_dim, config.adapter_scale) == ([0, 2], 16, 0.2)
 
 
 @pytest.mark.parametrize(

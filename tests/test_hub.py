@@ -1,0 +1,301 @@
+"""What others find on the Hub once a model, its processor or a data set was pushed there.
+
+The Hub is `HubServer`. Its clients are processes of their own, because `huggingface_hub` reads its settings when it is
+imported, and the settings of this one say that there is no network.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_refer import same_rows
+from tiny_models import randomize
+from transformers import CLIPTokenizer
+
+from data.refer import RleMask
+from data.shapes import load_shapes
+from modeling_detris import DetrisForReferringSegmentation
+from processing_detris import DetrisProcessor
+
+ROOT = Path(__file__).parents[1]
+CLIENT_TIMEOUT = 300  # seconds
+SETTINGS_OF_THE_CALLER = re.compile("(HF_|HUGGINGFACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
+CODE = ["adapters_detris.py", "configuration_detris.py", "modeling_detris.py", "processing_detris.py"]
+PHRASES = ["the red one", "third", "the cat that is behind the red hat"]
+
+
+def run_client(code: str, server: HubServer, folder: Path, isolated: bool = True) -> str:
+    """Run Python code in `folder` as a user of `server` with a token and an empty cache; return what it prints.
+
+    `isolated` code cannot import the repository's modules, other code can. Code that fails is an AssertionError.
+    """
+    environment = {name: value for name, value in os.environ.items() if not SETTINGS_OF_THE_CALLER.fullmatch(name)} | {
+        "HF_ENDPOINT": server.endpoint,
+        "HF_TOKEN": "token-of-someone",
+        "HF_HUB_DISABLE_XET": "1",  # large files then go by LFS
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # or `datasets` tells another server what it loads
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),  # `-I` ignores it, and leaves the working folder off the import path too
+    }
+    command = [sys.executable, *(["-I"] if isolated else []), "-c", code]
+    with tempfile.TemporaryDirectory() as cache:
+        environment["HF_HOME"] = cache
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=CLIENT_TIMEOUT)
+    assert run.returncode == 0, run.stderr.decode()
+    return run.stdout.decode()
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        yield server
+
+
+def tiny_model(tiny_backbones: Path, seed: int = 0) -> DetrisForReferringSegmentation:
+    model = DetrisForReferringSegmentation.from_backbones(
+        str(tiny_backbones / "vision"),
+        str(tiny_backbones / "text"),
+        vision_adapter_layers=[1],
+        vision_adapter_dim=16,
+        text_adapter_layers=[0],
+        text_adapter_dim=16,
+        aligner_attention_dim=16,
+        aligner_attention_heads=2,
+        feature_layers=[0, 1],
+        decoder_dim=32,
+        decoder_layers=1,
+        decoder_heads=2,
+        decoder_ffn_dim=32,
+        image_size=32,
+        max_text_length=9,
+    )
+    return randomize(model, seed)
+
+
+# --- Models and processors -------------------------------------------------------------------------------------------
+
+PUSH = """
+from transformers import CLIPTokenizer
+from modeling_detris import DetrisForReferringSegmentation
+from processing_detris import DetrisProcessor
+
+for training in ("short", "long"):
+    model = DetrisForReferringSegmentation.from_pretrained(training)
+    model.push_to_hub("someone/detris-tiny")
+processor = DetrisProcessor.from_config(model.config, CLIPTokenizer.from_pretrained("tokenizer"))
+processor.push_to_hub("someone/detris-tiny")
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(tiny_backbones, tmp_path_factory):
+    """`someone/detris-tiny` on `server`: a model, the same after further training, and the processor of both."""
+    folder = tmp_path_factory.mktemp("pushed")
+    short, long = tiny_model(tiny_backbones, seed=0), tiny_model(tiny_backbones, seed=1)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_backbones / "text")
+    processor = DetrisProcessor.from_config(short.config, tokenizer)
+    for part, name in ((short, "short"), (long, "long"), (tokenizer, "tokenizer")):
+        part.save_pretrained(folder / name)
+    with HubServer() as server:
+        run_client(PUSH, server, folder, isolated=False)
+        _, after_short, *_ = server.revisions("someone/detris-tiny")
+        yield SimpleNamespace(server=server, short=short, long=long, processor=processor, after_short=after_short)
+
+
+LOAD = """
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained("someone/detris-tiny", trust_remote_code=True)
+inputs = processor(images=np.load("../image.npy"), text=PHRASES, return_tensors="pt")
+inputs.pop("original_sizes")
+results = dict(inputs)
+for name, revision in REVISIONS:
+    model = AutoModel.from_pretrained("someone/detris-tiny", revision=revision, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.someone."), type(model).__module__
+    with torch.no_grad():
+        results[name] = model(**inputs).logits
+save_file(results, "../results.safetensors")
+"""
+
+
+def test_pushed_model_and_processor_load_elsewhere(pushed, tmp_path, one_thread):
+    image = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+    np.save(tmp_path / "image.npy", image)
+    (tmp_path / "empty").mkdir()
+    revisions = [("short", pushed.after_short), ("long", "main")]
+    run_client(f"PHRASES = {PHRASES}\nREVISIONS = {revisions}\n{LOAD}", pushed.server, tmp_path / "empty")
+
+    results = load_file(tmp_path / "results.safetensors")
+    inputs = pushed.processor(images=image, text=PHRASES, return_tensors="pt")
+    inputs.pop("original_sizes")
+    for name, value in inputs.items():
+        assert torch.equal(results.pop(name), value), name
+    with torch.no_grad():
+        expected = {name: getattr(pushed, name)(**inputs).logits for name, _ in revisions}
+    assert results.keys() == expected.keys() and not torch.allclose(expected["short"], expected["long"])
+    for name, logits in expected.items():
+        assert torch.equal(results[name], logits), name
+
+
+def test_pushed_repository_holds_what_is_needed_and_nothing_else(pushed):
+    files = pushed.server.files("someone/detris-tiny")
+    of_the_model = {"config.json", "model.safetensors"}
+    of_the_processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    of_the_hub = {".gitattributes", "README.md"}
+    assert set(files) == {*CODE} | of_the_model | of_the_processor | of_the_hub
+    for name in CODE:
+        assert files[name] == (ROOT / name).read_bytes(), name
+
+
+PUSH_INTO_A_CUT = """
+from unittest import mock
+import pytest
+from modeling_detris import DetrisForReferringSegmentation
+
+model = DetrisForReferringSegmentation.from_pretrained("trained")
+with mock.patch("time.sleep"):  # the client tries five times more, and waits 23 seconds in between
+    with pytest.raises(RuntimeError, match="Error while uploading 'model.safetensors'"):
+        model.push_to_hub("someone/detris-cut")
+"""
+PUSH_AGAIN = """
+import torch
+from transformers import AutoModel
+from modeling_detris import DetrisForReferringSegmentation
+
+model = DetrisForReferringSegmentation.from_pretrained("trained")
+model.push_to_hub("someone/detris-cut")
+weights = AutoModel.from_pretrained("someone/detris-cut", trust_remote_code=True).state_dict()
+assert weights.keys() == model.state_dict().keys()
+assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+"""
+
+
+def test_an_upload_that_is_cut_leaves_nothing_and_can_be_repeated(server, tiny_backbones, tmp_path):
+    tiny_model(tiny_backbones).save_pretrained(tmp_path / "trained")
+    server.fail_uploads_after = 0
+    run_client(PUSH_INTO_A_CUT, server, tmp_path, isolated=False)
+    assert [set(files) for files in server.revisions("someone/detris-cut").values()] == [{".gitattributes"}]
+    server.fail_uploads_after = None
+    run_client(PUSH_AGAIN, server, tmp_path, isolated=False)
+    empty, complete = server.revisions("someone/detris-cut").values()
+    assert {"config.json", "model.safetensors", "modeling_detris.py"} <= complete.keys() - empty.keys()
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+PUSH_ROWS = """
+import datasets
+import data.refer
+
+splits = datasets.load_from_disk("splits")
+splits.push_to_hub("someone/shapes")
+plain = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
+splits.cast_column("mask", plain).push_to_hub("someone/shapes-plain")
+"""
+LOAD_ROWS = """
+import datasets
+
+datasets.load_dataset("someone/shapes-plain").save_to_disk("../plain")
+import data.refer  # from here on, the masks' own type is known
+datasets.load_dataset("someone/shapes").save_to_disk("../loaded")
+"""
+
+
+def test_pushed_rows_come_back(server, tmp_path):
+    splits = load_shapes(seed=3, sizes={"train": 3, "val": 2, "testA": 1, "testB": 1, "unseen": 1}, image_size=48)
+    splits.save_to_disk(tmp_path / "splits")
+    run_client(PUSH_ROWS, server, tmp_path, isolated=False)
+    (tmp_path / "empty").mkdir()
+    run_client(LOAD_ROWS, server, tmp_path / "empty", isolated=False)
+    loaded, plain = (datasets.load_from_disk(tmp_path / name) for name in ("loaded", "plain"))
+    assert list(loaded) == list(plain) == list(splits)
+    for split, rows in splits.items():
+        same_rows(loaded[split], rows)
+        same_rows(plain[split].cast_column("mask", RleMask()), rows)
+
+
+# --- The server itself -----------------------------------------------------------------------------------------------
+
+
+def request(address: str, method: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    """Send a request without the client; return the answer's status and content."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, headers, method=method)) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_a_commit_needs_its_large_files(server):
+    content = b"weights"
+    oid = hashlib.sha256(content).hexdigest()
+    lines = [("header", {"summary": "half"}), ("lfsFile", {"path": "a.safetensors", "oid": oid, "size": len(content)})]
+    commit = "\n".join(json.dumps({"key": key, "value": value}) for key, value in lines).encode()
+    request(f"{server.endpoint}/api/repos/create", "POST", b'{"name": "half", "organization": "someone"}')
+
+    def send_commit() -> int:
+        return request(f"{server.endpoint}/api/models/someone/half/commit/main", "POST", commit)[0]
+
+    assert send_commit() == 400
+    assert request(f"{server.endpoint}/objects/{oid}", "PUT", content[:-1])[0] == 400
+    assert send_commit() == 400 and list(server.files("someone/half")) == [".gitattributes"]
+    assert request(f"{server.endpoint}/objects/{oid}", "PUT", content)[0] == 200
+    assert send_commit() == 200 and server.files("someone/half")["a.safetensors"] == content
+    part = request(f"{server.endpoint}/someone/half/resolve/main/a.safetensors", "GET", Range="bytes=2-4")
+    assert part == (206, content[2:5])
+
+
+ASK = """
+import pathlib
+import huggingface_hub as hub
+import pytest
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+def download(repository, file, revision=None):
+    return pathlib.Path(hub.hf_hub_download(repository, file, revision=revision)).read_text()
+
+assert hub.whoami()["name"] == "someone"
+hub.create_repo("someone/notes")
+with pytest.raises(HfHubHTTPError, match="409"):
+    hub.create_repo("someone/notes")
+first, second = (
+    hub.upload_file(repo_id="someone/notes", path_in_repo="a/note.txt", path_or_fileobj=text).oid
+    for text in (b"first", b"second")
+)
+hub.delete_file("a/note.txt", "someone/notes")
+assert hub.list_repo_files("someone/notes") == [".gitattributes"]
+assert hub.list_repo_files("someone/notes", revision=first) == [".gitattributes", "a/note.txt"]
+assert download("someone/notes", "a/note.txt", first) == "first"
+assert download("someone/notes", "a/note.txt", second) == "second"
+with pytest.raises(EntryNotFoundError):
+    download("someone/notes", "a/note.txt")
+with pytest.raises(RevisionNotFoundError):
+    download("someone/notes", "a/note.txt", "0" * 40)
+for ask in (hub.model_info, hub.list_repo_files, lambda name: download(name, "note.txt")):
+    with pytest.raises(RepositoryNotFoundError):
+        ask("someone/nothing")
+"""
+
+
+def test_the_client_finds_every_revision_and_nothing_unknown(server, tmp_path):
+    run_client(ASK, server, tmp_path)
+    assert [len(files) for files in server.revisions("someone/notes").values()] == [1, 2, 2, 1]
