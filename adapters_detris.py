@@ -44,6 +44,15 @@ class PeftMethod(StrEnum):
     DETRIS = "DETRIS"
 
 
+def holds_adapters(module: nn.Module) -> bool:
+    """Whether `module` is a `DetrisAdapterLayer`, of this or of another copy of this file.
+
+    With `trust_remote_code` each repository on the Hub brings a copy. PEFT knows the one that was imported last, which
+    need not be the one that a model was built by.
+    """
+    return hasattr(module, "detris_adapter")
+
+
 def remove_adapters(model: nn.Module) -> None:
     """Put the backbones' own layers back in the place of those with adapters, and the active head in that of all."""
     for name, module in reversed(list(model.named_modules())):  # what lies deepest comes first
@@ -436,7 +445,7 @@ class DetrisTuner(BaseTuner):
         config.check_model(model)
         if config.model_fields is None:
             config.model_fields = fields_of(model.config, MODEL_FIELDS)
-        layers = [module for module in model.modules() if isinstance(module, DetrisAdapterLayer)]
+        layers = [module for module in model.modules() if holds_adapters(module)]
         if any(adapter_name in layer.detris_adapter for layer in layers):
             # The model brings adapters of that name, which would stay wherever the new ones have none.
             delete_adapter(model, adapter_name, self.prefix)
@@ -461,7 +470,7 @@ class DetrisTuner(BaseTuner):
         in_vision = current_key.startswith("vision_model.")
         if int(target_name) not in (vision_layers if in_vision else text_layers):
             return
-        if not isinstance(target, DetrisAdapterLayer):
+        if not holds_adapters(target):
             wrapped = VisionAdapterLayer(target) if in_vision else TextAdapterLayer(target)
             self._replace_module(parent, target_name, wrapped, target)
             target = wrapped

@@ -172,6 +172,8 @@ class DetrisConfig(PreTrainedConfig):
             ("text_adapter_layers", text.num_hidden_layers),
             ("feature_layers", vision.num_hidden_layers),
         ):
+            if "adapter" in field and "detris" not in self.peft_method:
+                continue
             layers = getattr(self, field)
             wrong = [layer for layer in layers if not 0 <= layer < depth]
             if wrong:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 from transformers import (
     CLIPTextConfig,
@@ -37,6 +36,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from configuration_detris import DetrisConfig
+from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
@@ -489,41 +489,6 @@ def _build(
     return model_class.from_pretrained(None, config=config, state_dict=_to_ours(official, table), dtype=torch.float32)
 
 
-MODEL_CARD = """---
-{card_data}
----
-
-# DETRIS for referring image segmentation
-
-An image and a phrase go in, the mask of what the phrase names comes out (Huang et al., AAAI 2025,
-[arXiv 2501.08580](https://arxiv.org/abs/2501.08580)). Converted from `{source}`, a checkpoint in the official layout,
-without a change to its numbers.
-
-| | |
-|---|---|
-| vision backbone | {vision.num_hidden_layers} layers of width {vision.hidden_size} |
-| vision adapters | in layers {config.vision_adapter_layers}, of width {config.vision_adapter_dim} |
-| text backbone | {text.num_hidden_layers} layers of width {text.hidden_size} |
-| text adapters | in layers {config.text_adapter_layers}, of width {config.text_adapter_dim} |
-| image | {config.image_size} x {config.image_size} |
-| phrase | {config.max_text_length} tokens |
-| dataset | {dataset} |
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("<this repository>", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("<this repository>", trust_remote_code=True)
-```
-
-## Licences
-
-The official code, and with it the checkpoint as far as its authors say, is under the MIT licence
-([jiaqihuang01/DETRIS](https://github.com/jiaqihuang01/DETRIS)). It contains DINOv2 (Apache 2.0) and CLIP (MIT). It was
-trained on photographs of COCO, which have licences of their own.
-"""
-
-
 def from_official(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
@@ -557,26 +522,14 @@ def from_official(
     model = _skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
     processor = DetrisProcessor.from_config(config, CLIPTokenizer.from_pretrained(tokenizer))
-    card_data = ModelCardData(
-        license="mit",
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["detris", "referring-image-segmentation"],
-    )
-    card = MODEL_CARD.format(
-        card_data=card_data.to_yaml(),
-        source=Path(checkpoint).name,
-        config=config,
-        vision=config.vision_config,
-        text=config.text_config,
-        dataset=dataset or "not said",
-    )
+    origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout; no number was changed."
+    card = make_model_card(config, output_dir.name, origin, dataset)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        ModelCard(card).save(folder / "README.md")
+        card.save(folder / "README.md")
         folder.rename(output_dir)
 
 
@@ -592,6 +545,10 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists: name a file that does not.")
     config = DetrisConfig.from_pretrained(folder)
+    if "lora" in config.peft_method:
+        raise ValueError(
+            f"{folder} has low-rank adapters (peft_method is {config.peft_method}): the official code has none."
+        )
     if config.vision_config.model_type != "dinov2_with_registers" or len(config.feature_layers) + 1 != len(
         NECK_LEVELS
     ):

@@ -51,9 +51,10 @@ try:
         ConvNormReLU,
         DetrisAdapterConfig,
         DetrisTuner,
-        VisionAdapterLayer,
+        PeftMethod,
         activate_remaining,
         fields_of,
+        holds_adapters,
         remove_adapters,
     )
     from .configuration_detris import DetrisConfig
@@ -69,9 +70,10 @@ except ImportError:
         ConvNormReLU,
         DetrisAdapterConfig,
         DetrisTuner,
-        VisionAdapterLayer,
+        PeftMethod,
         activate_remaining,
         fields_of,
+        holds_adapters,
         remove_adapters,
     )
     from configuration_detris import DetrisConfig
@@ -707,7 +709,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         """
         hub_kwargs = {name: value for name, value in (kwargs | (adapter_kwargs or {})).items() if name in HUB_KWARGS}
         adapter_config = PeftConfig.from_pretrained(peft_model_id, **hub_kwargs)
-        if not isinstance(adapter_config, DetrisAdapterConfig):
+        if adapter_config.peft_type != PeftMethod.DETRIS:
             raise ValueError(
                 f"{peft_model_id} holds adapters of type {adapter_config.peft_type}: load them by PeftModel."
             )
@@ -829,7 +831,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         hidden_states = self._embed_patches(pixel_values)  # (B, P, D)
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
-            if isinstance(layer, VisionAdapterLayer) and layer.active_name is not None:
+            if holds_adapters(layer) and layer.active_name is not None:
                 if image_index is not None:
                     # Until here an image is the same for all its phrases. What has been kept follows.
                     hidden_states, *features = (states[image_index] for states in (hidden_states, *features))

@@ -1,17 +1,21 @@
 """`make quickstart`: train DETRIS on the synthetic set, train it once more without adapters, and compare.
 
-    python quickstart.py [--num_train_epochs 2 ...]
+    python quickstart.py [--methods detris lora dora detris+lora none] [--num_train_epochs 2 ...]
 
-Both runs follow `configs/quickstart.yaml`; arguments given here change both. `runs/quickstart/` then holds the model,
-its predictions, the metrics of both runs in `metrics.json` and `gallery.png`.
+All runs follow `configs/quickstart.yaml`; arguments of `train_hf.py` given here change all of
+them. `runs/quickstart/` then holds the
+first run's model and predictions, those of the others in folders of their own, the metrics of all in `metrics.json`,
+and `gallery.png`.
 """
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers import HfArgumentParser
 
 from data.shapes import FAMILIES, ID_STRIDE, MAX_IMAGES, draw_scene, render
 from gallery import Sample, draw_gallery
@@ -19,8 +23,24 @@ from train_hf import main as train
 from train_hf import parse_arguments
 
 CONFIG = "configs/quickstart.yaml"
-WITHOUT_ADAPTERS = {"vision_adapter_layers": [], "text_adapter_layers": []}
+METHODS = {
+    "detris": {"peft_method": "detris"},
+    "lora": {"peft_method": "lora"},
+    "dora": {"peft_method": "lora", "lora_use_dora": True},
+    "detris+lora": {"peft_method": "detris+lora"},
+    "none": {"peft_method": "none"},
+}
 GALLERY_SPLIT, SAMPLES_PER_FAMILY = "val", 6
+
+
+@dataclass
+class QuickstartArguments:
+    """What to compare."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["detris", "none"],
+        metadata={"choices": list(METHODS), "help": "What to train inside the backbones, beside the head."},
+    )
 
 
 def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
@@ -58,15 +78,15 @@ def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[s
 
 
 def main(argv: list[str]) -> None:
+    parser = HfArgumentParser(QuickstartArguments, description=__doc__, allow_abbrev=False)
+    args, argv = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     model_args, data_args, training_args = parse_arguments([CONFIG, *argv])
     output_dir = Path(training_args.output_dir)
-    head_only = json.dumps(model_args.model_config | WITHOUT_ADAPTERS)
-    runs = {
-        "with adapters": train([CONFIG, *argv]),
-        "head only": train(
-            [CONFIG, *argv, "--model_config", head_only, "--output_dir", str(output_dir / "head_only")]
-        ),
-    }
+    runs = {}
+    for method in args.methods:
+        model_config = json.dumps(model_args.model_config | METHODS[method])
+        folder = output_dir / method if runs else output_dir
+        runs[method] = train([CONFIG, *argv, "--model_config", model_config, "--output_dir", str(folder)])
     (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
     draw_gallery(sections).save(output_dir / "gallery.png")

@@ -17,12 +17,14 @@ import random
 import shutil
 import statistics
 import sys
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import torch
@@ -49,6 +51,7 @@ from configuration_detris import DetrisConfig
 from data.refer import FEATURES, load_refer
 from data.shapes import load_shapes
 from gallery import Sample, draw_sample
+from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
@@ -59,7 +62,6 @@ QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "8bit": {"load_in_8bit": True},
 }
-TABLE_COLUMNS = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +210,8 @@ class DetrisTrainingArguments(TrainingArguments):
     save_masks: bool = field(
         default=True, metadata={"help": "Write each predicted mask and a picture of it, not only its IoU."}
     )
+    hub_strategy: str = "end"  # what is pushed on the way has no card yet
+    model_license: str = field(default="mit", metadata={"help": "Licence of the weights, for the model card."})
     report_to: None | str | list[str] = field(
         default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
     )
@@ -221,9 +225,9 @@ class DetrisTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}: DETRIS's loss has none, give 0."
             )
-        if self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_") not in TABLE_COLUMNS:
+        if self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_") not in METRIC_NAMES:
             raise ValueError(
-                f"metric_for_best_model is {self.metric_for_best_model!r}: give one of {', '.join(TABLE_COLUMNS)}."
+                f"metric_for_best_model is {self.metric_for_best_model!r}: give one of {', '.join(METRIC_NAMES)}."
             )
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
@@ -524,9 +528,32 @@ class DetrisTrainer(Trainer):
         if not self.args.save_adapter_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self.model.save_adapter(folder, repo_id=self.hub_model_id if self.args.push_to_hub else None)
+            folder = output_dir or self.args.output_dir
+            self.model.save_adapter(folder)
             self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
+        """Upload the model or its adapters, the processor and the card, and nothing else that `output_dir` holds."""
+        if not self.is_world_process_zero():
+            return
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        with tempfile.TemporaryDirectory() as folder:
+            if self.args.save_adapter_only:
+                self.model.save_adapter(folder, repo_id=self.hub_model_id)
+            else:
+                self.model.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            card = Path(self.args.output_dir) / "README.md"
+            if card.exists():
+                shutil.copy(card, folder)
+            huggingface_hub.upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME).exists():
@@ -665,9 +692,9 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
 
     Args:
         folder: exists.
-        lines: for each split its name, objects, phrases and figures by `TABLE_COLUMNS`; their plain mean comes last.
+        lines: for each split its name, objects, phrases and figures by `METRIC_NAMES`; their plain mean comes last.
     """
-    mean = {head: statistics.fmean(line[head] for line in lines) for head in TABLE_COLUMNS.values()}
+    mean = {head: statistics.fmean(line[head] for line in lines) for head in METRIC_NAMES.values()}
     mean = {"split": "mean of the rows"} | mean
     table = pd.DataFrame([*lines, mean | {"objects": "", "phrases": ""}])
     text = table.to_string(index=False, float_format="{:.2f}".format)
@@ -721,29 +748,68 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if trainer.is_world_process_zero():
             model.print_trainable_parameters()
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # or it would be pushed before it is evaluated
         trainer.save_state()
         trained = {"trained_parameters": model.num_parameters(only_trainable=True)}
         metrics |= _report(trainer, "train", result.metrics | trained)
+    lines, results = [], []
+    first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
+    first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
     if training_args.do_eval:
-        metrics |= _report(trainer, "eval", trainer.evaluate())
-    lines = []
+        figures = _report(trainer, "eval", trainer.evaluate())
+        metrics |= figures
+        results.append(
+            {"dataset": _name_of(data_args.dataset), "split": data_args.eval_split + first_phrase + first_objects}
+            | {key: figures[f"eval_{key}"] for key in METRIC_NAMES}
+        )
     for split, rows in test_rows.items():
         # It also names files, where "train" and "eval" are those of training.
         name = f"test_{split}" if split in ("train", "eval") else split.replace(":", "_")
         output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= _report(trainer, name, output.metrics)
+        figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES}
         line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
-        lines.append(line | {head: 100 * output.metrics[f"{name}_{key}"] for key, head in TABLE_COLUMNS.items()})
+        lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
+        dataset, _, split_name = split.rpartition(":")
+        dataset = dataset.replace(":", "/") or _name_of(data_args.dataset)
+        results.append({"dataset": dataset, "split": split_name + first_objects} | figures)
         if trainer.is_world_process_zero():
             folder = output_dir / "predictions" / name
             write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
     if lines and trainer.is_world_process_zero():
         print(f"\n{write_table(output_dir, lines)}\n")
+    if trainer.is_world_process_zero():
+        write_card(trainer, _name_of(data_args.dataset) if training_args.do_train else "", results)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
     return metrics
+
+
+def write_card(trainer: DetrisTrainer, dataset: str, results: list[dict[str, Any]]) -> None:
+    """Write the model card into the output folder.
+
+    Args:
+        dataset: what was trained on, if anything was.
+        results: for each split that was evaluated, `dataset`, `split` and the metrics by `METRIC_NAMES`.
+    """
+    args = trainer.args
+    origin = "Evaluated with `train_hf.py`."
+    if args.do_train:
+        origin = (
+            f"Trained with `train_hf.py`: {trainer.state.global_step} steps of "
+            f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
+            f"{args.learning_rate:g}, seed {args.seed}."
+        )
+    name = trainer.hub_model_id or Path(args.output_dir).name
+    card = make_model_card(
+        trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only
+    )
+    card.save(Path(args.output_dir) / "README.md")
+
+
+def _name_of(dataset: str) -> str:
+    return Path(dataset).name if Path(dataset).is_dir() else dataset  # no paths of this machine
 
 
 def _report(trainer: Trainer, name: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_refer import same_rows
 from tiny_models import randomize
@@ -198,6 +199,131 @@ def test_an_upload_that_is_cut_leaves_nothing_and_can_be_repeated(server, tiny_b
     run_client(PUSH_AGAIN, server, tmp_path, isolated=False)
     empty, complete = server.revisions("someone/detris-cut").values()
     assert {"config.json", "model.safetensors", "modeling_detris.py"} <= complete.keys() - empty.keys()
+
+
+# --- What train_hf.py pushes -----------------------------------------------------------------------------------------
+
+TRAIN_AND_PUSH = """
+import sys
+from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+from train_hf import main
+
+AutoModel.from_pretrained("vision").push_to_hub("someone/tiny-vision")
+CLIPTextModelWithProjection.from_pretrained("text").push_to_hub("someone/tiny-text")
+AutoTokenizer.from_pretrained("text").push_to_hub("someone/tiny-text")
+for name, arguments in RUNS.items():
+    main(ARGUMENTS + ["--output_dir", name, "--hub_model_id", f"someone/{name}", *arguments])
+"""
+LOAD_BOTH = """
+import json
+from pathlib import Path
+import torch
+from huggingface_hub import ModelCard, model_info
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+torch.set_num_threads(1)
+logits = {}
+for name in ("detris-whole", "detris-adapter"):
+    processor = AutoProcessor.from_pretrained(f"someone/{name}", trust_remote_code=True)
+    inputs = processor(images=torch.arange(3 * 20 * 30).reshape(3, 20, 30) % 256, text=PHRASES, return_tensors="pt")
+    inputs.pop("original_sizes")
+    model = AutoModel.from_pretrained(f"someone/{name}", trust_remote_code=True)
+    with torch.no_grad():
+        logits[name] = model(**inputs).logits
+assert not torch.equal(logits["detris-whole"], logits["detris-adapter"])
+base = AutoModel.from_pretrained("someone/detris-whole", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "someone/detris-adapter", adapter_name="other")
+with torch.no_grad():
+    logits["peft"] = model(**inputs).logits
+save_file(logits | dict(inputs), "../results.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_backbones, tmp_path_factory):
+    """A server with backbones, and a whole DETRIS and adapters that train_hf.py has trained around them and pushed."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("vision", "text"):
+        (folder / name).symlink_to(tiny_backbones / name)
+    model_config = {"vision_adapter_layers": [1], "vision_adapter_dim": 16, "text_adapter_layers": [0]} | {
+        "text_adapter_dim": 16,
+        "aligner_attention_dim": 16,
+        "feature_layers": [0, 1],
+        "decoder_dim": 16,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 16,
+    }
+    arguments = ["--vision_backbone", "someone/tiny-vision", "--text_backbone", "someone/tiny-text"]
+    arguments += ["--image_size", "32", "--max_text_length", "24", "--model_config", json.dumps(model_config)]
+    arguments += ["--shapes_config", json.dumps({"sizes": {"train": 4, "val": 2}, "image_size": 48})]
+    arguments += ["--do_train", "--do_predict", "--test_splits", "val", "--max_steps", "3", "--learning_rate", "1e-2"]
+    arguments += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    arguments += [
+        "--per_device_train_batch_size",
+        "2",
+        "--push_to_hub",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+    ]
+    runs = {
+        "detris-whole": [],
+        "detris-adapter": ["--save_adapter_only", "--peft_method", "detris+lora", "--seed", "1"],
+    }
+    with HubServer() as server:
+        run_client(f"ARGUMENTS = {arguments}\nRUNS = {runs}\n{TRAIN_AND_PUSH}", server, folder, isolated=False)
+        yield SimpleNamespace(server=server, folder=folder)
+
+
+def test_what_was_trained_and_pushed_loads_elsewhere(trained, tiny_backbones, tmp_path, one_thread):
+    (tmp_path / "empty").mkdir()
+    run_client(f"PHRASES = {PHRASES}\n{LOAD_BOTH}", trained.server, tmp_path / "empty")
+    results = load_file(tmp_path / "results.safetensors")
+    expected = {name: results.pop(name) for name in ("detris-whole", "detris-adapter", "peft")}
+    backbones = {"vision_backbone": str(tiny_backbones / "vision"), "text_backbone": str(tiny_backbones / "text")}
+    for name, folder, fields in (
+        ("detris-whole", "detris-whole", {}),
+        ("detris-adapter", "detris-adapter", backbones),
+        ("peft", "detris-adapter", backbones),
+    ):
+        model = DetrisForReferringSegmentation.from_pretrained(trained.folder / folder, **fields)
+        with torch.no_grad():
+            assert torch.equal(model(**results).logits, expected[name]), name
+
+
+def test_pushed_adapters_name_their_backbones_and_bring_nothing_else(trained):
+    files = trained.server.files("someone/detris-adapter")
+    of_the_adapter = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+    of_the_processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files) == {*CODE, ".gitattributes", "README.md"} | of_the_adapter | of_the_processor
+    config, adapter_config = json.loads(files["config.json"]), json.loads(files["adapter_config.json"])
+    assert (config["vision_backbone"], config["text_backbone"]) == ("someone/tiny-vision", "someone/tiny-text")
+    last_commits = {name: list(trained.server.revisions(f"someone/tiny-{name}"))[-1] for name in ("vision", "text")}
+    assert config["vision_backbone_revision"] == last_commits["vision"]
+    assert config["text_backbone_revision"] == last_commits["text"]
+    assert adapter_config["base_model_name_or_path"] == "someone/detris-adapter"
+    assert len(adapter_config["backbone_digest"]) == 64
+    assert len(files["adapter_model.safetensors"]) < len(
+        trained.server.files("someone/detris-whole")["model.safetensors"]
+    )
+
+
+@pytest.mark.parametrize("name", ["detris-whole", "detris-adapter"])
+def test_pushed_card_tells_data_metrics_licence_and_citation(trained, name):
+    card = ModelCard(trained.server.files(f"someone/{name}")["README.md"].decode())
+    assert (card.data.license, card.data.pipeline_tag, card.data.datasets) == ("mit", "image-segmentation", ["shapes"])
+    assert card.data.base_model == ["someone/tiny-text", "someone/tiny-vision"] and card.data.widget[0]["text"]
+    figures = json.loads((trained.folder / name / "val_results.json").read_text())
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert set(results) == {"mean_iou", "overall_iou", *(f"precision@0.{x}" for x in range(5, 10))}
+    for metric, result in results.items():
+        assert (result.dataset_name, result.dataset_split) == ("shapes", "val")
+        assert result.metric_value == pytest.approx(figures[f"val_{metric}"], abs=1e-4)
+    assert "huang2025detris" in card.text and f'from_pretrained("someone/{name}"' in card.text
+    assert ("rank 8" in card.text) == (name == "detris-adapter")
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------

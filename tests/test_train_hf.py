@@ -461,8 +461,10 @@ def test_another_schedule_of_transformers_takes_the_place_of_milestones(make_tra
 
 
 @pytest.mark.parametrize("rows, batch_size", [(32, 4), (40, 8)], ids=["within an epoch", "between epochs"])
-def test_resuming_repeats_an_uninterrupted_run_bit_for_bit(make_trainer, tmp_path, rows, batch_size):
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_resuming_repeats_an_uninterrupted_run_bit_for_bit(make_trainer, tmp_path, rows, batch_size, adapter_only):
     options = {
+        "save_adapter_only": adapter_only,
         "rows": rows,
         "per_device_train_batch_size": batch_size,
         "milestones": [1.6],
@@ -477,6 +479,8 @@ def test_resuming_repeats_an_uninterrupted_run_bit_for_bit(make_trainer, tmp_pat
     first = make_trainer(max_steps=10, output_dir=str(tmp_path / "parts"), **options)
     first.train()
     assert losses(first) == losses(straight)[:10]
+    checkpoint = {path.name for path in (tmp_path / "parts" / "checkpoint-10").glob("*model.safetensors")}
+    assert checkpoint == {"adapter_model.safetensors" if adapter_only else "model.safetensors"}
     second = make_trainer(max_steps=20, output_dir=str(tmp_path / "parts"), **options)
     second.train(resume_from_checkpoint=True)
     assert losses(second) == losses(straight) and len(losses(straight)) == 20

@@ -1,0 +1,170 @@
+"""The card (README.md) of a model that is shared: what it is, what it was trained and tested on, how to use it."""
+
+import os
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from configuration_detris import DetrisConfig
+
+METRIC_NAMES = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
+EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats and two remotes on a couch
+EXAMPLE_PHRASE = "the left cat"
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+An image and a phrase go in, the mask of what the phrase names comes out: DETRIS (Huang et al., AAAI 2025,
+[arXiv 2501.08580](https://arxiv.org/abs/2501.08580)) for Transformers. {origin}
+
+| | |
+|---|---|
+| trained inside the backbones | {trained} |
+| vision backbone | {vision.num_hidden_layers} layers of width {vision.hidden_size}{vision_source} |
+| text backbone | {text.num_hidden_layers} layers of width {text.hidden_size}{text_source} |
+| image | {config.image_size} x {config.image_size} pixels |
+| phrase | {config.max_text_length} tokens |
+| trained on | {dataset} |
+
+## Results
+
+{results}
+
+## Use
+
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+inputs = processor(images=Image.open("photo.jpg"), text=["{phrase}"], return_tensors="pt")
+original_sizes, image_index = inputs.pop("original_sizes"), inputs["image_index"]
+masks = processor.post_process_referring_segmentation(model(**inputs), original_sizes, image_index=image_index)
+```
+{adapter_use}
+## Limits
+
+It draws a mask for every phrase, also for one that names nothing in the image. It inherits what its backbones and the
+photographs it was trained on favour and leave out.
+
+## Licences
+
+The official code of DETRIS is under the MIT licence ([jiaqihuang01/DETRIS](https://github.com/jiaqihuang01/DETRIS)),
+DINOv2 under Apache 2.0, CLIP under MIT. Photographs of COCO, if it was trained on them, have licences of their own.
+
+## Citation
+
+```bibtex
+@inproceedings{{huang2025detris,
+  title = {{Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation}},
+  author = {{Huang, Jiaqi and Xu, Zunnan and Liu, Ting and Liu, Yong and Han, Haonan and Yuan, Kehong and Li, Xiu}},
+  booktitle = {{Proceedings of the AAAI Conference on Artificial Intelligence}},
+  year = {{2025}}
+}}
+```
+"""
+
+ADAPTER_USE = """
+This repository holds adapters and head alone; the frozen backbones are loaded from where they are published, and
+checked by a digest. More adapters can share them:
+
+```python
+model.load_adapter("{name}", adapter_name="another")  # or peft.PeftModel.from_pretrained(model, "{name}", "another")
+model.set_adapter("another")
+```
+"""
+
+
+def describe_trained_parts(config: DetrisConfig) -> str:
+    """Say in words which adapters a configuration puts where."""
+    parts = []
+    if "detris" in config.peft_method:
+        for what, layers, dim in (
+            ("vision", config.vision_adapter_layers, config.vision_adapter_dim),
+            ("text", config.text_adapter_layers, config.text_adapter_dim),
+        ):
+            if layers:
+                parts.append(f"dense adapters of width {dim} in {what} layers {', '.join(map(str, layers))}")
+    if "lora" in config.peft_method:
+        kind = "DoRA" if config.lora_use_dora else "LoRA"
+        parts.append(f"{kind} of rank {config.lora_rank} on {', '.join(config.lora_target_modules)}")
+    if not config.freeze_backbones:
+        parts.append("the backbones themselves")
+    return "; ".join(parts) or "nothing"
+
+
+def make_model_card(
+    config: DetrisConfig,
+    name: str,
+    origin: str,
+    dataset: str = "",
+    results: list[dict] | None = None,
+    license: str = "mit",
+    adapter_only: bool = False,
+) -> ModelCard:
+    """
+    Make the card of a DETRIS.
+
+    Args:
+        config: of the model.
+        name: of the model, on the Hub with its owner's.
+        origin: a sentence on where the weights come from.
+        dataset: what it was trained on.
+        results: for each split tested on, `dataset`, `split` and the metrics by name, as shares of 1.
+        license: of the weights, by the Hub's abbreviation.
+        adapter_only: whether the backbones are not in it.
+    """
+    results = results or []
+    sources = [config.vision_backbone, config.text_backbone]
+    hub_sources = sorted({source for source in sources if source and not os.path.exists(source)})
+    metadata = ModelCardData(
+        license=license,
+        library_name="peft" if adapter_only else "transformers",
+        pipeline_tag="image-segmentation",
+        tags=["detris", "referring-image-segmentation", "transformers"],
+        datasets=dataset.split(" + ") if dataset else None,
+        metrics=["mean_iou"],
+        base_model=hub_sources or None,
+        widget=[{"src": EXAMPLE_IMAGE, "text": EXAMPLE_PHRASE, "example_title": EXAMPLE_PHRASE}],
+        model_name=name if results else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                task_name="Referring image segmentation",
+                dataset_type=result["dataset"],
+                dataset_name=result["dataset"],
+                dataset_split=result["split"],
+                metric_type=metric,
+                metric_name=METRIC_NAMES[metric],
+                metric_value=round(float(result[metric]), 4),
+            )
+            for result in results
+            for metric in METRIC_NAMES
+        ]
+        or None,
+    )
+    lines = [f"| data set | split | {' | '.join(METRIC_NAMES.values())} |", "|---|---|" + "---:|" * len(METRIC_NAMES)]
+    for result in results:
+        figures = " | ".join(f"{100 * result[metric]:.2f}" for metric in METRIC_NAMES)
+        lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")
+    vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
+    return ModelCard(
+        CARD.format(
+            metadata=metadata.to_yaml().strip(),
+            name=name,
+            origin=origin,
+            config=config,
+            trained=describe_trained_parts(config),
+            vision=config.vision_config,
+            text=config.text_config,
+            vision_source=vision_source,
+            text_source=text_source,
+            dataset=dataset or "not said",
+            results="\n".join(lines) if results else "None measured.",
+            phrase=EXAMPLE_PHRASE,
+            adapter_use=ADAPTER_USE.format(name=name) if adapter_only else "",
+        )
+    )
