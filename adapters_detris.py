@@ -53,25 +53,58 @@ def holds_adapters(module: nn.Module) -> bool:
     return hasattr(module, "detris_adapter")
 
 
-def remove_adapters(model: nn.Module) -> None:
-    """Put the backbones' own layers back in the place of those with adapters, and the active head in that of all."""
+def remove_adapters(model: nn.Module, unused_only: bool = False) -> None:
+    """Put the backbones' own layers back in the place of those with adapters, and the active head in that of all.
+
+    With `unused_only` where no adapter is left.
+    """
     for name, module in reversed(list(model.named_modules())):  # what lies deepest comes first
+        if not isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            continue
+        if unused_only and module._get_available_adapters():
+            continue
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
-        elif isinstance(module, ModulesToSaveWrapper):
+        else:
             active = module.active_adapters
             model.set_submodule(name, module.modules_to_save[active[0]] if active else module.original_module)
+
+
+def activate_adapters(model: PreTrainedModel, names: list[str], frozen: bool = False) -> None:
+    """Activate adapters and their head, which is the model's own for the built-in ones."""
+    if names:
+        set_adapter(model, names, inference_mode=frozen)
+    for part in HEAD_MODULES:
+        module = getattr(model, part)
+        if isinstance(module, ModulesToSaveWrapper):
+            # PEFT would leave it frozen once other adapters have brought a head.
+            module.original_module.requires_grad_(not frozen and not module.active_adapters)
 
 
 def activate_remaining(model: PreTrainedModel, active: list[str]) -> list[str]:
     """After a deletion, activate the adapters that were active, or else the last left; PEFT chooses layer by layer."""
     remaining = [name for name in active if name in model.peft_config] or list(model.peft_config)[-1:]
-    frozen = all(model.peft_config[name].inference_mode for name in remaining)
-    set_adapter(model, remaining, inference_mode=frozen)
+    activate_adapters(model, remaining, frozen=any(model.peft_config[name].inference_mode for name in remaining))
+    # What wraps a layer without need would be saved under other names.
+    remove_adapters(model, unused_only=True)
     return remaining
 
 
-def fields_of(config: PreTrainedConfig, names: tuple[str, ...]) -> dict[str, Any]:
+def check_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors whose names and shapes are not those expected with a `ValueError`."""
+    wrong = sorted(
+        name
+        for name in given.keys() | expected.keys()
+        if name not in given or name not in expected or given[name].shape != expected[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors are missing, too many or of another shape than the configuration of the adapters "
+            f"says, such as {wrong[0]}."
+        )
+
+
+def fields_of(config: PreTrainedConfig | PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:
     """Fields of a configuration, as JSON keeps them."""
     values = {name: getattr(config, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -410,8 +443,10 @@ class DetrisAdapterConfig(PeftConfig):
         Refuse a model whose configuration or backbones are not those that the adapters were trained with.
 
         Raises:
-            ValueError: if they differ; the message names both sides.
+            ValueError: if they differ, or a field has a value that cannot work; the message names both sides, or field
+                and value.
         """
+        type(model.config)(**model.config.to_dict() | fields_of(self, ADAPTER_FIELDS))
         fields_of_model = fields_of(model.config, MODEL_FIELDS)
         for name, value in (self.model_fields or {}).items():
             if fields_of_model.get(name) != value:
@@ -501,8 +536,9 @@ class DetrisTuner(BaseTuner):
             if isinstance(module, LoraLayer):
                 module.update_layer(adapter_name, **size, config=lora_config)
             else:
+                backbone = self.model.vision_model  # transformers marks what it has quantised
                 quantized = {
-                    f"loaded_in_{bits}bit": getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)
+                    f"loaded_in_{bits}bit": getattr(backbone, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)
                 }
                 module = LoraModel._create_new_module(
                     lora_config, adapter_name, module, target_name=name, **size, **quantized
@@ -555,10 +591,15 @@ class DetrisTuner(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
-        missing = sorted(name for name in own if f".{adapter_name}." in f"{name}." and name not in state_dict)
-        if missing:  # PEFT would leave them at random
-            raise ValueError(f"{len(missing)} tensors of the adapters are missing, such as {missing[0]}.")
+        # PEFT would leave missing ones at random, and let those that are too many overwrite the backbones.
+        own = re.compile(rf"\.({cls.prefix}|lora_\w+|modules_to_save)\.{re.escape(adapter_name)}\.")
+        expected = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            # Without PeftModel around it, a model may load its own head.
+            if own.search(f".{name}.") or (name in state_dict and name.startswith(HEAD_MODULES))
+        }
+        check_tensors(state_dict, expected)
         return state_dict
 
 

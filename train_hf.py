@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
 from data.refer import FEATURES, load_refer
@@ -119,6 +119,8 @@ class ModelArguments:
             raise ValueError(
                 f"quantize_backbones is {self.quantize_backbones!r}: give one of {', '.join(QUANTIZATIONS)}."
             )
+        if self.quantize_backbones and not is_bitsandbytes_available():
+            raise ValueError("quantize_backbones needs bitsandbytes: install it, or leave the backbones as they are.")
 
 
 @dataclass

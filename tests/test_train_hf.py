@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 import train_hf
 from convert_detris_checkpoint import from_official
@@ -511,6 +512,40 @@ def test_the_checkpoint_with_the_best_mean_iou_is_kept(make_trainer):
     trainer.train()
     assert torch.equal(trainer.model.mask_head.output_projection.weight, weights[1])
     assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize(
+    "available, arguments, message",
+    [
+        (False, {"quantize_backbones": "4bit"}, "needs bitsandbytes: install it"),
+        (True, {"quantize_backbones": "2bit"}, "quantize_backbones is '2bit': give one of 4bit, 8bit"),
+    ],
+)
+def test_quantised_backbones_are_refused_early(model_arguments, monkeypatch, available, arguments, message):
+    monkeypatch.setattr(train_hf, "is_bitsandbytes_available", lambda: available)
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(**model_arguments, **arguments)
+
+
+@pytest.mark.parametrize("bits, rounding", [("4bit", 0.5), ("8bit", 0.1)])
+def test_adapters_are_trained_in_quantised_backbones(config_file, tmp_path, bits, rounding):
+    pytest.importorskip("bitsandbytes", reason="quantises, and is no requirement")
+    arguments = [config_file, "--do_train", "--max_steps", "2", "--quantize_backbones", bits, "--image_size", "80"]
+    arguments += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    for part in ("vision", "text"):  # wide enough for the kernels
+        arguments += [f"--{part}_backbone", str(ROOT / "backbones" / part)]
+    with pytest.raises(ValueError, match="Quantised backbones cannot be saved: give --save_adapter_only"):
+        main(arguments)
+    main([*arguments, "--save_adapter_only", "--peft_method", "detris+lora"])
+    inputs = {"pixel_values": torch.randn(1, 3, 80, 80), "input_ids": torch.tensor([[989, 5, 990]])}
+    logits = {}
+    for quantization in (BitsAndBytesConfig(**train_hf.QUANTIZATIONS[bits]), None):
+        model = DetrisForReferringSegmentation.from_pretrained(tmp_path / "run", quantization_config=quantization)
+        projection = model.vision_model.encoder.layer[0].attention.q_proj.get_base_layer()
+        assert (type(projection) is torch.nn.Linear) == (quantization is None)
+        logits[quantization is None] = model(**inputs).logits
+    difference = (logits[True] - logits[False]).abs().max()
+    assert 0 < difference < rounding * logits[True].std()
 
 
 def test_fewer_objects_than_a_batch_are_trained_on_all_the_same(config_file, caplog):
