@@ -77,14 +77,25 @@ def activate_adapters(model: PreTrainedModel, names: list[str], frozen: bool = F
     for part in HEAD_MODULES:
         module = getattr(model, part)
         if isinstance(module, ModulesToSaveWrapper):
-            # PEFT would leave it frozen once other adapters have brought a head.
-            module.original_module.requires_grad_(not frozen and not module.active_adapters)
+            # PEFT would leave the model's own frozen, and one that was active before trainable.
+            active, heads = module.active_adapters, module.modules_to_save
+            module.requires_grad_(False)
+            (heads[active[0]] if active else module.original_module).requires_grad_(not frozen)
 
 
-def activate_remaining(model: PreTrainedModel, active: list[str]) -> list[str]:
-    """After a deletion, activate the adapters that were active, or else the last left; PEFT chooses layer by layer."""
+def discard_adapters(model: PreTrainedModel, names: list[str], active: list[str]) -> list[str]:
+    """Delete adapters with their heads. Of the `active` ones the others stay active, or else the last that is left.
+
+    Returns:
+        `list[str]`: the names of those active now.
+    """
+    for name in names:
+        model.peft_config.pop(name, None)
     remaining = [name for name in active if name in model.peft_config] or list(model.peft_config)[-1:]
+    # First, for in the place of a deleted one PEFT would activate another layer by layer.
     activate_adapters(model, remaining, frozen=any(model.peft_config[name].inference_mode for name in remaining))
+    for name in names:
+        delete_adapter(model, name, DetrisTuner.prefix)
     # What wraps a layer without need would be saved under other names.
     remove_adapters(model, unused_only=True)
     return remaining
@@ -323,7 +334,8 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         raise NotImplementedError
 
     def update_layer(self, adapter_name: str, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> None:
-        self.detris_adapter[adapter_name] = self.make_adapter(config, model_config)
+        weight = next(parameter for parameter in self.base_layer.parameters() if parameter.is_floating_point())
+        self.detris_adapter[adapter_name] = self.make_adapter(config, model_config).to(weight.device, weight.dtype)
         self.scale[adapter_name] = config.adapter_scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -447,6 +459,15 @@ class DetrisAdapterConfig(PeftConfig):
                 and value.
         """
         type(model.config)(**model.config.to_dict() | fields_of(self, ADAPTER_FIELDS))
+        for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
+            linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
+            own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]
+            missing = set(self.lora_target_modules) - {name.rpartition(".")[2] for name in own}
+            if missing and self.has_lora:
+                raise ValueError(
+                    f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
+                    "linear modules that those of both have, such as 'q_proj', 'k_proj' and 'v_proj'."
+                )
         fields_of_model = fields_of(model.config, MODEL_FIELDS)
         for name, value in (self.model_fields or {}).items():
             if fields_of_model.get(name) != value:
@@ -474,6 +495,17 @@ class DetrisTuner(BaseTuner):
     prefix = "detris_adapter"
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping = {}
+
+    def __init__(self, model: PreTrainedModel, *args, **kwargs):
+        present = dict(getattr(model, "peft_config", {}))
+        try:
+            super().__init__(model, *args, **kwargs)
+            # PEFT would leave the head of those that were active before.
+            (name,) = self.active_adapters
+            activate_adapters(model, [name], frozen=self.peft_config[name].inference_mode)
+        except Exception:
+            model.peft_config = present  # PEFT enters a configuration before it is checked
+            raise
 
     def inject_adapter(self, model: PreTrainedModel, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
@@ -526,12 +558,6 @@ class DetrisTuner(BaseTuner):
             for name, module in layer.named_modules()
             if name.rpartition(".")[2] in lora_config.target_modules and self.prefix not in name
         ]
-        missing = lora_config.target_modules - {name.rpartition(".")[2] for name, _ in targets}
-        if missing:
-            raise ValueError(
-                f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
-                "linear modules that those of both have, such as 'q_proj', 'k_proj' and 'v_proj'."
-            )
         for name, module in targets:
             if isinstance(module, LoraLayer):
                 module.update_layer(adapter_name, **size, config=lora_config)
@@ -559,6 +585,10 @@ class DetrisTuner(BaseTuner):
         finally:
             handle.remove()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapters take and give what their layer does, so they keep its precision.
+        pass
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_BE_MERGED)
 
@@ -569,9 +599,7 @@ class DetrisTuner(BaseTuner):
         return self.model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        active = self.active_adapters
-        super().delete_adapter(adapter_name)
-        self.active_adapter = activate_remaining(self.model, active)
+        self.active_adapter = discard_adapters(self.model, [adapter_name], self.active_adapters)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names) -> dict:

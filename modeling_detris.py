@@ -12,29 +12,29 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from peft import PeftConfig, load_peft_weights
+from peft import PeftConfig
 from peft.functional import (
-    delete_adapter,
     get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_adapter,
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
-    SAFE_WEIGHTS_NAME,
     ModelOutput,
+    cached_file,
     find_adapter_config_file,
     logging,
 )
@@ -50,9 +50,10 @@ try:
         BatchFirstAttention,
         ConvNormReLU,
         DetrisAdapterConfig,
-        DetrisTuner,
         PeftMethod,
-        activate_remaining,
+        activate_adapters,
+        check_tensors,
+        discard_adapters,
         fields_of,
         holds_adapters,
         remove_adapters,
@@ -69,9 +70,10 @@ except ImportError:
         BatchFirstAttention,
         ConvNormReLU,
         DetrisAdapterConfig,
-        DetrisTuner,
         PeftMethod,
-        activate_remaining,
+        activate_adapters,
+        check_tensors,
+        discard_adapters,
         fields_of,
         holds_adapters,
         remove_adapters,
@@ -422,7 +424,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         Raises:
             ValueError: if the model holds further adapters or quantised backbones.
         """
-        further = [name for name in self.peft_config if name != BUILT_IN_ADAPTER]
+        further = [
+            name for name, config in self.peft_config.items() if name != BUILT_IN_ADAPTER or config.modules_to_save
+        ]
         if further:
             raise ValueError(f"The model holds further adapters, {further}: save each of them by save_adapter.")
         if not all(parameter.is_floating_point() for parameter in self.parameters()):
@@ -498,7 +502,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             folder / SAFETENSORS_WEIGHTS_NAME,
             metadata={"format": "pt"},
         )
-        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of a whole model that was saved here before
+        for file in folder.glob("model*.safetensors*"):  # of a whole model that was saved here before
+            file.unlink()
         if push_to_hub:
             huggingface_hub.create_repo(repo_id, exist_ok=True)
             huggingface_hub.upload_folder(
@@ -550,7 +555,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         source = pretrained_model_name_or_path
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         if source is not None and find_adapter_config_file(source, **hub_kwargs) is not None:
-            return cls._from_adapter(source, hub_kwargs, kwargs)
+            model = cls._from_adapter(source, hub_kwargs, kwargs)
+            return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
         model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
         if missing or unexpected:
@@ -566,6 +572,12 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, source: str, hub_kwargs: dict, kwargs: dict) -> "DetrisForReferringSegmentation":
+        for part in ("vision", "text"):
+            if f"{part}_backbone" in kwargs:  # the revision is that of another repository
+                kwargs.setdefault(f"{part}_backbone_revision", None)
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
         config = kwargs.pop("config", None)
         if config is None:
             config = DetrisConfig.from_pretrained(source, **kwargs)
@@ -590,8 +602,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             ) from error
         model = cls(config, vision_model, text_model)
         model.load_adapter(source, is_trainable=True, **hub_kwargs)
-        dtype = kwargs.get("dtype")
-        return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).eval()
+        if "attn_implementation" in kwargs:
+            model.set_attn_implementation(kwargs["attn_implementation"])
+        return model.to(dtype or torch.float32).eval()
 
     @classmethod
     def from_backbones(
@@ -708,29 +721,40 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 stays as it was.
         """
         hub_kwargs = {name: value for name, value in (kwargs | (adapter_kwargs or {})).items() if name in HUB_KWARGS}
-        adapter_config = PeftConfig.from_pretrained(peft_model_id, **hub_kwargs)
-        if adapter_config.peft_type != PeftMethod.DETRIS:
+        try:
+            adapter_config = PeftConfig.from_pretrained(peft_model_id, **hub_kwargs)
+            if adapter_config.peft_type != PeftMethod.DETRIS:
+                raise ValueError(
+                    f"{peft_model_id} holds adapters of type {adapter_config.peft_type}: load them by PeftModel."
+                )
+            # Never PEFT's older, pickled file.
+            tensors = load_file(cached_file(peft_model_id, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
+        except (JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"{peft_model_id} holds adapters of type {adapter_config.peft_type}: load them by PeftModel."
-            )
-        tensors = load_peft_weights(str(peft_model_id), device="cpu", **hub_kwargs)
+                f"{peft_model_id} cannot be read as adapters ({error}): save or download them anew."
+            ) from error
         tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
         present, active = self.peft_config.get(adapter_name), self.active_adapters()
         try:
             if present is None:
+                parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
+                if adapter_name in parts | {NO_ADAPTER}:
+                    raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
                 adapter_config.inference_mode = not is_trainable
+                adapter_config.modules_to_save = list(HEAD_MODULES)  # or they would replace the model's own head
                 inject_adapter_in_model(adapter_config, self, adapter_name)
             else:
                 adapter_config.check_model(self)
                 self._check_same_adapters(present, adapter_config)
-            self._check_tensors(tensors, adapter_name)
-        except ValueError as error:
+            check_tensors(tensors, self._adapter_state_dict(adapter_name))
+        except Exception as error:
             if present is None:
-                self.delete_adapter(adapter_name)
-                self.set_adapter(active)
-            raise ValueError(f"{peft_model_id}: {error}") from None
+                discard_adapters(self, [adapter_name], active)
+            raise ValueError(f"{peft_model_id}: {error}") from error
         set_peft_model_state_dict(self, tensors, adapter_name)
         self.train(self.training)  # new modules start in training mode
+        self.enable_adapters()
+        activate_adapters(self, [adapter_name], frozen=self.peft_config[adapter_name].inference_mode)
 
     @staticmethod
     def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
@@ -742,40 +766,27 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                     "under another adapter_name."
                 )
 
-    def _check_tensors(self, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        expected = {name: tensor.shape for name, tensor in self._adapter_state_dict(adapter_name).items()}
-        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} tensors are missing, too many or of another shape than its configuration says, such as "
-                f"{wrong[0]}."
-            )
-
     def active_adapters(self) -> list[str]:
         """Return the names of the active adapters; without adapters in the backbones that of the head."""
         for module in self.modules():
-            if isinstance(module, BaseTunerLayer):
-                return module.active_adapters
+            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+                return module.active_adapters or [BUILT_IN_ADAPTER]
         return [BUILT_IN_ADAPTER]
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Activate an adapter, and its head, by name; see [`load_adapter`]."""
-        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_known(names)
         # transformers' own would fail where the head of the built-in adapter is the model's own.
-        set_adapter(self, adapter_name)
+        activate_adapters(self, names)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
         """Delete adapters with their heads; of the built-in adapter the head stays, as the model's own."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_known(names)
-        active = self.active_adapters()
-        for name in names:
-            delete_adapter(self, name, DetrisTuner.prefix)
-            del self.peft_config[name]
-            if name == BUILT_IN_ADAPTER:
-                self.config.peft_method = "none"
-        activate_remaining(self, active)
+        discard_adapters(self, names, self.active_adapters())
+        if BUILT_IN_ADAPTER in names:
+            self.config.peft_method = "none"
 
     def _check_known(self, adapter_names: Iterable[str]) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
@@ -792,15 +803,20 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     def _activated(self, adapter_name: str) -> Iterator[None]:
         """Let another adapter, or with `__base__` none, take part for a while."""
         active, requires_grad = self.active_adapters(), [(p, p.requires_grad) for p in self.parameters()]
+        wrappers = [m for m in self.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+        disabled = any(wrapper.disable_adapters for wrapper in wrappers)
         try:
             if adapter_name == NO_ADAPTER:
                 self.disable_adapters()
             else:
+                self.enable_adapters()
                 self.set_adapter(adapter_name)
             yield
         finally:
             self.enable_adapters()
             self.set_adapter(active)
+            if disabled:
+                self.disable_adapters()
             for parameter, flag in requires_grad:
                 parameter.requires_grad = flag
 

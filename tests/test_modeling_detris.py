@@ -11,27 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import (
+    BACKBONE_FIELDS,
     OFFICIAL_STAGES,
     OFFICIAL_STEP_SEEDS,
     official_config,
     official_figures,
     official_inputs,
     official_weights,
-    randomize,
+    save_backbones,
     small_config,
     small_inputs,
     small_model,
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-)
 
 import modeling_detris
 from adapters_detris import DenseAligner, TextAdapter
@@ -496,30 +489,6 @@ def assert_starts_as_the_paper_says(model):
 
 def test_a_new_model_starts_as_the_paper_says():
     assert_starts_as_the_paper_says(DetrisForReferringSegmentation(small_config()))
-
-
-BACKBONE_FIELDS = {
-    name: getattr(small_config(), name)
-    for name in DetrisConfig.__annotations__
-    if name not in ("vision_config", "text_config")
-}
-
-
-def save_backbones(folder, registers=True, text="projection", dtype=torch.float32):
-    """Save small backbones whose position table is 5x5 as `folder/vision` and `folder/text`; return their weights."""
-    config = small_config(registers)
-    vision = (Dinov2WithRegistersModel if registers else Dinov2Model)(config.vision_config)
-    if text == "projection":
-        text_model = CLIPTextModelWithProjection(config.text_config)
-    elif text == "no projection":
-        text_model = CLIPTextModel(config.text_config)
-    else:
-        vision_tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        text_tower = config.text_config.to_dict()
-        text_model = CLIPModel(CLIPConfig(text_config=text_tower, vision_config=vision_tower, projection_dim=20))
-    for model, name in ((vision, "vision"), (text_model, "text")):
-        randomize(model).to(dtype).save_pretrained(folder / name)
-    return vision.state_dict(), text_model.state_dict()
 
 
 @pytest.mark.parametrize(

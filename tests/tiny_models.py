@@ -15,6 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+)
 
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
@@ -190,3 +198,27 @@ def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) ->
         words = 1 + index % 5
         phrase[: words + 2] = torch.tensor([62, *torch.randint(1, 62, (words,), generator=generator), 63])
     return {"pixel_values": pixel_values, "input_ids": input_ids}
+
+
+BACKBONE_FIELDS = {
+    name: getattr(small_config(), name)
+    for name in DetrisConfig.__annotations__
+    if name not in ("vision_config", "text_config")
+}
+
+
+def save_backbones(folder, registers=True, text="projection", dtype=torch.float32):
+    """Save small backbones whose position table is 5x5 as `folder/vision` and `folder/text`; return their weights."""
+    config = small_config(registers)
+    vision = (Dinov2WithRegistersModel if registers else Dinov2Model)(config.vision_config)
+    if text == "projection":
+        text_model = CLIPTextModelWithProjection(config.text_config)
+    elif text == "no projection":
+        text_model = CLIPTextModel(config.text_config)
+    else:
+        vision_tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text_tower = config.text_config.to_dict()
+        text_model = CLIPModel(CLIPConfig(text_config=text_tower, vision_config=vision_tower, projection_dim=20))
+    for model, name in ((vision, "vision"), (text_model, "text")):
+        randomize(model).to(dtype).save_pretrained(folder / name)
+    return vision.state_dict(), text_model.state_dict()

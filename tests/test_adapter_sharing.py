@@ -1,0 +1,870 @@
+"""Adapters that travel: several on one model, folders of their own, other backbones, damaged files."""
+
+import copy
+import gc
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from tiny_models import BACKBONE_FIELDS, randomize, save_backbones, small_inputs
+from transformers import CLIPTextModel
+
+from adapters_detris import HEAD_MODULES, DetrisAdapterLayer, backbone_digest
+from configuration_detris import DetrisConfig
+from modeling_detris import DetrisForReferringSegmentation
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:`is_gradient_checkpointing`"),
+]
+
+ADAPTERS = {
+    "photos": {"adapter_scale": 0.5},
+    "drawings": {
+        "peft_method": "detris+lora",
+        "vision_adapter_layers": [2],
+        "vision_adapter_dim": 16,
+        "text_adapter_layers": [1],
+        "lora_target_modules": ["q_proj", "k_proj"],
+    },
+    "maps": {"peft_method": "lora", "lora_use_dora": True, "lora_rank": 4},
+    "icons": {"peft_method": "none"},  # a head alone
+}
+STEPS = 3
+WAYS = ["native", "PeftModel"]
+INPUTS = small_inputs(2)
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+CODE = {"adapters_detris.py", "configuration_detris.py", "modeling_detris.py"}
+
+
+def logits_of(model: torch.nn.Module, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs or INPUTS).logits
+
+
+def build(folder: Path, **fields) -> DetrisForReferringSegmentation:
+    vision, text = str(folder / "vision"), str(folder / "text")
+    return DetrisForReferringSegmentation.from_backbones(vision, text, **BACKBONE_FIELDS | fields)
+
+
+def train(model: torch.nn.Module, phrases: int, steps: int = STEPS) -> None:
+    """Steps of Adam on data that the number of `phrases` seeds."""
+    labels = (torch.rand(phrases, 56, 56, generator=torch.Generator().manual_seed(phrases)) > 0.5).float()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**small_inputs(phrases), labels=labels).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> SimpleNamespace:
+    """Adapters, each trained in a model of its own on other data over one pair of backbones.
+
+    `folder` holds `vision` and `text`, and of each adapter the whole model, `<name>/whole`, and `<name>/adapter`.
+    `whole` are those models, loaded from there, and `logits` theirs; `bare` has no adapters.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    save_backbones(folder)
+    torch.manual_seed(0)
+    for phrases, (name, fields) in enumerate(ADAPTERS.items(), start=3):
+        model = build(folder, **fields)
+        train(model, phrases)
+        model.save_pretrained(folder / name / "whole")
+        model.save_adapter(folder / name / "adapter")
+    bare = build(folder, peft_method="none")
+    for part in HEAD_MODULES:
+        randomize(getattr(bare, part), seed=1)
+    bare.save_pretrained(folder / "bare" / "whole")
+    whole = {
+        name: DetrisForReferringSegmentation.from_pretrained(folder / name / "whole") for name in (*ADAPTERS, "bare")
+    }
+    logits = {name: logits_of(model) for name, model in whole.items()}
+    for one, other in itertools.combinations(logits.values(), 2):
+        assert (one - other).abs().max() > 1e-2
+    return SimpleNamespace(folder=folder, whole=whole, logits=logits, loaded={})
+
+
+def load(trained: SimpleNamespace, model: torch.nn.Module, way: str = "native", names=tuple(ADAPTERS), **kwargs):
+    """Let a bare model load adapters, itself or by a `PeftModel`, which is returned then, and activate the last."""
+    for name in names:
+        folder = trained.folder / name / "adapter"
+        if way == "PeftModel" and not isinstance(model, PeftModel):
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name, **kwargs)
+        else:
+            model.load_adapter(folder, name, **kwargs)
+    model.set_adapter(names[-1])
+    return model.eval()
+
+
+def sharing(trained: SimpleNamespace, way: str = "native", names=tuple(ADAPTERS), **kwargs) -> torch.nn.Module:
+    """A bare model that has loaded adapters; a copy, so that most tests need not load them again."""
+    key = (way, *names, *kwargs)
+    if key not in trained.loaded:
+        trained.loaded[key] = load(trained, copy.deepcopy(trained.whole["bare"]), way, names, **kwargs)
+    return copy.deepcopy(trained.loaded[key])
+
+
+@contextmanager
+def switched_off(model: torch.nn.Module) -> Iterator[None]:
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        model.disable_adapters()
+        yield
+        model.enable_adapters()
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The very parameters and buffers, by the names that they have in a DETRIS without wrappers."""
+    own = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        for wrapper in (".base_layer.", ".original_module."):
+            name = name.replace(wrapper, ".")
+        assert own.setdefault(name.removeprefix("base_model.model."), tensor) is tensor
+    return own
+
+
+def belonging_to(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of an adapter and its head, by the names that they have in a model of their own."""
+    return {
+        key.replace(f".modules_to_save.{name}.", ".").replace(f".{name}.", ".default."): tensor
+        for key, tensor in tensors.items()
+        if f".{name}." in key
+    }
+
+
+# --- One model for all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_adapter_gives_what_its_own_checkpoint_gives(trained, way, grad):
+    model = sharing(trained, way)
+    with torch.set_grad_enabled(grad):
+        for name in ("maps", "photos", "icons", "drawings", "photos", "maps"):
+            model.set_adapter(name)
+            assert torch.equal(model(**INPUTS).logits, trained.logits[name]), name
+            with switched_off(model):
+                assert torch.equal(model(**INPUTS).logits, trained.logits["bare"]), name
+            assert torch.equal(model(**INPUTS).logits, trained.logits[name]), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_switched_off_the_text_backbone_is_hugging_faces_own(trained, way):
+    model, text = sharing(trained, way, ["drawings"]), CLIPTextModel.from_pretrained(trained.folder / "text")
+    with switched_off(model), torch.no_grad():
+        words, _ = (model.get_base_model() if way == "PeftModel" else model).encode_text(INPUTS["input_ids"])
+        torch.testing.assert_close(words, text(INPUTS["input_ids"]).last_hidden_state)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_another_name_an_adapter_has_the_same_values(trained, way):
+    shared = tensors_of(sharing(trained, way))
+    for name in ADAPTERS:
+        own = {  # what the whole checkpoint holds besides the backbones
+            key: tensor
+            for key, tensor in load_file(trained.folder / name / "whole" / "model.safetensors").items()
+            if ".default." in key or key.startswith(HEAD_MODULES)
+        }
+        own = {key.replace(".base_layer.", "."): tensor for key, tensor in own.items()}
+        loaded = belonging_to(name, shared)
+        assert loaded.keys() == own.keys()
+        assert [key for key, tensor in own.items() if not torch.equal(loaded[key], tensor)] == [], name
+        counts = {tensor.item() for key, tensor in loaded.items() if key.endswith("num_batches_tracked")}
+        assert counts == {STEPS}
+    means = [key for key in belonging_to("photos", shared) if key.endswith("running_mean") and "default" not in key]
+    for one, other in itertools.combinations([belonging_to(name, shared) for name in ADAPTERS], 2):
+        assert means and not any(torch.equal(one[key], other[key]) for key in means)
+
+
+def test_both_ways_make_the_same_modules(trained):
+    own, by_peft = sharing(trained, "native"), sharing(trained, "PeftModel").get_base_model()
+    types = [{name: type(module) for name, module in model.named_modules()} for model in (own, by_peft)]
+    assert types[0] == types[1] and DetrisAdapterLayer in type(own.vision_model.encoder.layer[1]).__mro__
+    tensors, others = own.state_dict(), by_peft.state_dict()
+    assert tensors.keys() == others.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])] == []
+
+
+def storages(model: torch.nn.Module) -> dict[int, int]:
+    """Bytes of every storage of parameters and buffers, by address."""
+    stored = (tensor.untyped_storage() for tensor in itertools.chain(model.parameters(), model.buffers()))
+    return {storage.data_ptr(): storage.nbytes() for storage in stored}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_holds_the_backbones_once_and_lets_deleted_adapters_go(trained, way):
+    bare = copy.deepcopy(trained.whole["bare"])
+    before, backbones = storages(bare), {name: tensor.data_ptr() for name, tensor in tensors_of(bare).items()}
+    model = load(trained, bare, way)
+    after = storages(model)
+    assert before.items() <= after.items()
+    assert {name: tensor.data_ptr() for name, tensor in tensors_of(model).items() if name in backbones} == backbones
+    files = {name: load_file(trained.folder / name / "adapter" / "adapter_model.safetensors") for name in ADAPTERS}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in files.items()}
+    assert sum(after.values()) - sum(before.values()) == sum(sizes.values())
+
+    active, left = "icons", sum(after.values())
+    for deleted, now_active in (("drawings", "icons"), ("icons", "maps"), ("maps", "photos")):
+        held = [weakref.ref(tensor) for tensor in belonging_to(deleted, tensors_of(model)).values()]
+        assert len(held) == len(files[deleted])
+        model.delete_adapter(deleted)
+        gc.collect()
+        assert [reference for reference in held if reference() is not None] == []
+        left -= sizes[deleted]
+        assert sum(storages(model).values()) == left
+        assert_active(model, now_active)
+        assert torch.equal(logits_of(model), trained.logits[now_active])
+        active = now_active
+    if way == "native":
+        model.delete_adapter(["default", active])
+        assert storages(model) == before and model.state_dict().keys() == trained.whole["bare"].state_dict().keys()
+        assert torch.equal(logits_of(model), trained.logits["bare"])
+
+
+def assert_active(model: torch.nn.Module, name: str) -> None:
+    """That an adapter is the active one for the model and for each of its layers; `default` has no head of its own."""
+    active = model.active_adapters
+    assert (active if isinstance(model, PeftModel) else active()) == [name]
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            assert module.active_adapters == ([] if name == "default" else [name])
+        elif isinstance(module, BaseTunerLayer):
+            assert module.active_adapters == [name]
+
+
+@pytest.mark.parametrize("gone", [["drawings"], ["drawings", "maps"]])
+@pytest.mark.parametrize("way", WAYS)
+def test_after_deleting_the_active_adapter_one_is_active_in_all_layers(trained, way, gone):
+    """PEFT would choose layer by layer: `drawings` is alone in some, and in others what comes first by name."""
+    model = sharing(trained, way, ["photos", "maps", "drawings"])
+    for name in gone:
+        model.delete_adapter(name)
+    left = "maps" if gone == ["drawings"] else "photos"
+    assert_active(model, left)
+    assert torch.equal(logits_of(model), trained.logits[left])
+    assert list(model.peft_config)[-1] == left
+
+
+def test_a_deleted_adapter_leaves_nothing_in_a_whole_checkpoint(trained, tmp_path):
+    """Also where it was the model's own: then the bare backbones remain, with its head."""
+    model = sharing(trained, names=["maps", "photos"])
+    with pytest.raises(ValueError, match=r"further adapters, \['maps', 'photos'\]: save each of them by save_adapter"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    model.delete_adapter("maps")
+    model.delete_adapter("photos")
+    model.save_pretrained(tmp_path / "bare")
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "bare")
+    assert torch.equal(logits_of(loaded), trained.logits["bare"])
+
+    model = copy.deepcopy(trained.whole["drawings"])
+    model.disable_adapters()
+    without = logits_of(model)
+    model.enable_adapters()
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "own")
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "own")
+    assert loaded.config.peft_method == "none" and torch.equal(logits_of(loaded), without)
+    model.load_adapter(trained.folder / "maps" / "adapter", "default")
+    with pytest.raises(ValueError, match=r"further adapters, \['default'\]"):  # it has a head of its own
+        model.save_pretrained(tmp_path / "own")
+
+
+def test_what_is_loaded_is_active(trained):
+    model = sharing(trained, names=["photos"])
+    for name in ("drawings", "icons", "photos"):  # the last is there already
+        model.load_adapter(trained.folder / name / "adapter", name)
+        assert_active(model, name)
+        assert torch.equal(logits_of(model), trained.logits[name])
+    model.disable_adapters()
+    model.load_adapter(trained.folder / "maps" / "adapter", "maps")
+    assert torch.equal(logits_of(model), trained.logits["maps"])
+
+
+def test_only_the_active_adapter_is_trained(trained):
+    """With its head, which for the model's own adapters is the model's own."""
+    model = sharing(trained, is_trainable=True)
+    model.delete_adapter("photos")
+    model.load_adapter(trained.folder / "photos" / "adapter", "photos")  # frozen
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name in ("maps", "default", "drawings"):
+        model.set_adapter(name)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        train(model, phrases=3, steps=1)
+        changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+        part = ".original_module." if name == "default" else f".{name}."
+        assert all(part in key for key in changed)
+        assert len(changed) > 0.9 * len([key for key in before if part in key])
+    model.set_adapter("photos")
+    assert torch.equal(logits_of(model), trained.logits["photos"])
+
+
+# --- An adapter for each phrase -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_index", [None, [1, 0, 1, 1, 0]])
+@pytest.mark.parametrize(
+    ("way", "active"),
+    [("native", "photos"), ("native", "switched off"), ("PeftModel", "photos")],  # PEFT, switched off, drops the names
+)
+def test_each_phrase_gets_its_own_adapter(trained, way, active, image_index):
+    names = ["maps", "__base__", "drawings", "maps", "icons"]
+    model = sharing(trained, way, ["maps", "drawings", "icons", "photos"])
+    inputs = small_inputs(5, images=5 if image_index is None else 2)
+    images = range(5) if image_index is None else image_index
+    if image_index is not None:
+        inputs["image_index"] = torch.tensor(image_index)
+    if active == "switched off":
+        model.disable_adapters()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    logits = logits_of(model, **inputs, adapter_names=names)
+    for n, (name, image) in enumerate(zip(names, images)):
+        own = trained.whole["bare" if name == "__base__" else name]
+        alone = {"pixel_values": inputs["pixel_values"][image, None], "input_ids": inputs["input_ids"][n, None]}
+        torch.testing.assert_close(logits[n, None], logits_of(own, **alone), rtol=1e-4, atol=1e-5)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert torch.equal(logits_of(model), trained.logits["bare" if active == "switched off" else active])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("names", "training", "message"),
+    [
+        (["maps", "maps"], True, "adapter_names are for evaluation: call model.eval()"),
+        (["maps"], False, "There are 1 adapter_names for 2 phrases: give one each"),
+        (
+            ["maps", "charts"],
+            False,
+            r"There are no adapters \['charts'\]: the model has \['default', 'maps', 'photos'\]",
+        ),
+    ],
+)
+def test_adapter_names_that_cannot_be_are_refused(trained, way, names, training, message):
+    model = sharing(trained, way, ["maps", "photos"]).train(training)
+    with pytest.raises(ValueError, match=message):
+        model(**INPUTS, adapter_names=names)
+    assert torch.equal(logits_of(model.eval()), trained.logits["photos"])
+
+
+@pytest.mark.parametrize("ask", ["set_adapter", "delete_adapter", "save_adapter"])
+def test_unknown_adapters_are_refused(trained, tmp_path, ask):
+    model = sharing(trained, names=["maps"])
+    arguments = [tmp_path, "charts"] if ask == "save_adapter" else [["maps", "charts"]]
+    with pytest.raises(ValueError, match=r"no adapters \['charts'\]: the model has \['default', 'maps'\]"):
+        getattr(model, ask)(*arguments)
+    assert torch.equal(logits_of(model), trained.logits["maps"]) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["__base__", "", "a.b", "0", "dense", "neck", "layer", "detris_adapter", "keys"])
+def test_names_that_stand_for_something_else_are_refused(trained, name):
+    model = sharing(trained, names=["maps"])
+    with pytest.raises(ValueError, match="adapter"):
+        model.load_adapter(trained.folder / "photos" / "adapter", name)
+    assert_active(model, "maps")
+    assert list(model.peft_config) == ["default", "maps"]
+    assert torch.equal(logits_of(model), trained.logits["maps"])
+
+
+# --- Folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_several_is_saved_and_loaded_by_itself(trained, tmp_path, name):
+    sharing(trained).save_adapter(tmp_path, name)
+    assert {file.name for file in tmp_path.iterdir()} == ADAPTER_FILES | CODE
+    own = DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(own), trained.logits[name])
+    assert list(own.peft_config) == ["default"] and not own.training
+    flags = {key: parameter.requires_grad for key, parameter in own.named_parameters()}
+    assert flags == {key: parameter.requires_grad for key, parameter in trained.whole[name].named_parameters()}
+    # In models that have adapters already, their own ones or one that was loaded.
+    for base in (trained.whole["photos"], sharing(trained, names=["maps"])):
+        by_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert torch.equal(logits_of(by_peft), trained.logits[name])
+
+
+def test_what_peft_has_saved_is_loaded(trained, tmp_path):
+    sharing(trained, "PeftModel").save_pretrained(tmp_path)
+    for name in ADAPTERS:
+        assert {file.name for file in (tmp_path / name).iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        own = copy.deepcopy(trained.whole["bare"])
+        own.load_adapter(tmp_path / name, "any")
+        by_peft = PeftModel.from_pretrained(copy.deepcopy(trained.whole["bare"]), tmp_path / name, adapter_name="any")
+        assert torch.equal(logits_of(own), trained.logits[name])
+        assert torch.equal(logits_of(by_peft), trained.logits[name])
+
+
+LOAD_ELSEWHERE = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+torch.set_num_threads(int(sys.argv[1]))
+inputs, logits = load_file("inputs.safetensors"), {}
+for name in sys.argv[3:]:
+    folder = f"{sys.argv[2]}/{name}/adapter"
+    base = AutoModel.from_pretrained(f"{sys.argv[2]}/bare/whole", trust_remote_code=True)
+    own = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    by_peft = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        logits |= {f"own {name}": own(**inputs).logits, f"peft {name}": by_peft(**inputs).logits}
+assert type(own).__module__.startswith("transformers_modules.") and "adapters_detris" not in sys.modules
+save_file(logits, "logits.safetensors")
+"""
+
+
+def test_an_adapter_folder_loads_elsewhere_without_this_repository(trained, tmp_path):
+    save_file(INPUTS, tmp_path / "inputs.safetensors")
+    names = ["drawings", "maps"]
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(torch.get_num_threads()), str(trained.folder), *names],
+        cwd=tmp_path,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    logits = load_file(tmp_path / "logits.safetensors")
+    assert logits.keys() == {f"{way} {name}" for way in ("own", "peft") for name in names}
+    for key, tensor in logits.items():
+        assert torch.equal(tensor, trained.logits[key.split()[1]]), key
+
+
+def test_half_precision_is_that_of_every_tensor(trained, tmp_path):
+    model = copy.deepcopy(trained.whole["drawings"])
+    model.save_adapter(tmp_path, dtype=torch.bfloat16)
+    halved = load_file(tmp_path / "adapter_model.safetensors")
+    full = load_file(trained.folder / "drawings" / "adapter" / "adapter_model.safetensors")
+    assert halved.keys() == full.keys()
+    for name, tensor in full.items():
+        assert torch.equal(halved[name], tensor.bfloat16() if tensor.is_floating_point() else tensor), name
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert 0 < (logits_of(loaded) - trained.logits["drawings"]).abs().max() < 0.05 * trained.logits["drawings"].std()
+
+
+def test_an_adapter_of_the_base_model_is_small(tmp_path):
+    with torch.device("meta"):
+        model = DetrisForReferringSegmentation(DetrisConfig())
+    for name, module in model.named_modules():
+        if name.endswith(".detris_adapter.default") or name in HEAD_MODULES:
+            module.to_empty(device="cpu")
+            randomize(module)
+    sizes = []
+    for dtype in (None, torch.bfloat16):
+        model.save_adapter(tmp_path, dtype=dtype)
+        sizes.append((tmp_path / "adapter_model.safetensors").stat().st_size)
+    parameters = sum(p.numel() for p in model.parameters() if not p.is_meta)
+    assert parameters > 23.9e6  # 2.72 M of the adapters, 21.2 M of the head
+    assert 4 * parameters < sizes[0] <= 110e6 and 2 * parameters < sizes[1] <= 55e6
+
+
+def test_loading_takes_what_transformers_takes(trained):
+    from_pretrained, folder = DetrisForReferringSegmentation.from_pretrained, trained.folder / "photos" / "adapter"
+    for dtype in (torch.bfloat16, "bfloat16"):
+        assert from_pretrained(folder, dtype=dtype).dtype == torch.bfloat16
+    model, info = from_pretrained(folder, dtype="auto", mask_threshold=0.5, output_loading_info=True)
+    assert model.dtype == torch.float32 and model.config.mask_threshold == 0.5 and not any(info.values())
+    model = from_pretrained(folder, attn_implementation="eager")
+    assert {part.config._attn_implementation for part in (model, model.vision_model, model.text_model)} == {"eager"}
+
+
+@pytest.mark.parametrize("first", ["whole", "adapter"])
+def test_a_folder_holds_either_the_whole_model_or_an_adapter(trained, tmp_path, first):
+    model = copy.deepcopy(trained.whole["maps"])
+    saved = {"whole": lambda: model.save_pretrained(tmp_path, max_shard_size=first and "100KB")}
+    saved["adapter"] = lambda: model.save_adapter(tmp_path)
+    saved[first]()
+    files = {"whole": set(), "adapter": {file.name for file in (trained.folder / "maps" / "adapter").iterdir()}}
+    (second,) = saved.keys() - {first}
+    saved[second]()
+    names = {file.name for file in tmp_path.iterdir()}
+    if second == "whole":
+        assert "model.safetensors.index.json" in names and not names & (ADAPTER_FILES - {"config.json"})
+    else:
+        assert names == files["adapter"]
+    assert torch.equal(logits_of(DetrisForReferringSegmentation.from_pretrained(tmp_path)), trained.logits["maps"])
+
+
+def saved_fields(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_whole_model_publishes_no_folder_of_this_machine(trained, tmp_path):
+    model = build(trained.folder)
+    model.config.text_backbone, model.config.text_backbone_revision = "someone/text", "0" * 40
+    before = {name: getattr(model.config, name) for name in DetrisConfig.__annotations__}
+    model.save_pretrained(tmp_path)
+    assert model.config.vision_backbone == str(trained.folder / "vision")
+    assert {name: getattr(model.config, name) for name in before} == before
+    saved = saved_fields(tmp_path)
+    assert saved["vision_backbone"] is None
+    assert (saved["text_backbone"], saved["text_backbone_revision"]) == ("someone/text", "0" * 40)
+    model.config.freeze_backbones = False
+    model.save_pretrained(tmp_path)  # the backbones may have been trained: nobody else has these
+    assert saved_fields(tmp_path)["text_backbone"] is saved_fields(tmp_path)["text_backbone_revision"] is None
+
+
+def test_trained_backbones_are_not_left_out(trained, tmp_path):
+    model = build(trained.folder, freeze_backbones=False)
+    with pytest.raises(ValueError, match="freeze_backbones is False.* save the whole model by save_pretrained"):
+        model.save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_adapters_of_a_whole_model_find_their_backbones_there(trained, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(trained.folder / "drawings" / "whole", whole)
+    DetrisForReferringSegmentation.from_pretrained(whole).save_adapter(tmp_path / "adapter")
+    saved = saved_fields(tmp_path / "adapter")
+    assert saved["vision_backbone"] == saved["text_backbone"] == str(whole)
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded), trained.logits["drawings"])
+
+    whole.rename(tmp_path / "moved")
+    with pytest.raises(OSError, match=f"{whole}, cannot be read: .* give vision_backbone= and text_backbone="):
+        DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter")
+    elsewhere = {"vision_backbone": str(tmp_path / "moved"), "text_backbone": str(trained.folder / "text")}
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter", **elsewhere)
+    assert torch.equal(logits_of(loaded), trained.logits["drawings"])
+
+
+def test_other_copies_of_the_backbones_have_no_revision(trained, tmp_path):
+    shutil.copytree(trained.folder / "maps" / "adapter", tmp_path / "adapter")
+    fields = saved_fields(tmp_path / "adapter") | {"vision_backbone": "someone/vision"}
+    fields["vision_backbone_revision"] = "0" * 40
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(OSError, match="someone/vision and .* give vision_backbone="):
+        DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter")
+    model = DetrisForReferringSegmentation.from_pretrained(
+        tmp_path / "adapter", vision_backbone=str(trained.folder / "vision")
+    )
+    assert torch.equal(logits_of(model), trained.logits["maps"]) and model.config.vision_backbone_revision is None
+
+
+def test_adapters_for_the_hub_name_no_folder_of_this_machine(trained, tmp_path):
+    model = copy.deepcopy(trained.whole["maps"])
+    model.save_adapter(tmp_path, repo_id="someone/maps")
+    assert saved_fields(tmp_path)["vision_backbone"] is saved_fields(tmp_path)["text_backbone"] is None
+    text = " ".join(file.read_text() for file in tmp_path.glob("*.json"))
+    assert str(trained.folder) not in text and "someone/maps" in text
+    with pytest.raises(ValueError, match="which vision backbone they were trained in: give vision_backbone="):
+        DetrisForReferringSegmentation.from_pretrained(tmp_path)
+    elsewhere = {f"{part}_backbone": str(trained.folder / part) for part in ("vision", "text")}
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path, **elsewhere)
+    assert torch.equal(logits_of(loaded), trained.logits["maps"])
+
+
+# --- Other backbones ------------------------------------------------------------------------------------------------
+
+
+def state_of(model: torch.nn.Module) -> dict:
+    """All that must stay as it was when something is refused."""
+    return {
+        "adapters": {name: config.to_dict() | {"backbone_digest": ""} for name, config in model.peft_config.items()},
+        "modules": {name: type(module) for name, module in model.named_modules()},
+        "tensors": {name: (tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors_of(model).items()},
+        "logits": logits_of(model).tolist(),
+        "training": {module.training for module in model.modules()},
+    }
+
+
+@pytest.fixture(scope="module")
+def other_backbones(trained, tmp_path_factory) -> Path:
+    """`vision` differs by one weight."""
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(trained.folder / "vision", folder / "vision")
+    shutil.copytree(trained.folder / "text", folder / "text")
+    weights = load_file(folder / "vision" / "model.safetensors")
+    weights[min(weights)].view(-1)[0] += 1e-3
+    save_file(weights, folder / "vision" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("way", [*WAYS, "native, replaced", "PeftModel, another", "from_pretrained"])
+def test_other_backbones_are_refused_with_both_digests(trained, other_backbones, way):
+    folder = trained.folder / "photos" / "adapter"
+    other = build(other_backbones, **ADAPTERS["photos"] if "replaced" in way else {"peft_method": "none"})
+    model = other
+    if way == "PeftModel, another":
+        shutil.copytree(trained.folder / "maps" / "adapter", other_backbones / "maps", dirs_exist_ok=True)
+        fields = json.loads((folder / "adapter_config.json").read_text())
+        fields |= {"backbone_digest": backbone_digest(other), "peft_method": "lora", "lora_rank": 4}
+        (other_backbones / "maps" / "adapter_config.json").write_text(json.dumps(fields | {"lora_use_dora": True}))
+        model = PeftModel.from_pretrained(other, other_backbones / "maps", adapter_name="maps").eval()
+    before = state_of(model)
+    refuse = {
+        "native": lambda: model.load_adapter(folder, "new"),
+        "native, replaced": lambda: model.load_adapter(folder),
+        "PeftModel": lambda: PeftModel.from_pretrained(model, folder),
+        "PeftModel, another": lambda: model.load_adapter(folder, "new"),
+        "from_pretrained": lambda: DetrisForReferringSegmentation.from_pretrained(
+            folder, vision_backbone=str(other_backbones / "vision")
+        ),
+    }[way]
+    theirs, ours = backbone_digest(trained.whole["bare"]), backbone_digest(other)
+    assert theirs != ours
+    with pytest.raises(ValueError, match=f"other backbones: theirs have the digest {theirs}, these {ours}"):
+        refuse()
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rounded_backbones_are_not_told_apart_and_take_adapters_of_their_precision(trained, way):
+    model = copy.deepcopy(trained.whole["bare"]).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="not in float32, so it is not checked"):
+        model = load(trained, model, way, ["photos"])
+    assert {tensor.dtype for tensor in tensors_of(model).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    logits = logits_of(model, pixel_values=INPUTS["pixel_values"].bfloat16(), input_ids=INPUTS["input_ids"]).float()
+    assert (logits - trained.logits["photos"]).abs().max() < 0.3 * trained.logits["photos"].std()
+
+
+# --- Damaged and hostile folders ------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def tensors(change):
+    """A change of the dictionary of tensors."""
+
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        change(weights)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def fields(**values):
+    """A change of `adapter_config.json`."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"neck": Trap(folder / "sprung")}, folder / "adapter_model.bin")
+
+
+def pickled_plainly(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"neck": Trap(folder / "sprung")}))
+
+
+PREFIX = "base_model.model"
+DENSE = f"{PREFIX}.text_model.encoder.layers.0.detris_adapter.dense.branch1.norm"
+TENSORS_WRONG = "1 tensors are missing, too many or of another shape .*such as "
+DAMAGES = {
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        OSError,
+        "adapter_model.safetensors",
+    ),
+    "pickled": (pickled, OSError, "adapter_model.safetensors"),
+    "pickled plainly": (pickled_plainly, OSError, "adapter_model.safetensors"),
+    "cut": (cut, ValueError, "cannot be read as adapters .*incomplete"),
+    "cut in the header": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345"),
+        ValueError,
+        "cannot be read as adapters .*header",
+    ),
+    "statistic missing": (
+        tensors(lambda t: t.pop(f"{DENSE}.running_mean")),
+        ValueError,
+        TENSORS_WRONG + ".*running_mean",
+    ),
+    "head missing": (
+        tensors(lambda t: t.pop(f"{PREFIX}.neck.sentence_projection.bias")),
+        ValueError,
+        TENSORS_WRONG + "neck.sentence_projection.bias",
+    ),
+    "another shape": (
+        tensors(lambda t: t.update({f"{DENSE}.weight": torch.zeros(9)})),
+        ValueError,
+        TENSORS_WRONG + ".*norm.weight",
+    ),
+    "another shape of the head": (
+        tensors(lambda t: t.update({f"{PREFIX}.mask_head.output_projection.bias": torch.zeros(3)})),
+        ValueError,
+        TENSORS_WRONG + ".*mask_head.*output_projection.bias",
+    ),
+    "a backbone's tensor": (
+        tensors(lambda t: t.update({f"{PREFIX}.vision_model.layernorm.weight": torch.zeros(48)})),
+        ValueError,
+        TENSORS_WRONG + ".*vision_model.layernorm.weight",
+    ),
+    "an unknown tensor": (tensors(lambda t: t.update(foo=torch.zeros(1))), ValueError, TENSORS_WRONG + "foo"),
+    "another method of PEFT": (
+        lambda folder: (folder / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "target_modules": ["q_proj"]}'
+        ),
+        ValueError,
+        "adapters of type .*LORA",
+    ),
+    "unknown method of PEFT": (fields(peft_type="NOPE"), ValueError, "cannot be read as adapters .*NOPE"),
+    "no JSON": (
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        ValueError,
+        "cannot be read as adapters .*line 1",
+    ),
+    "another head": (
+        fields(model_fields={"decoder_heads": 8}),
+        ValueError,
+        "trained with decoder_heads 8, but the model has 4: build it with decoder_heads=8",
+    ),
+    "layers that are not there": (
+        fields(vision_adapter_layers=[1, 9]),
+        ValueError,
+        r"vision_adapter_layers names layers \[9\]",
+    ),
+    "width that does not divide": (
+        fields(text_adapter_dim=50),
+        ValueError,
+        "text_adapter_dim is 50: .* multiple of 16",
+    ),
+    "width that is no number": (fields(text_adapter_dim="wide"), ValueError, "text_adapter_dim.*expected int"),
+    "unknown peft_method": (fields(peft_method="prompt"), ValueError, "peft_method is 'prompt'"),
+    "unknown modules": (
+        fields(peft_method="detris+lora", lora_target_modules=["out_proj"]),
+        ValueError,
+        r"lora_target_modules names \['out_proj'\]",
+    ),
+}
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """Make a damaged copy of the adapter `photos`."""
+
+    def make(damage) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.copytree(trained.folder / "photos" / "adapter", folder)
+        damage(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unharmed(trained) -> list[tuple]:
+    """Models, the name of the adapter that they are to load, and their state, which no damaged file changes."""
+    models = [sharing(trained, names=["maps", "icons"], is_trainable=True), copy.deepcopy(trained.whole["photos"])]
+    return [(model, name, state_of(model)) for model, name in zip(models, ("new", "default"))]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_and_the_model_stays_as_it_was(unharmed, damaged, damage):
+    damage, error, message = DAMAGES[damage]
+    folder = damaged(damage)
+    for model, name, before in unharmed:
+        with pytest.raises(error, match=message):
+            model.load_adapter(folder, name)
+        assert state_of(model) == before
+    with pytest.raises(error, match=message):
+        DetrisForReferringSegmentation.from_pretrained(folder)
+    assert not (folder / "sprung").exists()
+
+
+# Not what PEFT itself finds out, in words of its own: files that cannot be read, or a head without a part.
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "statistic missing",
+        "another shape",
+        "another shape of the head",
+        "a backbone's tensor",
+        "an unknown tensor",
+        "another head",
+        "layers that are not there",
+        "width that does not divide",
+        "unknown peft_method",
+        "unknown modules",
+    ],
+)
+def test_peft_refuses_what_does_not_fit(trained, damaged, damage):
+    damage, error, message = DAMAGES[damage]
+    model = sharing(trained, "PeftModel", ["maps"])
+    with pytest.raises(error, match=message):
+        model.load_adapter(damaged(damage), "new")
+    assert torch.equal(logits_of(model), trained.logits["maps"])
+
+
+@pytest.mark.parametrize("trap", [pickled, pickled_plainly])
+def test_peft_runs_no_code_of_a_folder_either(trained, damaged, trap):
+    folder = damaged(trap)
+    with pytest.raises(pickle.UnpicklingError):
+        PeftModel.from_pretrained(copy.deepcopy(trained.whole["bare"]), folder)
+    assert not (folder / "sprung").exists()
+    with open(folder / "adapter_model.bin", "rb") as file:
+        if trap is pickled_plainly:
+            pickle.load(file)  # the trap works
+            assert (folder / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adapter_scale", 0.25), ("aligner_attention_heads", 2), ("vision_adapter_layers", [1])]
+)
+def test_adapters_replace_their_like_alone(trained, damaged, name, value):
+    """Where no tensor shows that they are of another kind."""
+    folder = damaged(fields(**{name: value}))
+    model = copy.deepcopy(trained.whole["photos"])
+    before = state_of(model)
+    old = re.escape(str(model.peft_config["default"].to_dict()[name]))
+    message = (
+        f"its adapters have {name} {re.escape(str(value))}, those .* would replace {old}: .* another adapter_name"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(folder)
+    assert state_of(model) == before
+
+
+def test_an_adapter_brings_its_head_whatever_its_configuration_says(trained, damaged):
+    """Else it would overwrite the head of the model's own adapters."""
+    model = copy.deepcopy(trained.whole["bare"])
+    model.load_adapter(damaged(fields(modules_to_save=None)), "photos")
+    assert torch.equal(logits_of(model), trained.logits["photos"])
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), trained.logits["bare"])
