@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from configuration_detris import DetrisConfig
 
 METRIC_NAMES = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
+METRIC_NAMES |= {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}  # with no-target phrases alone
 EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats and two remotes on a couch
 EXAMPLE_PHRASE = "the left cat"
 
@@ -143,12 +144,15 @@ def make_model_card(
             )
             for result in results
             for metric in METRIC_NAMES
+            if metric in result
         ]
         or None,
     )
-    lines = [f"| data set | split | {' | '.join(METRIC_NAMES.values())} |", "|---|---|" + "---:|" * len(METRIC_NAMES)]
+    metrics = [metric for metric in METRIC_NAMES if any(metric in result for result in results)]
+    heads = " | ".join(METRIC_NAMES[metric] for metric in metrics)
+    lines = [f"| data set | split | {heads} |", "|---|---|" + "---:|" * len(metrics)]
     for result in results:
-        figures = " | ".join(f"{100 * result[metric]:.2f}" for metric in METRIC_NAMES)
+        figures = " | ".join(f"{100 * result[metric]:.2f}" if metric in result else "" for metric in metrics)
         lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")
     vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
     return ModelCard(

@@ -595,7 +595,7 @@ class DetrisTrainer(Trainer):
         """Segment the phrases of `B` objects, at most `K` each.
 
         Returns:
-            No loss; pixels in intersection and union with the truth `(B, K, 2)`, padded; the objects' ids `(B,)`.
+            No loss; pixels in intersection, in union and in the truth `(B, K, 3)`, padded; the objects' ids `(B,)`.
         """
         masks, ref_ids, original_sizes = (inputs.pop(name) for name in ("masks", "ref_ids", "original_sizes"))
         image_index = inputs["image_index"]  # (N,)
@@ -605,7 +605,7 @@ class DetrisTrainer(Trainer):
         of_object = [[] for _ in masks]
         for index, prediction in zip(image_index.tolist(), predictions, strict=True):
             of_object[index].append(prediction)
-        counts = torch.full((len(masks), max(map(len, of_object)), 2), PADDING, device=ref_ids.device)
+        counts = torch.full((len(masks), max(map(len, of_object)), 3), PADDING, device=ref_ids.device)
         for index, (mask, predicted) in enumerate(zip(masks, of_object, strict=True)):
             for phrase, prediction in enumerate(predicted):
                 counts[index, phrase] = torch.tensor(self.metric.count(prediction, mask))
@@ -615,9 +615,9 @@ class DetrisTrainer(Trainer):
         return None, counts, ref_ids
 
     def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
-        counts = results.predictions.reshape(-1, 2)
-        intersection, union = counts[counts[:, 0] != PADDING].T
-        return self.metric.compute(intersection=intersection, union=union)
+        counts = results.predictions.reshape(-1, 3)
+        intersection, union, reference_area = counts[counts[:, 0] != PADDING].T
+        return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
 
     def predict(self, *args, **kwargs):
         self.predicted_masks = [] if self.args.save_masks else None
@@ -658,7 +658,7 @@ def write_predictions(
     Args:
         folder: is made anew, so that nothing of an earlier run is left in it.
         rows: `R` rows.
-        counts (`(R, K, 2)`): pixels in intersection and union.
+        counts (`(R, K, 3)`): pixels in intersection, in union and in the truth.
         masks: for each row, a COCO RLE for each phrase; `None` leaves masks and pictures out.
         metric: turns counts into IoU.
     """
@@ -671,7 +671,7 @@ def write_predictions(
         for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
             image = None if masks is None else read_image(row)
             for phrase, sentence in enumerate(row["sentences"]):
-                intersection, union = row_counts[phrase]
+                intersection, union, reference_area = row_counts[phrase]
                 result = {
                     "ref_id": row["ref_id"],
                     "image_id": row["image_id"],
@@ -679,6 +679,7 @@ def write_predictions(
                     "iou": float(metric.iou(intersection, union)),
                     "intersection": intersection,
                     "union": union,
+                    "reference_area": reference_area,
                 }
                 if masks is not None:
                     mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
@@ -694,13 +695,15 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
 
     Args:
         folder: exists.
-        lines: for each split its name, objects, phrases and figures by `METRIC_NAMES`; their plain mean comes last.
+        lines: for each split its name, objects, phrases and figures by `METRIC_NAMES`; their plain mean comes last,
+            each over the splits that have it.
     """
-    mean = {head: statistics.fmean(line[head] for line in lines) for head in METRIC_NAMES.values()}
+    heads = [head for head in METRIC_NAMES.values() if any(head in line for line in lines)]
+    mean = {head: statistics.fmean(line[head] for line in lines if head in line) for head in heads}
     mean = {"split": "mean of the rows"} | mean
     table = pd.DataFrame([*lines, mean | {"objects": "", "phrases": ""}])
-    text = table.to_string(index=False, float_format="{:.2f}".format)
-    header, *body = table.to_csv(sep="|", index=False, float_format="%.2f").splitlines()
+    text = table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    header, *body = table.to_csv(sep="|", index=False, float_format="%.2f", na_rep="-").splitlines()
     markdown = [header, "|".join(["---"] + ["---:"] * (len(table.columns) - 1)), *body]
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "table.md").write_text("".join(f"|{line}|\n" for line in markdown), encoding="utf-8")
@@ -762,14 +765,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= figures
         results.append(
             {"dataset": _name_of(data_args.dataset), "split": data_args.eval_split + first_phrase + first_objects}
-            | {key: figures[f"eval_{key}"] for key in METRIC_NAMES}
+            | {key: figures[f"eval_{key}"] for key in METRIC_NAMES if f"eval_{key}" in figures}
         )
     for split, rows in test_rows.items():
         # It also names files, where "train" and "eval" are those of training.
         name = f"test_{split}" if split in ("train", "eval") else split.replace(":", "_")
         output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= _report(trainer, name, output.metrics)
-        figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES}
+        figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES if f"{name}_{key}" in output.metrics}
         line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
         dataset, _, split_name = split.rpartition(":")

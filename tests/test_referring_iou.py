@@ -33,11 +33,13 @@ def test_official_figures(metric):
     for pair in official["pairs"]:
         metric.add(prediction=pair["prediction"], reference=pair["reference"])
         counts = metric.count(pair["prediction"], pair["reference"])
-        assert metric.iou(*counts) == pytest.approx(pair["iou"], abs=1e-6)
+        assert metric.iou(*counts[:2]) == pytest.approx(pair["iou"], abs=1e-6)
     ours = metric.compute()
     assert 100 * ours.pop("mean_iou") == pytest.approx(official["mean_iou"], abs=1e-4)
     assert 100 * ours.pop("overall_iou") == pytest.approx(official["overall_iou"], abs=1e-4)
-    percent = {f"Pr@{round(100 * float(name.split('@')[1]))}": 100 * value for name, value in ours.items()}
+    percent = {
+        f"Pr@{round(100 * float(name.split('@')[1]))}": 100 * value for name, value in ours.items() if "@" in name
+    }
     assert percent == pytest.approx(official["precision"], abs=1e-4)
 
 
@@ -65,16 +67,17 @@ def test_every_way_of_adding_gives_the_same(metric):
     metric.add_batch(predictions=predictions[:3], references=references[:3])
     metric.add_batch(predictions=predictions[3:], references=references[3:])
     assert metric.compute() == expected
-    intersection, union = torch.tensor([metric.count(*pair) for pair in pairs]).T
-    metric.add_batch(intersection=intersection[:4], union=union[:4])
+    intersection, union, reference_area = torch.tensor([metric.count(*pair) for pair in pairs]).T
+    metric.add_batch(intersection=intersection[:4], union=union[:4], reference_area=reference_area[:4])
     metric.add_batch(predictions=predictions[4:], references=references[4:])
     assert metric.compute() == expected
-    assert metric.compute(intersection=intersection, union=union.numpy()) == expected
+    counts = {"intersection": intersection, "union": union.numpy(), "reference_area": reference_area.tolist()}
+    assert metric.compute(**counts) == expected
 
 
 def test_kinds_of_masks_agree(metric):
     prediction, reference = next(random_pairs(1, seed=3))
-    expected = (int(np.sum(prediction & reference)), int(np.sum(prediction | reference)))
+    expected = (int(np.sum(prediction & reference)), int(np.sum(prediction | reference)), int(np.sum(reference)))
     kinds = [
         lambda mask: mask,
         lambda mask: mask.tolist(),
@@ -102,6 +105,75 @@ def test_empty_masks(metric):
     result = metric.compute(predictions=[EMPTY, EMPTY, FULL], references=[EMPTY, FULL, EMPTY])
     assert result["mean_iou"] == 0 and result["overall_iou"] == 0
     assert metric.compute(predictions=[EMPTY], references=[EMPTY])["overall_iou"] == 0
+
+
+NOTHING, LEFT, RIGHT, BOTH = [[0, 0, 0, 0]], [[1, 1, 0, 0]], [[0, 0, 1, 1]], [[1, 1, 1, 1]]
+ONE, THREE = [[1, 0, 0, 0]], [[1, 1, 1, 0]]
+
+# What gRefCOCO's definitions give, worked out by hand: pairs of prediction and reference, then the figures.
+GENERALIZED = {
+    "no target, none predicted": ([(NOTHING, NOTHING)], {"giou": 1, "n_acc": 1}),
+    "no target, one predicted": ([(ONE, NOTHING)], {"giou": 0, "ciou": 0, "n_acc": 0}),
+    "no target, once right and once wrong": (
+        [(NOTHING, NOTHING), (BOTH, NOTHING)],
+        {"giou": 1 / 2, "ciou": 0, "n_acc": 1 / 2},
+    ),
+    "a target, none predicted": (
+        [(NOTHING, LEFT), (NOTHING, NOTHING)],  # I: 0 + 0, U: 2 + 0
+        {"giou": 1 / 2, "ciou": 0, "n_acc": 1, "t_acc": 0},
+    ),
+    "a target, another place predicted, is not a refusal": (
+        [(RIGHT, LEFT), (NOTHING, NOTHING)],
+        {"giou": 1 / 2, "ciou": 0, "n_acc": 1, "t_acc": 1},
+    ),
+    "two targets, one found": (
+        [(LEFT, BOTH), (NOTHING, NOTHING)],  # IoU 2/4 and 1
+        {"giou": 3 / 4, "ciou": 1 / 2, "n_acc": 1, "t_acc": 1},
+    ),
+    "two targets, both found, and something for nothing": (
+        [(BOTH, BOTH), (THREE, NOTHING)],  # I: 4 + 0, U: 4 + 3
+        {"giou": 1 / 2, "ciou": 4 / 7, "n_acc": 0, "t_acc": 1},
+    ),
+    "a mixture": (
+        [
+            (NOTHING, NOTHING),  # IoU 1, I 0, U 0
+            (NOTHING, NOTHING),  # IoU 1, I 0, U 0
+            (ONE, NOTHING),  #     IoU 0, I 0, U 1
+            (NOTHING, LEFT),  #    IoU 0, I 0, U 2
+            (LEFT, BOTH),  #       IoU 1/2, I 2, U 4
+            (LEFT, LEFT),  #       IoU 1, I 2, U 2
+            (THREE, RIGHT),  #     IoU 1/4, I 1, U 4
+            (RIGHT, RIGHT),  #     IoU 1, I 2, U 2
+        ],
+        {"giou": 4.75 / 8, "ciou": 7 / 15, "n_acc": 2 / 3, "t_acc": 4 / 5},
+    ),
+}
+
+
+@pytest.mark.parametrize(("pairs", "expected"), GENERALIZED.values(), ids=GENERALIZED)
+def test_generalized_figures_are_those_worked_out_by_hand(metric, pairs, expected):
+    for prediction, reference in pairs:
+        metric.add(prediction=prediction, reference=reference)
+    figures = metric.compute()
+    classic = {"mean_iou", "overall_iou", *(f"precision@0.{x}" for x in range(5, 10))}
+    assert {name: value for name, value in figures.items() if name not in classic} == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert classic <= figures.keys()
+
+
+def test_no_target_phrases_leave_the_classic_figures_as_they_are(metric):
+    pairs, _ = GENERALIZED["a mixture"]
+    predictions, references = zip(*pairs, strict=True)
+    figures = metric.compute(predictions=predictions, references=references)
+    assert figures["mean_iou"] == pytest.approx(2.75 / 8, abs=1e-6)  # of both masks empty 0, and not 1
+    assert figures["overall_iou"] == 7 / 15
+    assert (figures["precision@0.5"], figures["precision@0.9"]) == (2 / 8, 2 / 8)
+
+
+def test_where_all_phrases_have_targets_there_are_no_generalized_figures(metric):
+    figures = metric.compute(predictions=[NOTHING, LEFT], references=[LEFT, BOTH])
+    assert figures.keys() == {"mean_iou", "overall_iou", *(f"precision@0.{x}" for x in range(5, 10))}
 
 
 def test_half_is_not_more_than_half(metric):
@@ -172,8 +244,10 @@ def test_bad_input_is_refused_and_not_counted(metric):
             metric.add(prediction=soft, reference=FULL)
     with pytest.raises(ValueError, match="2 predictions but 1 references"):
         metric.add_batch(predictions=[FULL, FULL], references=[FULL])
-    with pytest.raises(ValueError, match="2 intersections but 1 unions"):
-        metric.add_batch(intersection=[1, 1], union=[2])
+    with pytest.raises(ValueError, match="2 of intersection, 1 of union, 2 of reference_area"):
+        metric.add_batch(intersection=[1, 1], union=[2], reference_area=[1, 1])
+    with pytest.raises(ValueError, match="counts as intersection, union, reference_area"):
+        metric.add_batch(intersection=[1], union=[2])
     with pytest.raises(ValueError, match="given as predictions and references"):
         metric.add_batch(predictions=[FULL], union=[2])
     with pytest.raises(ValueError, match="prediction is"):

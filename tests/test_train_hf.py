@@ -608,7 +608,7 @@ def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
             logits = model(inputs["pixel_values"], inputs["input_ids"])
             (mask,) = processor.post_process_referring_segmentation(logits, [image.size[::-1]])
             mask, truth = mask.numpy(), row["mask"] == 1
-            assert count == pytest.approx([(mask & truth).sum(), (mask | truth).sum()], abs=2)
+            assert count == pytest.approx([(mask & truth).sum(), (mask | truth).sum(), truth.sum()], abs=2)
             ious.append((mask & truth).sum() / (mask | truth).sum())
     assert 0.01 < np.mean(ious) < 0.99
     assert output.metrics["test_mean_iou"] == pytest.approx(np.mean(ious), abs=1e-3)
@@ -638,6 +638,7 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
         truth = rows[result["ref_id"]]["mask"] == 1
         assert result["intersection"] == ((mask == 255) & truth).sum()
         assert result["union"] == ((mask == 255) | truth).sum()
+        assert result["reference_area"] == truth.sum()
         assert result["iou"] == pytest.approx(result["intersection"] / max(result["union"], 1), abs=1e-6)
     assert 0 < metrics["testA_mean_iou"] == pytest.approx(np.mean([result["iou"] for result in results]))
     assert len(list((folder / "masks").iterdir())) == len(list((folder / "overlays").iterdir())) == len(results)
@@ -793,3 +794,84 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
             }
         else:
             assert of_two.read_text() == of_one.read_text() != ""
+
+
+# --- phrases that name nothing, or several objects ----------------------------------------------------------------
+
+
+@pytest.fixture
+def generalized(shapes):
+    """The shapes with every other object's mask emptied, as of phrases that name nothing."""
+
+    def empty(row: dict, index: int) -> dict:
+        return {"mask": np.zeros_like(row["mask"]) if index % 2 else row["mask"]}
+
+    return datasets.DatasetDict(
+        {
+            split: rows.map(empty, with_indices=True, features=rows.features, load_from_cache_file=False)
+            for split, rows in shapes.items()
+            if len(rows)
+        }
+    )
+
+
+def test_an_empty_mask_is_trained_on_as_zeros(make_trainer, generalized):
+    trainer = make_trainer(max_steps=2)
+    rows = list(generalized["train"].take(2))
+    assert rows[0]["mask"].any() and not rows[1]["mask"].any()
+    batch = trainer.data_collator(rows)
+    assert batch["labels"][0].any() and not batch["labels"][1].any()
+    alone = trainer.data_collator(rows[1:])
+    with torch.no_grad():
+        output = trainer.model.eval()(**alone)
+    # Binary cross-entropy to zeros is the mean of log(1 + exp(logit)).
+    assert output.loss.item() == pytest.approx(torch.log1p(output.logits.exp()).mean().item(), rel=1e-5)
+    trainer.train_dataset = generalized["train"]
+    trainer.train()
+    assert len(losses(trainer)) == 2 and np.isfinite(losses(trainer)).all()
+
+
+@pytest.mark.parametrize("logit", [100, -100], ids=["everything", "nothing"])
+def test_no_target_phrases_reach_figures_files_table_and_card(
+    config, shapes, generalized, tmp_path, monkeypatch, logit
+):
+    """Of a model that segments all of each image, or nothing, the figures are known without it."""
+    rows, path, run = generalized["val"], tmp_path / "config.yaml", tmp_path / "run"
+    monkeypatch.setattr(train_hf, "load_rows", lambda *args: (None, rows, {"classic": shapes["val"], "val": rows}))
+    forward = DetrisForReferringSegmentation.forward
+
+    def constant(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = torch.full_like(output.logits, logit)
+        return output
+
+    monkeypatch.setattr(DetrisForReferringSegmentation, "forward", constant)
+    path.write_text(yaml.safe_dump(config | {"output_dir": str(run)}))
+    metrics = main([str(path), "--do_eval", "--do_predict", "--test_splits", "classic", "val"])
+
+    truths = [row["mask"] == 1 for row in rows for _ in row["sentences"]]
+    without = sum(not truth.any() for truth in truths) / len(truths)
+    assert 0 < without < 1
+    covered = sum(truth.mean() for truth in truths) / len(truths)
+    expected = {"giou": without, "ciou": 0, "n_acc": 1, "t_acc": 0}
+    if logit > 0:
+        expected = {"giou": covered, "ciou": covered, "n_acc": 0, "t_acc": 1}  # all images are of one size
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == metrics[f"val_{name}"] == pytest.approx(value)
+        assert f"classic_{name}" not in metrics
+
+    folder = run / "predictions" / "val"
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [result["reference_area"] for result in results] == [truth.sum() for truth in truths]
+    for result in results:
+        assert (np.asarray(Image.open(folder / result["mask"])) == (255 if logit > 0 else 0)).all()
+
+    classic, generalized_line, mean = json.loads((run / "table.json").read_text())
+    heads = {"gIoU": "giou", "cIoU": "ciou", "N-acc": "n_acc", "T-acc": "t_acc"}
+    assert not heads.keys() & classic.keys()
+    for head, name in heads.items():
+        assert mean[head] == generalized_line[head] == pytest.approx(100 * expected[name])
+    lines = (run / "table.txt").read_text().splitlines()
+    assert lines[0].split()[-4:] == list(heads) and lines[1].split()[-4:] == ["-"] * 4
+    card = (run / "README.md").read_text()
+    assert f"{100 * expected['giou']:.2f}" in card and "N-acc" in card

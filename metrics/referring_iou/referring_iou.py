@@ -11,37 +11,60 @@ EPSILON = 1e-6  # pixels added to each pair's union, as the official evaluation 
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 DESCRIPTION = """
-Mean IoU, overall IoU and precision at IoU thresholds over pairs of binary masks, one pair for each phrase.
-Pairs are counted when they are added; only their intersection and union, two integers, are kept.
+Mean IoU, overall IoU and precision at IoU thresholds over pairs of binary masks, one pair for each phrase; with
+phrases that name nothing also gIoU, cIoU, N-acc and T-acc.
+Pairs are counted when they are added; only three integers are kept: their intersection, union and reference's area.
 """
 INPUTS_DESCRIPTION = """
 Args:
     predictions, references: binary masks (H, W), each pair of its own size: nested lists, arrays or tensors on any
         device, zero outside the object. Probabilities and logits must be thresholded first.
-    intersection, union: instead of masks, pixels of pairs that `count` has already counted.
+    intersection, union, reference_area: instead of masks, pixels of pairs that `count` has already counted.
 
 Returns, as fractions:
     mean_iou: mean over pairs of intersection / (union + 1e-6).
     overall_iou: sum of intersections / sum of unions.
     precision@0.5 ... precision@0.9: share of pairs whose IoU is greater than the threshold.
+
+    Only if some reference is empty (a no-target phrase), those of generalized referring segmentation:
+    giou: mean over pairs of intersection / union, where a pair of empty masks counts 1.
+    ciou: sum of intersections / sum of unions; a mask predicted for a no-target phrase adds its pixels to the unions.
+        Left out where all masks are empty.
+    n_acc: share of the no-target phrases for which nothing is predicted, TP / (TP + FN).
+    t_acc: share of the phrases with targets for which something is predicted, TN / (TN + FP). Left out where there
+        are none.
+
+Source: Liu, Ding and Jiang, "GRES: Generalized Referring Expression Segmentation", CVPR 2023, section on metrics, and
+their `gres_model/evaluation/refer_evaluation.py` (github.com/henghuiding/ReLA) for gIoU and cIoU. There a head of the
+model's own tells that there is no target; here a mask without a single pixel does. That file adds 1 to the
+denominators of its accuracies, and its T_acc is TP / (TP + FP + 1); here they are the paper's.
 """
+CITATION = """
+@inproceedings{liu2023gres,
+  title={GRES: Generalized Referring Expression Segmentation},
+  author={Liu, Chang and Ding, Henghui and Jiang, Xudong},
+  booktitle={CVPR},
+  year={2023}
+}
+"""
+COUNTS = ("intersection", "union", "reference_area")  # pixels that are kept of each pair
 
 
 class ReferringIou(evaluate.Metric):
-    """`evaluate.load("metrics/referring_iou")`: IoU over pairs of masks, kept as two integers a pair."""
+    """`evaluate.load("metrics/referring_iou")`: IoU over pairs of masks, kept as three integers a pair."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
-            citation="",
+            citation=CITATION,
             inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"intersection": datasets.Value("int64"), "union": datasets.Value("int64")}),
+            features=datasets.Features({name: datasets.Value("int64") for name in COUNTS}),
             format="numpy",
         )
 
     @staticmethod
-    def count(prediction: Any, reference: Any) -> tuple[int, int]:
-        """Count the pixels of a pair of binary masks (H, W): those in both, and those in at least one.
+    def count(prediction: Any, reference: Any) -> tuple[int, int, int]:
+        """Count the pixels of a pair of binary masks (H, W): those in both, in at least one, and in the reference.
 
         Raises:
             ValueError: the masks differ in size, are not two-dimensional, or are not binary.
@@ -52,7 +75,9 @@ class ReferringIou(evaluate.Metric):
                 f"The prediction is {tuple(prediction.shape)} and the reference {tuple(reference.shape)} (height, "
                 "width); bring the prediction to the original size first."
             )
-        return int(np.count_nonzero(prediction & reference)), int(np.count_nonzero(prediction | reference))
+        return tuple(
+            int(np.count_nonzero(mask)) for mask in (prediction & reference, prediction | reference, reference)
+        )
 
     @staticmethod
     def iou(intersection: np.ndarray | int, union: np.ndarray | int) -> np.ndarray | float:
@@ -61,24 +86,26 @@ class ReferringIou(evaluate.Metric):
 
     def add(self, *, prediction: Any, reference: Any) -> None:
         """Count one pair of masks (H, W)."""
-        intersection, union = self.count(prediction, reference)
-        super().add(intersection=intersection, union=union)
+        super().add(**dict(zip(COUNTS, self.count(prediction, reference), strict=True)))
 
-    def add_batch(self, *, predictions=None, references=None, intersection=None, union=None) -> None:
-        """Count pairs of masks (H, W), or take over pairs already counted: intersection (N,), union (N,)."""
+    def add_batch(
+        self, *, predictions=None, references=None, intersection=None, union=None, reference_area=None
+    ) -> None:
+        """Count pairs of masks (H, W), or take over pairs already counted, each count as (N,)."""
+        counted = (intersection, union, reference_area)
         if predictions is not None and references is not None:
             if len(predictions) != len(references):
                 raise ValueError(f"There are {len(predictions)} predictions but {len(references)} references.")
             counts = [self.count(*pair) for pair in zip(predictions, references, strict=True)]
-        elif intersection is not None and union is not None:
-            if len(intersection) != len(union):
-                raise ValueError(f"There are {len(intersection)} intersections but {len(union)} unions.")
-            counts = [(int(both), int(either)) for both, either in zip(intersection, union, strict=True)]
+        elif all(count is not None for count in counted):
+            if len({len(count) for count in counted}) > 1:
+                lengths = ", ".join(f"{len(count)} of {name}" for name, count in zip(COUNTS, counted, strict=True))
+                raise ValueError(f"Each pair has one of each count, but there are {lengths}.")
+            counts = [tuple(map(int, pair)) for pair in zip(*counted, strict=True)]
         else:
-            raise ValueError("Masks are given as predictions and references, counts as intersection and union.")
+            raise ValueError(f"Masks are given as predictions and references, counts as {', '.join(COUNTS)}.")
         if counts:
-            intersection, union = zip(*counts, strict=True)
-            super().add_batch(intersection=intersection, union=union)
+            super().add_batch(**dict(zip(COUNTS, zip(*counts, strict=True), strict=True)))
 
     def compute(self, **pairs: Any) -> dict[str, float] | None:
         """The metrics of all pairs added so far, and of those given here as to `add_batch`; then forgets them.
@@ -94,13 +121,24 @@ class ReferringIou(evaluate.Metric):
             raise ValueError("There are no pairs of masks to compute IoU over; call `add` or `add_batch` first.")
         return super().compute()
 
-    def _compute(self, intersection: np.ndarray, union: np.ndarray) -> dict[str, float]:
+    def _compute(self, intersection: np.ndarray, union: np.ndarray, reference_area: np.ndarray) -> dict[str, float]:
         ious = self.iou(intersection, union)  # (N,)
-        return {
+        figures = {
             "mean_iou": float(ious.mean()),
             "overall_iou": float(intersection.sum() / max(union.sum(), 1)),
             **{f"precision@{x}": float((ious > x).mean()) for x in PRECISION_THRESHOLDS},
         }
+        has_target = reference_area > 0  # (N,)
+        if has_target.all():
+            return figures
+        has_prediction = union - reference_area + intersection > 0  # (N,)
+        figures["giou"] = float(np.where(union == 0, 1, intersection / np.maximum(union, 1)).mean())
+        if union.any():
+            figures["ciou"] = float(intersection.sum() / union.sum())
+        figures["n_acc"] = float((~has_prediction[~has_target]).mean())
+        if has_target.any():
+            figures["t_acc"] = float(has_prediction[has_target].mean())
+        return figures
 
 
 def _foreground(mask: Any, name: str) -> np.ndarray:
