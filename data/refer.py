@@ -5,12 +5,18 @@ registers the mask's feature type with `datasets`, so it must be imported before
 """
 
 import copyreg
+import hashlib
 import json
+import math
 import os
 import pickle
 import re
+import reprlib
 import warnings
+from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,13 +36,22 @@ SOURCES = {
     "refcoco+": (COCO_IMAGES, ("unc",)),
     "refcocog": (COCO_IMAGES, ("umd", "google")),
     "refclef": ("images/saiapr_tc-12", ("unc", "berkeley")),
+    "grefcoco": (COCO_IMAGES, ("unc",)),
 }
-LAYOUT = "<root>/<dataset>/refs(<split_by>).p, <root>/<dataset>/instances.json and <root>/<images>/<file name>"
+LAYOUT = (
+    "the REFER layout is <root>/<dataset>/refs(<split_by>).p, <root>/<dataset>/instances.json and "
+    "<root>/<images>/<file name>"
+)
+NO_TARGET = -1  # gRefCOCO's ann_id of a phrase that nothing in the image answers to; here also that of several objects
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # for some others Pillow starts programs (EPS)
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
 EXIF_ORIENTATION = 0x0112
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+MAX_PHRASE, MAX_NAME = 10_000, 4_096  # characters of a phrase; of a category or file name
+MAX_MESSAGE = 1_000  # characters
+RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
 
 
 @dataclass
@@ -122,6 +137,102 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
             ) from error
 
 
+class Records:
+    """The records of one data set, read one at a time. `open_records` (`sources.py`) opens every layout.
+
+    Opening reads the annotation files. `read` then depends on its index alone, so forked processes can share the work.
+
+    Attributes:
+        name: of the data set, such as `refcoco/unc`.
+        refs: the file or folder that says who refers to what; every complaint about a record starts with it.
+        images: folder that its images are in.
+        fingerprint: changes with the name, the folder of images and the annotation files, whose images and PNG masks
+            it does not look at.
+        layout: a clause on where its files belong, for complaints about missing ones.
+    """
+
+    layout: str = LAYOUT
+
+    def __init__(self, name: str, refs: Path, images: Path, annotation_files: Iterable[Path]) -> None:
+        self.name, self.refs, self.images = name, refs, images
+        digest = hashlib.sha256(repr((type(self).__name__, name, os.fspath(images))).encode())
+        for path in annotation_files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+        """The split and row of a record, and the (height, width) that its image should have.
+
+        The row has the columns of `FEATURES`, its image as an absolute path and its mask as compressed RLE.
+
+        Raises:
+            OSError: a file that the record names is missing or unreadable.
+            ValueError: the record is broken, or names a file outside the data set's folder.
+        """
+        raise NotImplementedError
+
+    def check(self, row: dict, size: tuple[int, int]) -> None:
+        """Open the image of a row that was read; raises what `check_image` does, with the row named."""
+        with naming(f"{self.refs}, ref_id {row['ref_id']}"):
+            check_image(row["image"], size, self.layout)
+
+
+class ReferRecords(Records):
+    """Records in the official REFER layout, or in that of gRefCOCO, which has a JSON file of refs.
+
+    Raises:
+        FileNotFoundError: a folder or annotation file is missing.
+        ValueError: the data set is unknown, or an annotation file holds what it should not.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
+    ) -> None:
+        files = refer_files(root, dataset, split_by)
+        if images is not None:
+            files = files._replace(images=Path(images).absolute())
+        for path in (Path(root).absolute(), *files):
+            require(path)
+        for path in (files.refs, files.instances):
+            require_inside(path, path.parent, path.parent.parent)
+        super().__init__(f"{dataset}/{split_by}", files.refs, files.images, (files.refs, files.instances))
+        self.files = files
+        self._refs, self._instances = read_refs(files.refs), read_instances(files.instances)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+        return read_row(self.files, index, self._refs[index], self._instances)
+
+
+def load_records(records: Records) -> datasets.DatasetDict:
+    """Read all records; the first that is broken ends it. Every image file is opened once to compare its header.
+
+    Returns:
+        A dataset for each split that the records name, in their order, with the columns of `FEATURES`.
+
+    Raises:
+        OSError, ValueError: as `Records.read` and `Records.check`, or two records share their ref_id.
+    """
+    checked = set()  # images that were found in order
+    splits = defaultdict(list)
+    for index in range(len(records)):
+        split, row, size = records.read(index)
+        if (row["image"], size) not in checked:
+            records.check(row, size)
+            checked.add((row["image"], size))
+        splits[split].append(row)
+    check_ref_ids(records, [row["ref_id"] for rows in splits.values() for row in rows])
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
+    )
+
+
 def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets.DatasetDict:
     """Read one data set in the official REFER layout, one row for each referred object.
 
@@ -130,7 +241,7 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
 
     Args:
         root: folder that holds `images/` and one folder for each data set.
-        dataset: `refcoco`, `refcoco+`, `refcocog` or `refclef`.
+        dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`.
         split_by: who split it: `unc`, `umd`, `google` or `berkeley`.
 
     Returns:
@@ -141,29 +252,10 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
         OSError: an image is truncated or no image at all.
         ValueError: the data set is unknown, or a file or row holds what it should not.
     """
-    files = refer_files(root, dataset, split_by)
-    for path in (Path(root).absolute(), *files):
-        require(path)
-    refs, instances = read_refs(files.refs), read_instances(files.instances)
-
-    checked = set()  # images that were found in order
-    splits = defaultdict(list)
-    for index, ref in enumerate(refs):
-        split, row, size = read_row(files, index, ref, instances)
-        if (row["image"], size) not in checked:
-            try:
-                check_image(row["image"], size)
-            except (OSError, ValueError) as error:
-                raise type(error)(f"{files.refs}, ref_id {row['ref_id']}: {error}") from error
-            checked.add((row["image"], size))
-        splits[split].append(row)
-    check_ref_ids(files, [row["ref_id"] for rows in splits.values() for row in rows])
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
-    )
+    return load_records(ReferRecords(root, dataset, split_by))
 
 
-def check_ref_ids(files: "ReferFiles", ref_ids: list[int]) -> None:
+def check_ref_ids(files: "ReferFiles | Records", ref_ids: list[int]) -> None:
     """Refuse with a `ValueError` numbers that two refs share: predictions are named by them."""
     repeated = [ref_id for ref_id, count in Counter(ref_ids).items() if count > 1]
     if repeated:
@@ -190,27 +282,65 @@ def refer_files(root: str | os.PathLike, dataset: str, split_by: str) -> ReferFi
         known = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
         raise ValueError(f"There is no data set {dataset!r} split by {split_by!r}; known are {known}.")
     root = Path(root).absolute()
-    return ReferFiles(
-        root / SOURCES[dataset][0], root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
-    )
+    refs = f"grefs({split_by}).json" if dataset == "grefcoco" else f"refs({split_by}).p"
+    return ReferFiles(root / SOURCES[dataset][0], root / dataset / refs, root / dataset / "instances.json")
 
 
-def require(path: Path) -> None:
+def require(path: Path, layout: str = LAYOUT) -> None:
     """Raise a FileNotFoundError that shows the layout if there is no such file or folder."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; the REFER layout is {LAYOUT}.")
+        raise FileNotFoundError(f"{path} does not exist; {layout}.")
+
+
+def require_inside(path: str | os.PathLike, *folders: Path) -> None:
+    """Refuse with a ValueError what is no regular file, or what links put outside of all the folders."""
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise ValueError(f"{path} is no regular file.")
+    _refuse_link_out(path, *folders)
+
+
+def _refuse_link_out(path: str | os.PathLike, *folders: Path) -> None:
+    homes = [*folders, *(folder.parent.parent / "blobs" for folder in folders if folder.parent.name == "snapshots")]
+    real = Path(os.path.realpath(path))  # the Hub's cache links its snapshots' files to its blobs
+    if not any(real.is_relative_to(os.path.realpath(home)) for home in homes):
+        raise ValueError(f"{path} is a link that leads out of {folders[0]}; put a copy there.")
+
+
+def file_inside(folder: Path, name: str, *homes: Path) -> str:
+    """The path of the file that a record calls `name`, whether it is there or not.
+
+    Raises:
+        ValueError: the name is no relative path below the folder, or a link on the way leads out of folder and homes.
+    """
+    parts = Path(text(name, "the file name", MAX_NAME)).parts
+    if not parts or os.path.isabs(name) or ".." in parts:
+        raise ValueError(f"{short(name)} is not inside {folder}.")
+    path = os.fspath(folder)
+    for part in parts:
+        path = os.path.join(path, part)
+        if os.path.islink(path):
+            _refuse_link_out(os.path.join(folder, *parts), folder, *homes)
+    return path
 
 
 def read_refs(path: Path) -> list:
-    """Read a refs file.
+    """Read a refs file, a pickle or JSON.
 
     Raises:
-        ValueError: it is no pickle of a list, or holds more than plain data.
+        ValueError: it holds no list, or more than plain data.
     """
-    refs = load_plain_pickle(path)
+    refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
     return refs
+
+
+def load_json(path: Path, **options: Any) -> Any:
+    """Read a JSON file; raises ValueError if it is none."""
+    try:
+        return json.loads(path.read_bytes(), **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error}); get it again from where it was published.") from error
 
 
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
@@ -220,103 +350,255 @@ def read_instances(path: Path) -> dict[str, dict[int, dict]]:
         ValueError: it is no COCO annotation file.
     """
     try:
-        instances = json.loads(path.read_bytes())
+        instances = load_json(path, object_hook=_pack_polygons)
         return {
             key: {record["id"]: record for record in instances[key]} for key in ("images", "annotations", "categories")
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO annotation file ({error!r}).") from error
+        raise ValueError(f"{path} is not a COCO annotation file ({cut(repr(error))}).") from error
 
 
-def read_row(files: ReferFiles, index: int, ref: dict, instances: dict) -> tuple[str, dict, tuple[int, int]]:
+def _pack_polygons(record: dict) -> dict:
+    """A quarter of the memory, while the file is still being read. What is no polygon stays for `_rle` to refuse."""
+    if isinstance(record.get("segmentation"), list):
+        try:
+            record["segmentation"] = [array("d", polygon) for polygon in record["segmentation"]]
+        except (TypeError, OverflowError):
+            pass
+    return record
+
+
+def read_row(
+    files: ReferFiles, index: int, ref: dict, instances: dict[str, dict[int, dict]], home: Path | None = None
+) -> tuple[str, dict, tuple[int, int]]:
     """The split and row of the ref at `index`, and the (height, width) of its image, whose file is not looked at.
+
+    A list of ann_ids is gRefCOCO's way to refer to several objects, whose masks and boxes are united, or, as `[-1]`,
+    to none. As in its official loader, crowds do not count (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
+
+    Args:
+        home: folder that images may be linked to, besides their own; by default the data set's root.
 
     Raises:
         ValueError: the ref is broken, or a record that it names is missing or broken.
     """
-    where = f"{files.refs}, entry {index}"
-    try:
-        where = f"{files.refs}, ref_id {ref['ref_id']}"
+    ref_id = ref.get("ref_id") if isinstance(ref, dict) else None
+    with naming(f"{files.refs}, " + (f"ref_id {ref_id}" if is_int64(ref_id) else f"entry {index}")):
+        several = isinstance(ref["ann_id"], list)
+        ann_ids = ref["ann_id"] if several else [ref["ann_id"]]
+        category_ids = ref["category_id"] if several else [ref["category_id"]]
+        no_target = several and ann_ids == [NO_TARGET]
+        if no_target:
+            ann_ids, category_ids = [], []
         image = _record(instances["images"], "image_id", ref["image_id"])
-        annotation = _record(instances["annotations"], "ann_id", ref["ann_id"])
-        if annotation["image_id"] != image["id"]:
-            raise ValueError(f"ann_id {annotation['id']} is of image {annotation['image_id']}, not {image['id']}.")
-        file_name = Path(image["file_name"])
-        if file_name.is_absolute() or ".." in file_name.parts:
-            raise ValueError(f"image {image['file_name']!r} is not inside {files.images}.")
-        sentences = [sentence["sent"].strip() for sentence in ref["sentences"]]
-        if not sentences or not all(sentences):
-            raise ValueError(f"one of the phrases {sentences} is empty; write it or remove it.")
-        if not re.fullmatch(r"\w+", ref["split"]):  # it becomes a folder's name when the rows are saved
-            raise ValueError(f"{ref['split']!r} cannot name a split; use letters and digits.")
-        size = (image["height"], image["width"])
-        if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-            raise ValueError(f"image_id {image['id']} is recorded as {size[0]} x {size[1]} pixels; no image is.")
-        if type(ref["ref_id"]) is not int:
-            raise ValueError(f"ref_id is {ref['ref_id']!r}; give a whole number.")
-        bbox = annotation["bbox"]
-        if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(side) in (int, float) for side in bbox):
-            raise ValueError(
-                f"ann_id {annotation['id']} has the bbox {bbox!r}; give x, y, width and height in pixels."
-            )
-        row = {
-            "image": str(files.images / file_name),
-            "mask": _rle(annotation["segmentation"], size, f"ann_id {annotation['id']}"),
-            "sentences": sentences,
-            "ref_id": ref["ref_id"],
-            "ann_id": annotation["id"],
-            "image_id": image["id"],
-            "category": _record(instances["categories"], "category_id", ref["category_id"])["name"],
-            "bbox": bbox,
-        }
-        return ref["split"], row, size
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{where}: a field is missing or not of REFER's type ({error!r}).") from error
+        annotations = [_record(instances["annotations"], "ann_id", ann_id) for ann_id in dict.fromkeys(ann_ids)]
+        for annotation in annotations:
+            if annotation["image_id"] != image["id"]:
+                raise ValueError(
+                    f"ann_id {short(annotation['id'])} is of image {short(annotation['image_id'])}, "
+                    f"not {short(image['id'])}."
+                )
+        if several:
+            annotations = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+        if not annotations and not no_target:
+            raise ValueError(f"the ann_ids {short(ann_ids)} name no object; for no target give [{NO_TARGET}].")
+        categories = {_record(instances["categories"], "category_id", key)["name"] for key in category_ids}
+        masks = [part for annotation in annotations for part in _parts(annotation["segmentation"])]
+        boxes = [checked_bbox(annotation["bbox"], annotation["id"]) for annotation in annotations]
+        return make_row(
+            split=ref["split"],
+            image=file_inside(files.images, image["file_name"], home or files.refs.parent.parent),
+            size=(image["height"], image["width"]),
+            mask=None if no_target else masks,
+            sentences=[sentence["sent"] for sentence in ref["sentences"]],
+            ref_id=ref["ref_id"],
+            ann_id=annotations[0]["id"] if len(annotations) == 1 else NO_TARGET,
+            image_id=image["id"],
+            category=categories.pop() if len(categories) == 1 else "",
+            bbox=_box_around(boxes) if boxes else None,
+        )
+
+
+def make_row(
+    *,
+    split: str,
+    image: str,
+    size: tuple[int, int],
+    mask: dict | list | None,
+    sentences: list[str],
+    ref_id: int,
+    ann_id: int,
+    image_id: int,
+    category: str,
+    bbox: list[float] | None,
+) -> tuple[str, dict, tuple[int, int]]:
+    """Check what every layout has in common; the result is that of `Records.read`.
+
+    Args:
+        size: (height, width) in pixels.
+        mask: COCO's polygons or RLEs; None for no target.
+        bbox: x, y, width, height in pixels; None for the mask's own.
+
+    Raises:
+        ValueError: names the first part that is wrong.
+    """
+    phrases = [text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
+    if not phrases or not all(phrases):
+        raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
+    if not re.fullmatch(r"\w{1,64}", split):  # it becomes a folder's name when the rows are saved
+        raise ValueError(f"{short(split)} cannot name a split; use letters and digits.")
+    for name, number in (("ref_id", ref_id), ("ann_id", ann_id), ("image_id", image_id)):
+        if not is_int64(number):
+            raise ValueError(f"{name} is {short(number)}; give a whole number.")
+    if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"image_id {image_id} is recorded as {short(size[0])} x {short(size[1])} pixels; none is.")
+    if mask is None:
+        mask = {"size": list(size), "counts": [size[0] * size[1]]}
+    rle = _rle(mask, size, f"ann_id {ann_id}")
+    row = {
+        "image": image,
+        "mask": rle,
+        "sentences": phrases,
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "image_id": image_id,
+        "category": text(category, "the category", MAX_NAME),
+        "bbox": coco_mask.toBbox(rle).tolist() if bbox is None else checked_bbox(bbox, ann_id),
+    }
+    return split, row, size
+
+
+def checked_bbox(bbox: list[float], ann_id: int) -> list[float]:
+    """The box, if it is x, y, width and height; ValueError if not."""
+    if (
+        not isinstance(bbox, list)
+        or len(bbox) != 4
+        or not all(type(side) in (int, float) and math.isfinite(side) for side in bbox)
+    ):
+        raise ValueError(f"ann_id {short(ann_id)} has the bbox {short(bbox)}; give x, y, width and height in pixels.")
+    return [float(side) for side in bbox]
+
+
+def _box_around(boxes: list[list[float]]) -> list[float]:
+    if len(boxes) == 1:  # as it was written: right - left would round
+        return boxes[0]
+    left, top = (min(box[axis] for box in boxes) for axis in (0, 1))
+    right, bottom = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
+    return [left, top, right - left, bottom - top]
 
 
 def _record(records: dict[int, dict], name: str, key: int) -> dict:
     if key not in records:
-        raise ValueError(f"{name} {key} is not in instances.json; take both files from the same release.")
+        raise ValueError(f"{name} {short(key)} is not in instances.json; take both files from the same release.")
     return records[key]
 
 
-def check_image(path: str | os.PathLike, size: tuple[int, int]) -> None:
+@contextmanager
+def naming(where: str, layout: str = "REFER") -> Iterator[None]:
+    """Begin what a broken record raises inside with `where`, as ValueError or OSError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {cut(error)}") from error
+    except OSError as error:
+        raise OSError(f"{where}: {cut(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {cut(error)}") from error
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}: a field is missing or not of {layout}'s type ({cut(repr(error))}).") from error
+
+
+def short(value: Any) -> str:
+    """`repr` for messages: what strangers wrote can be 10 MB long, or contain itself."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no numbers of thousands of digits
+        return "a number too long to print"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def cut(message: Any) -> str:
+    """A message that can be printed, at most `MAX_MESSAGE` characters of it."""
+    message = str(message).encode("utf-8", "backslashreplace").decode()
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
+
+
+def text(value: str, name: str, limit: int) -> str:
+    """The value, if it is text that Arrow can store; ValueError if not."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {short(value)}; give text.")
+    if len(value) > limit:
+        raise ValueError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} {short(value)} holds half a character; write it as Unicode text.") from error
+    return value
+
+
+def is_int64(value: Any) -> bool:
+    """Whether it is a whole number that the columns of ids can hold."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = LAYOUT) -> None:
     """Make sure that an image's file is whole and as large, (height, width), as its record says.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; says what its layout is.
         OSError: it is truncated or no image at all.
         ValueError: it has another size.
     """
-    try:
-        with open(path, "rb") as file, PIL.Image.open(file) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in EXIF_SIDEWAYS:  # `datasets.Image` turns it upright
-                width, height = height, width
-            file.seek(-len(END_OF_PNG), os.SEEK_END)
-            if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
-                image.load()  # likely cut short: decode it to be sure, at 20 times the cost
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} does not exist; the REFER layout is {LAYOUT}.") from None
-    except Exception as error:  # Pillow's decoders raise many types
-        raise OSError(f"image {path} cannot be read ({error}); copy or download it again.") from error
-    if (height, width) != size:
+    found = image_size(path, layout, whole=True)
+    if found != size:
         raise ValueError(
-            f"image {path} is {height} x {width} pixels (height x width) when upright, as its EXIF orientation says, "
-            f"but its record says {size[0]} x {size[1]}: annotate the upright image."
+            f"image {path} is {found[0]} x {found[1]} pixels (height x width) when upright, as its EXIF orientation "
+            f"says, but its record says {size[0]} x {size[1]}: annotate the upright image."
         )
+
+
+def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = False) -> tuple[int, int]:
+    """The (height, width) of an image seen upright, as `datasets.Image` turns it, from its header.
+
+    Args:
+        whole: whether to make sure that the file does not end early.
+
+    Raises:
+        FileNotFoundError: there is none; says what its layout is.
+        OSError: it is no image, or truncated.
+    """
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file, PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION) in EXIF_SIDEWAYS:
+                width, height = height, width
+            if whole:
+                file.seek(-len(END_OF_PNG), os.SEEK_END)
+                if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
+                    image.load()  # likely cut short: decode it to be sure, at 20 times the cost
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {path} does not exist; {layout}.") from None
+    except Exception as error:  # Pillow's decoders raise many types
+        raise OSError(f"image {path} cannot be read ({cut(error)}); copy or download it again.") from error
+    return height, width
+
+
+def _parts(segmentation: list | dict) -> list:
+    return [segmentation] if isinstance(segmentation, dict) else segmentation
 
 
 def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
     """The union of COCO's polygons, RLEs and compressed RLEs as one compressed RLE of (height, width).
 
-    pycocotools trusts its input: corners far away or not finite crash it, and runs that end early leave pixels
-    undefined. So both are refused here.
+    pycocotools trusts its input: corners far away or not finite crash it, runs that end early leave pixels undefined,
+    and it reads on behind compressed runs that are cut off. So all of these are refused here.
     """
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if not parts:
+    if not (parts := _parts(segmentation)):
         raise ValueError(f"{name} has no mask; give polygons or RLE.")
     runs = []
     for part in parts:
@@ -325,23 +607,47 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
             continue
         corners = np.asarray(part, dtype=np.float64)
         # Corners may lie outside the image by its own size. Two corners would be taken for a box.
-        if corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
-            raise ValueError(f"{name}: {str(part)[:80]} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
-        runs += coco_mask.frPyObjects([part], *size)
-    return coco_mask.merge(runs)
+        if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
+            raise ValueError(f"{name}: {short(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
+        runs += coco_mask.frPyObjects([corners.tolist()], *size)
+    return RleMask().encode_example(coco_mask.merge(runs))
 
 
 def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
     height, width = size
     if tuple(rle["size"]) != size:
-        raise ValueError(f"{name}: the mask is {rle['size']}, but its image is {[height, width]} (height, width).")
+        raise ValueError(
+            f"{name}: the mask is {short(rle['size'])}, but its image is {[height, width]} (height, width)."
+        )
     rle = RleMask().encode_example(rle)
-    try:
-        coco_mask.decode(rle)  # refuses runs that go beyond the image
-    except ValueError as error:
-        raise ValueError(f"{name}: the mask's runs are more than {height} x {width} pixels.") from error
-    try:
-        coco_mask.decode(rle | {"size": [height * width - 1, 1]})
-    except ValueError:  # one pixel less is too small, so the runs reach the last pixel
-        return rle
-    raise ValueError(f"{name}: the mask's runs are fewer than {height} x {width} pixels.")
+    lengths = _run_lengths(rle["counts"].encode("ascii"))
+    if lengths is None or (lengths < 0).any():
+        raise ValueError(f"{name}: the mask's runs {short(rle['counts'])} are not COCO's compressed counts.")
+    if (total := int(lengths.sum())) != height * width:
+        raise ValueError(
+            f"{name}: the mask's runs are {'more' if total > height * width else 'fewer'} than {height} x {width} "
+            "pixels."
+        )
+    return rle
+
+
+def _run_lengths(counts: bytes) -> np.ndarray | None:
+    """Run lengths that COCO compressed (cocoapi, `maskApi.c`, `rleToString`); None if these are not any.
+
+    Each is a signed number, 5 bits a character and the lowest first; from the fourth on, what it adds to the one two
+    before it.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
+    ends = np.flatnonzero(codes & RUN_MORE == 0)
+    if not codes.size or not ends.size or codes.min() < 0 or codes.max() > 63 or ends[-1] != codes.size - 1:
+        return None
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    digits = ends - starts + 1
+    if digits.max() > RUN_LONGEST:
+        return None
+    places = np.arange(codes.size) - np.repeat(starts, digits)
+    values = np.add.reduceat((codes % RUN_MORE) << RUN_BITS * places, starts)
+    values -= (codes[ends] & RUN_SIGN != 0).astype(np.int64) << RUN_BITS * digits
+    for parity in (1, 2):
+        values[parity::2] = np.cumsum(values[parity::2])
+    return values

@@ -1,0 +1,357 @@
+"""Referring expressions in other layouts than REFER's, read into the same rows: `open_records` opens any of them.
+
+The layouts: the JSON and PNG folders of CRIS, ETRIS and DETRIS; the Hub's tables of annotations without pixels; and
+a folder of one's own images with a `metadata.jsonl`. data/README.md shows each.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .refer import (
+    COCO_IMAGES,
+    NO_TARGET,
+    Records,
+    ReferFiles,
+    ReferRecords,
+    RleMask,
+    cut,
+    file_inside,
+    image_size,
+    is_int64,
+    load_json,
+    make_row,
+    naming,
+    read_row,
+    require,
+    require_inside,
+    short,
+)
+
+KINDS = ("refer", "cris", "hub_table", "folder")
+METADATA = "metadata.jsonl"
+CRIS_LAYOUT = (
+    "the CRIS layout is <path>/anns/<set>/<split>.json, <path>/masks/<set>/<segment_id>.png and <images>/<img_name>"
+)
+HUB_LAYOUT = "the table's images are COCO's train2014, whose folder is given as `images`"
+FOLDER_LAYOUT = (
+    f"the layout of a folder is <path>/{METADATA} or <path>/<split>/{METADATA}, with file names relative to it"
+)
+HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
+COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # the stem of a name that holds the image's id
+WRAPPED = 240  # CRIS adds an object's overlapping polygons up in 8 bits: two parts give 254, three 253, …
+
+COCO_NAMES = (
+    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter "
+    "bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee "
+    "skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass "
+    "cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch "
+    "potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink "
+    "refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"
+)
+COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of the category ids 1 to 90
+COCO_CATEGORIES = dict(
+    zip(
+        (number for number in range(1, 91) if number not in COCO_UNUSED),
+        (name.replace("_", " ") for name in COCO_NAMES.split()),
+        strict=True,
+    )
+)
+
+
+def open_records(
+    kind: str, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None
+) -> Records:
+    """Open a data set in any of the layouts of `KINDS`, and read its annotation files.
+
+    Args:
+        kind: `refer` (gRefCOCO's included), `cris`, `hub_table` or `folder`.
+        path: the folder that holds it. A `hub_table` may also be named by its id on the Hub.
+        name: which data set of the folder: for `refer` dataset and split_by, such as `refcoco/unc`; for `cris` the
+            folder in `anns`, such as `refcocog_u`. Otherwise what to call it, by default as the path ends.
+        images: folder of its images, where it is not the layout's own.
+
+    Raises:
+        OSError: an annotation file is missing or unreadable.
+        ValueError: the kind or name is unknown, or an annotation file holds what it should not.
+    """
+    if kind == "refer":
+        return ReferRecords(path, *name.partition("/")[::2], images=images)
+    if kind == "cris":
+        return CrisRecords(path, name, images)
+    if kind == "hub_table":
+        return HubTableRecords(path, name, images)
+    if kind == "folder":
+        if images is not None:
+            raise ValueError(f"A folder's images are named relative to its {METADATA}: leave `images` out.")
+        return FolderRecords(path, name)
+    raise ValueError(f"There is no layout {kind!r}; choose from {', '.join(KINDS)}.")
+
+
+class CrisRecords(Records):
+    """What `tools/data_process.py` of CRIS writes, which ETRIS and DETRIS took over.
+
+    A record's segment_id is its ref_id. ann_id repeats it. image_id is the number in COCO's file names; images with
+    other names are numbered -1, -2, … in the names' order. `bbox` was cut to whole pixels. refclef's categories have
+    no names.
+    """
+
+    layout = CRIS_LAYOUT
+
+    def __init__(self, path: str | os.PathLike, name: str, images: str | os.PathLike | None = None) -> None:
+        root = Path(path).absolute()
+        if not re.fullmatch(r"[\w+-]+", name):
+            raise ValueError(f"{name!r} is no folder in {root / 'anns'}; name one, such as refcoco.")
+        annotations, self._root = root / "anns" / name, root
+        images = root / COCO_IMAGES if images is None else Path(images).absolute()
+        for folder in (annotations, root / "masks" / name, images):
+            require(folder, CRIS_LAYOUT)
+        files = sorted(annotations.glob("*.json"), key=_by_split)
+        if not files:
+            raise FileNotFoundError(f"{annotations} has no .json file; {CRIS_LAYOUT}.")
+        self._records = []
+        for file in files:
+            require_inside(file, root)
+            items = load_json(file)
+            if not isinstance(items, list):
+                raise ValueError(f"{file} holds a {type(items).__name__}, not a list of records.")
+            self._records += [(file, number, item) for number, item in enumerate(items)]
+        img_names = (item.get("img_name") for *_, item in self._records if isinstance(item, dict))
+        others = {img_name for img_name in img_names if isinstance(img_name, str) and not _coco_id(img_name)}
+        self._numbers = {img_name: -number for number, img_name in enumerate(sorted(others), 1)}
+        super().__init__(name, annotations, images, files)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+        file, number, item = self._records[index]
+        with naming(f"{file}, entry {number}", "CRIS"):
+            ref_id, img_name = item["segment_id"], item["img_name"]
+            if not is_int64(ref_id):
+                raise ValueError(f"segment_id is {short(ref_id)}; give a whole number.")
+            image = file_inside(self.images, img_name, self._root)
+            size = image_size(image, self.layout)
+            mask = file_inside(self._root, f"masks/{self.name}/{ref_id}.png")
+            left, top, right, bottom = item["bbox"]
+            return make_row(
+                split=file.stem,
+                image=image,
+                size=size,
+                mask=read_mask(mask, size, self.layout, wrapped=True),
+                sentences=[sentence["sent"] for sentence in item["sentences"]],
+                ref_id=ref_id,
+                ann_id=ref_id,
+                image_id=_coco_id(img_name) or self._numbers[img_name],
+                category="" if self.name.startswith("refclef") else self._category(item["cat"]),
+                bbox=[left, top, right - left, bottom - top],
+            )
+
+    @staticmethod
+    def _category(position: int) -> str:
+        if not is_int64(position) or not 0 <= position < len(COCO_CATEGORIES):
+            raise ValueError(f"cat is {short(position)}; give one of COCO's 80 categories, from 0.")
+        return list(COCO_CATEGORIES.values())[position]
+
+
+def _coco_id(img_name: str) -> int:
+    """The image_id that COCO's names end in; 0, which COCO does not use, for other names."""
+    match = COCO_FILE.fullmatch(Path(img_name).stem)
+    return int(match[1]) if match else 0
+
+
+class HubTableRecords(Records):
+    """The tables `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` of the Hub, Parquet without pixels.
+
+    Everything but the category's name is in them; that is COCO's for its id. Splits are those of the column `split`,
+    so that RefCOCO's `test` is testA again.
+    """
+
+    layout = HUB_LAYOUT
+
+    def __init__(self, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None) -> None:
+        root = Path(path).absolute()
+        if images is None and not root.is_dir():
+            raise ValueError(f"Say where COCO's train2014 is: {path} is no folder, so `images` has no default.")
+        images = root / COCO_IMAGES if images is None else Path(images).absolute()
+        require(images, HUB_LAYOUT)
+        if root.is_dir():
+            files = sorted(root.rglob("*.parquet"), key=_by_split)
+            if not files:
+                raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there.")
+            table = pa.concat_tables([self._read_table(file, root) for file in files], promote_options="default")
+            self._rows = datasets.Dataset(table.replace_schema_metadata(None))
+        else:
+            splits = datasets.load_dataset(os.fspath(path))
+            self._rows = datasets.concatenate_datasets([rows.select_columns(HUB_COLUMNS) for rows in splits.values()])
+            files = [Path(file["filename"]) for file in self._rows.cache_files]
+        super().__init__(name or (root.name if root.is_dir() else os.fspath(path)), root, images, files)
+        if not root.is_dir():
+            self.refs = Path(path)
+        self._categories = {number: {"name": category} for number, category in COCO_CATEGORIES.items()}
+
+    @staticmethod
+    def _read_table(file: Path, root: Path) -> pa.Table:
+        require_inside(file, root)
+        try:
+            with pq.ParquetFile(file) as parquet:
+                if missing := set(HUB_COLUMNS) - set(parquet.schema_arrow.names):
+                    raise ValueError(f"the columns {', '.join(sorted(missing))} are missing")
+                return parquet.read(columns=HUB_COLUMNS)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{file} is no table like jxu124/refcoco ({cut(error)}); download it again.") from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+        ref = self._rows[index]
+        with naming(f"{self.refs}, entry {index}", "the table"):
+            image, annotation = json.loads(ref["raw_image_info"]), json.loads(ref["raw_anns"])
+            instances = {
+                "images": {image["id"]: image},
+                "annotations": {annotation["id"]: annotation},
+                "categories": self._categories,
+            }
+        return read_row(ReferFiles(self.images, self.refs, self.refs), index, ref, instances, home=self.images)
+
+
+class FolderRecords(Records):
+    """One's own images with a `metadata.jsonl`, as `datasets`' imagefolder has it: a JSON object a line.
+
+    `file_name` and `sentences` are needed, and `mask`: a PNG's path, polygons, RLE, or null if nothing in the image
+    answers to the phrases. What is left out: `ref_id` and `image_id` are numbered from 0, line by line and image by
+    image, past numbers given elsewhere; `ann_id` is the ref_id, or -1 without a target; `category` is empty; `bbox` is
+    the mask's.
+    """
+
+    layout = FOLDER_LAYOUT
+
+    def __init__(self, path: str | os.PathLike, name: str = "") -> None:
+        root = Path(path).absolute()
+        require(root, FOLDER_LAYOUT)
+        files = [root / METADATA] if (root / METADATA).exists() else sorted(root.glob(f"*/{METADATA}"), key=_by_split)
+        if not files:
+            raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}.")
+        self._lines = []  # file, line number, text
+        for file in files:
+            require_inside(file, root)
+            lines = enumerate(file.read_bytes().splitlines(), 1)
+            self._lines += [(file, number, line) for number, line in lines if line.strip()]
+        super().__init__(name or root.name, files[0] if files == [root / METADATA] else root, root, files)
+        self._number()
+
+    def _number(self) -> None:
+        """Give each line a ref_id and each image an image_id, whichever are written first and free numbers after."""
+        images, image_ids, ref_ids, unnumbered = {}, set(), set(), []
+        for index, (file, _, line) in enumerate(self._lines):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # `read` says so
+            if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+                continue
+            image = _image_key(file, record)
+            images.setdefault(image)
+            if is_int64(image_id := record.get("image_id")):
+                images[image] = image_id if images[image] is None else images[image]
+                image_ids.add(image_id)
+            if is_int64(ref_id := record.get("ref_id")):
+                ref_ids.add(ref_id)
+            else:
+                unnumbered.append(index)
+        free = (number for number in range(len(images) + len(image_ids)) if number not in image_ids)
+        self._image_ids = {image: next(free) if number is None else number for image, number in images.items()}
+        free = (number for number in range(len(self._lines) + len(ref_ids)) if number not in ref_ids)
+        self._ref_ids = {index: next(free) for index in unnumbered}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+        file, number, line = self._lines[index]
+        with naming(f"{file}, line {number}", METADATA):
+            record = json.loads(line)
+            image = file_inside(file.parent, record["file_name"], self.images)
+            size = image_size(image, self.layout)
+            mask, sentences = record["mask"], record["sentences"]
+            if isinstance(mask, str):
+                mask = read_mask(file_inside(file.parent, mask, self.images), size, self.layout)
+            if not isinstance(mask, dict | list | None):
+                raise ValueError(f"mask is {short(mask)}; give a PNG's path, polygons, RLE or null.")
+            if not isinstance(sentences, list):
+                raise ValueError(f"sentences is {short(sentences)}; give a list of phrases.")
+            given = {key: value for key, value in record.items() if value is not None}
+            ref_id = given["ref_id"] if "ref_id" in given else self._ref_ids[index]
+            image_id = self._image_ids[_image_key(file, record)]
+            if is_int64(given.setdefault("image_id", image_id)) and given["image_id"] != image_id:
+                raise ValueError(f"image_id is {given['image_id']}, but {image_id} in another line with this image.")
+            return make_row(
+                split=given.get("split", "train" if file.parent == self.images else file.parent.name),
+                image=image,
+                size=size,
+                mask=mask,
+                sentences=sentences,
+                ref_id=ref_id,
+                ann_id=given.get("ann_id", NO_TARGET if mask is None else ref_id),
+                image_id=given["image_id"],
+                category=given.get("category", ""),
+                bbox=given.get("bbox"),
+            )
+
+
+def _image_key(file: Path, record: dict) -> str:
+    """What tells an image from others: its path, spelled one way."""
+    return os.path.normpath(os.path.join(file.parent, record["file_name"]))
+
+
+def _by_split(file: Path) -> tuple:
+    """Sorts training before validation before test, as people list them."""
+    name = file.parent.name if file.name == METADATA else file.name
+    return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
+
+
+def read_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
+    """A PNG of one channel, 0 outside the object and either 1 or 255 inside, as RLE.
+
+    Args:
+        size: (height, width) that it must have.
+        layout: a clause for the complaint about a missing file.
+        wrapped: whether CRIS wrote it, whose pixels of overlapping polygons are a little under 255.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is no PNG, or truncated.
+        ValueError: it has another size or other values.
+    """
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file, PIL.Image.open(file, formats=("PNG",)) as image:
+            found, mode = image.size[::-1], image.mode
+            one_channel = mode in ("1", "L", "P")
+            pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"mask {path} does not exist; {layout}.") from None
+    except Exception as error:  # Pillow's decoders raise many types
+        raise OSError(f"mask {path} cannot be read ({cut(error)}); write it again.") from error
+    if found != size:
+        raise ValueError(
+            f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
+        )
+    if not one_channel:
+        raise ValueError(f"mask {path} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
+    values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
+    if not (values <= {1} or values <= {255} or (wrapped and min(values) >= WRAPPED)):
+        raise ValueError(
+            f"mask {path} holds the values {short(sorted(values))}; write 0 outside the object and either 1 or 255 "
+            "inside."
+        )
+    return RleMask().encode_example(pixels)

@@ -1,0 +1,717 @@
+"""The readers of other layouts: the same data written out in each gives the same rows, and broken records a reason."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pycocotools import mask as coco_mask
+from test_refer import HEIGHT, MASKS, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
+
+from data.refer import FEATURES, load_plain_pickle, load_records, load_refer
+from data.sources import COCO_CATEGORIES, open_records, read_mask
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT.parent / "shared" / "refer_mini"
+# CRIS numbers COCO's categories without gaps: in these ranges of ids it subtracts so much (its `cat_process`).
+CRIS_OFFSETS = ((1, 1), (13, 2), (27, 3), (31, 5), (46, 6), (67, 7), (70, 9), (72, 10), (84, 11))
+HUB_FILES = {"train": "train", "val": "validation", "test": "test", "testA": "test", "testB": "testB"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+
+
+class Set:
+    """A data set in the REFER layout to write out in others: a small one, or refer_mini."""
+
+    def __init__(self, folder, name):
+        self.name, (dataset, split_by) = name, name.split("/")
+        self.refer, self.images = folder, folder / "images" / "train2014"
+        self.refs = load_plain_pickle(folder / dataset / f"refs({split_by}).p")
+        self.instances = json.loads((folder / dataset / "instances.json").read_text())
+        self.of_image = {image["id"]: image for image in self.instances["images"]}
+        self.of_ann = {annotation["id"]: annotation for annotation in self.instances["annotations"]}
+        self.splits = list(dict.fromkeys(ref["split"] for ref in self.refs))
+
+    def parts(self, ref):
+        """The object's polygons and RLEs as arrays (H, W), decoded one by one."""
+        image, parts = self.of_image[ref["image_id"]], self.of_ann[ref["ann_id"]]["segmentation"]
+        size = image["height"], image["width"]
+        decoded = []
+        for part in [parts] if isinstance(parts, dict) else parts:
+            if isinstance(part, list):
+                (part,) = coco_mask.frPyObjects([part], *size)
+            elif isinstance(part["counts"], list):
+                part = coco_mask.frPyObjects(part, *size)
+            decoded.append(coco_mask.decode(part))
+        return decoded
+
+    def write_cris(self, root):
+        (root / "anns" / "set").mkdir(parents=True)
+        (root / "masks" / "set").mkdir(parents=True)
+        for split in self.splits:
+            records = []
+            for ref in (ref for ref in self.refs if ref["split"] == split):
+                left, top, width, height = (int(side) for side in self.of_ann[ref["ann_id"]]["bbox"])
+                offset = [off for first, off in CRIS_OFFSETS if first <= ref["category_id"]][-1]
+                sentences = [
+                    {"idx": index, "sent_id": index, "sent": sentence["sent"].strip()}
+                    for index, sentence in enumerate(ref["sentences"])
+                ]
+                records.append(
+                    {
+                        "bbox": [left, top, left + width, top + height],
+                        "cat": ref["category_id"] - offset,
+                        "segment_id": ref["ref_id"],
+                        "img_name": self.of_image[ref["image_id"]]["file_name"],
+                        "sentences": sentences,
+                        "sentences_num": len(sentences),
+                    }
+                )
+                parts = np.sum(self.parts(ref), axis=0).astype(np.uint8) * np.uint8(255)  # overlaps wrap around
+                PIL.Image.fromarray(parts).save(root / "masks" / "set" / f"{ref['ref_id']}.png")
+            (root / "anns" / "set" / f"{split}.json").write_text(json.dumps(records))
+        return {"kind": "cris", "path": root, "name": "set", "images": self.images}
+
+    def write_hub_table(self, root):
+        (root / "data").mkdir(parents=True)
+        for split in self.splits:
+            rows = []
+            for ref in (ref for ref in self.refs if ref["split"] == split):
+                annotation, image = self.of_ann[ref["ann_id"]], self.of_image[ref["image_id"]]
+                left, top, width, height = annotation["bbox"]
+                sentences = [
+                    {"raw": s["raw"], "sent": s["sent"], "sent_id": index, "tokens": s["sent"].split()}
+                    for index, s in enumerate(ref["sentences"])
+                ]
+                rows.append(
+                    {key: ref[key] for key in ("file_name", "ann_id", "ref_id", "image_id", "split", "category_id")}
+                    | {
+                        "sent_ids": [0],
+                        "sentences": sentences,
+                        "raw_anns": json.dumps(annotation | {"category_id": ref["category_id"], "iscrowd": 0}),
+                        "raw_image_info": json.dumps(image | {"license": 3}),
+                        "raw_sentences": json.dumps(sentences),
+                        "image_path": f"coco/train2014/{image['file_name']}",
+                        "bbox": [left, top, left + width, top + height],
+                        "captions": [s["sent"] for s in sentences],
+                        "global_image_id": f"coco.{image['id']}",
+                        "anns_id": f"refcoco.{annotation['id']}",
+                    }
+                )
+            pq.write_table(pa.Table.from_pylist(rows), root / "data" / f"{HUB_FILES[split]}-00000-of-00001.parquet")
+        return {"kind": "hub_table", "path": root, "images": self.images}
+
+    def write_folder(self, root, nested=False):
+        """Masks by turns as the annotation has them, as RLE, and as a PNG of 1s or of 255s."""
+        categories = {category["id"]: category["name"] for category in self.instances["categories"]}
+        for index, ref in enumerate(self.refs):
+            annotation, image = self.of_ann[ref["ann_id"]], self.of_image[ref["image_id"]]
+            folder = root / ref["split"] if nested else root
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.images / image["file_name"], folder / "images")
+            mask = annotation["segmentation"]
+            if index % 4 == 1:
+                mask = coco_mask.encode(np.asfortranarray(np.any(self.parts(ref), axis=0).astype(np.uint8)))
+                mask["counts"] = mask["counts"].decode()
+            elif index % 4:
+                mask = f"{ref['ref_id']}.png"
+                inside = np.any(self.parts(ref), axis=0) * np.uint8(1 if index % 4 == 2 else 255)
+                PIL.Image.fromarray(inside).save(folder / mask)
+            line = {
+                "file_name": f"images/{image['file_name']}",
+                "sentences": [sentence["sent"] for sentence in ref["sentences"]],
+                "mask": mask,
+                "category": categories[ref["category_id"]],
+                "bbox": annotation["bbox"],
+            } | {key: ref[key] for key in ("ref_id", "ann_id", "image_id")}
+            with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | ({} if nested else {"split": ref["split"]})) + "\n")
+        return {"kind": "folder", "path": root}
+
+
+def small_set(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write()
+    return Set(folder.root, "refcoco/unc")
+
+
+@pytest.fixture(params=["small", "refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google"])
+def refer_set(request, tmp_path):
+    if request.param == "small":
+        return small_set(tmp_path)
+    if not MINI.exists():
+        pytest.skip("needs the photographs of ../shared/refer_mini")
+    return Set(MINI, request.param)
+
+
+def rows_of(loaded):
+    """Rows of each split by ref_id, with images by file name and masks as arrays."""
+    plain = loaded.cast_column("image", datasets.Image(decode=False))
+    return {
+        split: {row["ref_id"]: row | {"image": Path(row["image"]["path"]).name} for row in rows}
+        for split, rows in plain.items()
+    }
+
+
+def assert_same_rows(ours, theirs):
+    assert all(rows.features == FEATURES for rows in ours.values())
+    ours, theirs = rows_of(ours), rows_of(theirs)
+    assert list(ours) == list(theirs)
+    for split in theirs:
+        assert list(ours[split]) == list(theirs[split])
+        for ref_id, row in theirs[split].items():
+            for column in FEATURES:
+                np.testing.assert_array_equal(ours[split][ref_id][column], row[column], err_msg=f"{ref_id}, {column}")
+
+
+def test_refer_opens_as_load_refer_reads_it(refer_set):
+    records = open_records("refer", refer_set.refer, refer_set.name)
+    assert records.name == refer_set.name and len(records) == len(refer_set.refs)
+    assert_same_rows(load_records(records), load_refer(refer_set.refer, *refer_set.name.split("/")))
+
+
+@pytest.mark.parametrize("layout", ["hub_table", "folder", "nested folder"])
+def test_a_layout_that_holds_everything_gives_equal_rows(refer_set, tmp_path, layout):
+    if layout == "hub_table":
+        arguments = refer_set.write_hub_table(tmp_path / "out")
+    else:
+        arguments = refer_set.write_folder(tmp_path / "out", nested=layout != "folder")
+    ours = load_records(open_records(**arguments))
+    theirs = load_refer(refer_set.refer, *refer_set.name.split("/"))
+    assert_same_rows(datasets.DatasetDict({split: ours[split] for split in theirs}), theirs)
+
+
+def test_cris_gives_equal_rows_but_for_what_it_cut(refer_set, tmp_path):
+    ours = load_records(open_records(**refer_set.write_cris(tmp_path / "out")))
+    theirs = load_refer(refer_set.refer, *refer_set.name.split("/"))
+    small = {"first.jpg": -1, "second.png": -2}
+
+    def cut(row):
+        image_id = small.get(Path(row["image"]["path"]).name, row["image_id"])
+        return {"ann_id": row["ref_id"], "bbox": np.trunc(row["bbox"]).tolist(), "image_id": image_id}
+
+    plain = theirs.cast_column("image", datasets.Image(decode=False))
+    expected = {
+        split: datasets.Dataset.from_list([row | cut(row) for row in rows], features=FEATURES)
+        for split, rows in plain.items()
+    }
+    assert_same_rows(datasets.DatasetDict({split: ours[split] for split in theirs}), datasets.DatasetDict(expected))
+
+
+def test_reading_depends_on_the_index_alone(refer_set, tmp_path):
+    for arguments in (
+        refer_set.write_cris(tmp_path / "cris"),
+        refer_set.write_hub_table(tmp_path / "hub"),
+        refer_set.write_folder(tmp_path / "mine"),
+    ):
+        records = open_records(**arguments)
+        assert len(records) == len(refer_set.refs)
+        again = open_records(**arguments)
+        backwards = [again.read(index) for index in reversed(range(len(again)))]
+        assert [records.read(index) for index in range(len(records))] == backwards[::-1]
+        for _, row, _ in backwards:
+            assert os.path.isabs(row["image"]) and isinstance(row["mask"]["counts"], str)
+        assert records.fingerprint == again.fingerprint
+
+
+def test_coco_categories():
+    if not MINI.exists():
+        pytest.skip("needs ../shared/refer_mini")
+    categories = json.loads((MINI / "refcoco" / "instances.json").read_text())["categories"]
+    assert {category["id"]: category["name"] for category in categories} == COCO_CATEGORIES
+
+
+def test_a_hub_table_by_its_id_and_from_the_hubs_cache(tmp_path, monkeypatch):
+    refer_set = small_set(tmp_path)
+    arguments = refer_set.write_hub_table(tmp_path / "out")
+    parquet = {path.name.split("-")[0]: str(path) for path in (tmp_path / "out" / "data").iterdir()}
+    loaded = datasets.load_dataset("parquet", data_files=parquet, cache_dir=str(tmp_path / "cache"))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    monkeypatch.chdir(tmp_path)
+    records = open_records("hub_table", "jxu124/refcoco", images=refer_set.images)
+    assert asked == ["jxu124/refcoco"] and records.name == "jxu124/refcoco" and records.fingerprint
+    theirs = load_refer(refer_set.refer, "refcoco", "unc")
+    ours = load_records(records)
+    assert_same_rows(datasets.DatasetDict({split: ours[split] for split in theirs}), theirs)
+    with pytest.raises(ValueError, match="Say where COCO's train2014 is"):
+        open_records("hub_table", "jxu124/refcoco")
+
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "0123", tmp_path / "hub" / "blobs"
+    (snapshot / "data").mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate((tmp_path / "out" / "data").iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / "data" / path.name).symlink_to(f"../../../blobs/{number}")
+    assert len(open_records("hub_table", snapshot, images=refer_set.images)) == len(open_records(**arguments))
+
+
+def test_unknown_layouts_and_names(tmp_path):
+    with pytest.raises(ValueError, match="choose from refer, cris, hub_table, folder"):
+        open_records("lmdb", tmp_path)
+    with pytest.raises(ValueError, match=r"no data set 'refcoco' split by ''"):
+        open_records("refer", tmp_path, "refcoco")
+    with pytest.raises(ValueError, match="'../anns' is no folder"):
+        open_records("cris", tmp_path, "../anns")
+    for kind, name in (("cris", "refcoco"), ("folder", "")):
+        with pytest.raises(FileNotFoundError, match=r"; the (CRIS )?layout .*is <path>"):
+            open_records(kind, tmp_path, name)
+    (tmp_path / "images" / "train2014").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no .parquet file"):
+        open_records("hub_table", tmp_path)
+
+
+# gRefCOCO
+
+GREFS = {  # ref_id -> ann_id, category_id, expected ann_id, category, box, mask
+    1: ([-1], [-1], -1, "", [0, 0, 0, 0], pixels()),
+    2: ([20], [17], 20, "cat", [3, 4, 17, 11], pixels(A)),
+    3: ([20, 21], [17, 17], -1, "cat", [3, 4, 30, 21], pixels(A, B)),
+    4: ([20, 22], [17, 75], -1, "", [3, 4, 30, 21], pixels(A, B)),
+    5: ([20, 20], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),
+    6: ([20, 23], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),  # a crowd does not count
+}
+
+
+@pytest.fixture
+def grefs(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.instances["annotations"] = [
+        {"id": 20, "image_id": 1, "segmentation": [rectangle(*A)], "bbox": [3, 4, 17, 11], "iscrowd": 0},
+        {"id": 21, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 0},
+        {"id": 22, "image_id": 1, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
+        {"id": 23, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 1},
+        {"id": 24, "image_id": 2, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
+    ]
+    folder.refs = [
+        {
+            "ref_id": ref_id,
+            "ann_id": ann_id,
+            "category_id": category_id,
+            "image_id": 1,
+            "split": "val",
+            "no_target": ann_id == [-1],
+            "sentences": [{"sent": "both cats ", "raw": "Both cats", "sent_id": ref_id, "tokens": []}],
+        }
+        for ref_id, (ann_id, category_id, *_) in GREFS.items()
+    ]
+    return folder
+
+
+def write_grefs(folder):
+    (folder.root / "grefcoco").mkdir(exist_ok=True)
+    (folder.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(folder.refs))
+    (folder.root / "grefcoco" / "instances.json").write_text(json.dumps(folder.instances))
+    return open_records("refer", folder.root, "grefcoco/unc")
+
+
+def test_several_targets_and_none(grefs):
+    rows = load_records(write_grefs(grefs))["val"]
+    assert rows["ref_id"][:] == list(GREFS)
+    for row in rows:
+        *_, ann_id, category, bbox, mask = GREFS[row["ref_id"]]
+        assert (row["ann_id"], row["category"], row["bbox"]) == (ann_id, category, bbox), row["ref_id"]
+        np.testing.assert_array_equal(row["mask"], mask, err_msg=f"ref_id {row['ref_id']}")
+        assert row["sentences"] == ["both cats"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ann_id": []}, r"the ann_ids \[\] name no object; for no target give \[-1\]"),
+        ({"ann_id": [23]}, "name no object"),
+        ({"ann_id": [20, -1]}, "ann_id -1 is not in instances.json"),
+        ({"ann_id": [20, 99]}, "ann_id 99 is not in instances.json"),
+        ({"ann_id": [20, 24]}, "ann_id 24 is of image 2, not 1"),
+        ({"ann_id": [[20]]}, "not of REFER's type"),
+        ({"ann_id": -1}, "ann_id -1 is not in instances.json"),
+        ({"category_id": [17, 99]}, "category_id 99 is not"),
+        ({"ref_id": 2**63}, "ref_id is 9223372036854775808; give a whole number"),
+        ({"ref_id": True}, "ref_id is True"),
+        ({"sentences": [{"sent": "x" * 10_001}]}, "a phrase has 10,001 characters; at most 10,000"),
+        ({"sentences": [{"sent": "half \ud83d"}]}, "holds half a character"),
+        ({"sentences": [{"sent": 7}]}, "a phrase is 7; give text"),
+    ],
+)
+def test_bad_grefs_are_named(grefs, change, message):
+    grefs.refs[1].update(change)
+    with pytest.raises(ValueError, match=rf"grefs\(unc\)\.json, .*{message}"):
+        write_grefs(grefs).read(1)
+
+
+def test_grefs_are_never_unpickled(grefs):
+    write_grefs(grefs)
+    (grefs.root / "grefcoco" / "grefs(unc).json").write_bytes(pickle.dumps(grefs.refs))
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        open_records("refer", grefs.root, "grefcoco/unc")
+    (grefs.root / "grefcoco" / "grefs(unc).json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        open_records("refer", grefs.root, "grefcoco/unc")
+
+
+# One's own folder
+
+
+@pytest.fixture
+def mine(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name)
+    return folder
+
+
+LINE = {"file_name": "a.jpg", "sentences": ["a cat"], "mask": [rectangle(*A)]}
+
+
+def open_lines(folder, *lines):
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "metadata.jsonl").write_bytes(b"\n\n".join(lines))
+    return open_records("folder", folder)
+
+
+def test_what_is_left_out_is_filled_in(mine):
+    records = open_lines(
+        mine,
+        LINE,
+        LINE | {"file_name": "b.jpg", "mask": None, "split": "val"},
+        LINE | {"file_name": "./b.jpg", "ref_id": 0, "category": "cat", "bbox": [1, 2, 3.5, 4], "image_id": None},
+        LINE | {"image_id": 0, "ann_id": 9},
+        LINE | {"file_name": "b.jpg", "mask": rle(pixels(B))},
+    )
+    splits, rows, sizes = zip(*(records.read(index) for index in range(5)))
+    assert records.name == "mine" and splits == ("train", "val", "train", "train", "train")
+    assert set(sizes) == {(HEIGHT, WIDTH)}
+    assert [row["ref_id"] for row in rows] == [1, 2, 0, 3, 4]
+    assert [row["ann_id"] for row in rows] == [1, -1, 0, 9, 4]
+    assert [row["image_id"] for row in rows] == [0, 1, 1, 0, 1]
+    assert [row["category"] for row in rows] == ["", "", "cat", "", ""]
+    left, top, right, bottom = B
+    assert rows[4]["bbox"] == [left, top, right - left, bottom - top]
+    assert rows[1]["bbox"] == [0, 0, 0, 0] and rows[2]["bbox"] == [1, 2, 3.5, 4]
+    loaded = load_records(records)
+    assert not loaded["val"][0]["mask"].any() and loaded["train"].num_rows == 4
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n([^`]*Path\(\"mine\")([^`]*)```", text)
+    exec("".join(example), {})
+    expected = {"train": [["the ball", "round thing on the left"]], "val": [["the gate"], ["a dog"]]}
+    assert capsys.readouterr().out.strip() == str(expected)
+
+
+def outside(folder):
+    """A photograph beside the folder, and links to it."""
+    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(folder.parent / "secret.jpg")
+    PIL.Image.fromarray(pixels(A)).save(folder.parent / "secret.png")
+    (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
+    (folder / "link.png").symlink_to("../secret.png")
+    (folder / "up").symlink_to("..")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "inner.jpg").symlink_to("a.jpg")
+
+
+NESTED = b'{"file_name": "a.jpg", "sentences": ["x"], "mask": ' + b"[" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff\xfe\x00", "can't decode"),
+        (NESTED, "a field is missing or not of metadata.jsonl's type .*RecursionError"),
+        (b"3", "a field is missing or not of metadata.jsonl's type"),
+        ({"file_name": "a.jpg", "mask": None}, "a field is missing .*'sentences'"),
+        ({"file_name": "a.jpg", "sentences": ["x"]}, "a field is missing .*'mask'"),
+        (LINE | {"file_name": "/etc/passwd"}, "'/etc/passwd' is not inside"),
+        (LINE | {"file_name": "../secret.jpg"}, "is not inside"),
+        (LINE | {"file_name": "sub/../../secret.jpg"}, "is not inside"),
+        (LINE | {"file_name": ""}, "'' is not inside"),
+        (LINE | {"file_name": "up/secret.jpg"}, "up/secret.jpg is a link that leads out"),
+        (LINE | {"file_name": "link.jpg"}, "link.jpg is a link that leads out"),
+        (LINE | {"file_name": "loop.jpg"}, "cannot be read|does not exist"),
+        (LINE | {"file_name": "pipe.jpg"}, "no regular file"),
+        (LINE | {"file_name": "\0.jpg"}, "cannot be read"),
+        (LINE | {"file_name": "\ud800.jpg"}, "half a character"),
+        (LINE | {"file_name": "x" * 5000}, "the file name has 5,000 characters"),
+        (LINE | {"file_name": "x" * 300}, "cannot be read"),
+        (LINE | {"file_name": 3}, "the file name is 3"),
+        (LINE | {"file_name": "none.jpg"}, "none.jpg does not exist; the layout of a folder is"),
+        (LINE | {"file_name": "drawing.eps"}, "cannot be read .cannot identify"),
+        (LINE | {"mask": "link.png"}, "is a link that leads out"),
+        (LINE | {"mask": "../secret.png"}, "is not inside"),
+        (LINE | {"mask": "none.png"}, "mask .*none.png does not exist"),
+        (LINE | {"mask": "a.jpg"}, "mask .*a.jpg cannot be read"),
+        (LINE | {"mask": 3}, "mask is 3; give a PNG's path, polygons, RLE or null"),
+        (LINE | {"mask": []}, "has no mask"),
+        (LINE | {"mask": rectangle(*A)}, "is no polygon"),
+        (LINE | {"mask": [[1, 1, 5, 5]]}, "is no polygon"),
+        (LINE | {"mask": [[1, 1, 5, float("nan"), 6, 6]]}, "is no polygon"),
+        (LINE | {"mask": [[1, 1, 5, 1e300, 6, 6]]}, "is no polygon"),
+        (LINE | {"mask": [["x" * 10**6] * 6]}, "could not convert"),
+        (LINE | {"mask": [[[1, 1], [5, 5], [6, 6]]]}, "is no polygon"),
+        (LINE | {"mask": {"size": [WIDTH, HEIGHT], "counts": [1200]}}, "the mask is"),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": [1200.5, "a"]}}, ""),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": "o" * 99}}, "not COCO's compressed counts"),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": "Pooo" * 9}}, "not COCO's compressed counts"),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": "~!"}}, "not COCO's compressed counts"),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": ""}}, "not COCO's compressed counts"),
+        (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": None}}, "a field is missing or not"),
+        (LINE | {"mask": {"size": HEIGHT, "counts": [1200]}}, "a field is missing or not"),
+        (LINE | {"sentences": "a cat"}, "sentences is 'a cat'; give a list"),
+        (LINE | {"sentences": []}, "is empty"),
+        (LINE | {"sentences": ["a cat", " \t"]}, "is empty"),
+        (LINE | {"sentences": [None]}, "a phrase is None"),
+        (LINE | {"sentences": ["x" * 10**7]}, "a phrase has 10,000,000 characters"),
+        (LINE | {"bbox": [0, 0, float("nan"), 1]}, r"has the bbox \[0, 0, nan, 1\]"),
+        (LINE | {"bbox": [0, 0, float("inf"), 1]}, "has the bbox"),
+        (LINE | {"bbox": [0, 0, 10**400, 1]}, "a field is missing or not"),
+        (LINE | {"bbox": "abcd"}, "has the bbox 'abcd'"),
+        (LINE | {"ref_id": "7"}, "ref_id is '7'"),
+        (LINE | {"ref_id": 1.0}, "ref_id is 1.0"),
+        (LINE | {"ref_id": False}, "ref_id is False"),
+        (LINE | {"ann_id": -(2**63) - 1}, "ann_id is -9"),
+        (LINE | {"image_id": "7"}, "image_id is '7'"),
+        (LINE | {"image_id": 8}, "image_id is 8, but 7 in another line with this image"),
+        (LINE | {"split": "../up"}, "cannot name a split"),
+        (LINE | {"split": "x" * 65}, "cannot name a split"),
+        (LINE | {"split": 3}, "a field is missing or not"),
+        (LINE | {"category": ["cat"]}, "the category is"),
+    ],
+)
+def test_bad_lines_are_named(mine, line, message):
+    outside(mine)
+    os.mkfifo(mine / "pipe.jpg")
+    (mine / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EOF\n")
+    records = open_lines(mine, LINE | {"image_id": 7}, line, LINE | {"file_name": "inner.jpg"})
+    with pytest.raises((ValueError, OSError), match=rf"(?s)metadata\.jsonl, line 3: .*{message}") as caught:
+        records.read(1)
+    assert len(str(caught.value)) < 2_000 and str(caught.value).encode()
+    for index in (0, 2):  # the others are not held up
+        split, row, size = records.read(index)
+        records.check(row, size)
+
+
+def test_a_folders_annotations_must_be_its_own(mine):
+    (mine.parent / "secret.jsonl").write_text(json.dumps(LINE))
+    (mine / "metadata.jsonl").symlink_to("../secret.jsonl")
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        open_records("folder", mine)
+    (mine / "metadata.jsonl").unlink()
+    (mine / "train").symlink_to(mine.parent / "elsewhere")
+    (mine.parent / "elsewhere").mkdir()
+    (mine.parent / "secret.jsonl").rename(mine.parent / "elsewhere" / "metadata.jsonl")
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        open_records("folder", mine)
+
+
+def test_a_data_folder_may_be_a_link(mine):
+    open_lines(mine, LINE)
+    (mine.parent / "alias").symlink_to(mine)
+    assert load_records(open_records("folder", mine.parent / "alias"))["train"].num_rows == 1
+
+
+def test_images_that_broke_are_named(mine):
+    records = open_lines(mine, LINE)
+    split, row, size = records.read(0)
+    (mine / "a.jpg").write_bytes((mine / "a.jpg").read_bytes()[:-200])
+    with pytest.raises(OSError, match="ref_id 0: image .*a.jpg cannot be read"):
+        records.check(row, size)
+
+
+# PNG masks
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, 1], None),
+        ([0, 255], None),
+        ([0, 1, 255], r"holds the values \[1, 255\]"),
+        ([0, 7], r"holds the values \[7\]; write 0 outside"),
+        ([0, 254], r"holds the values \[254\]"),
+    ],
+)
+def test_values_of_a_mask(tmp_path, values, message):
+    mask = np.resize(np.array(values, dtype=np.uint8), (HEIGHT, WIDTH))
+    PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+    if message is None:
+        np.testing.assert_array_equal(coco_mask.decode(read_mask(tmp_path / "mask.png", mask.shape, "")), mask > 0)
+    else:
+        with pytest.raises(ValueError, match=message):
+            read_mask(tmp_path / "mask.png", mask.shape, "")
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_modes_of_a_mask(tmp_path, mode):
+    mask = pixels(A)
+    image = PIL.Image.fromarray(mask).convert(mode) if mode != "P" else PIL.Image.fromarray(mask)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 200, 9])
+    elif mode == "1":
+        image = PIL.Image.fromarray(mask > 0)
+    image.save(tmp_path / "mask.png")
+    if mode in ("1", "P"):
+        np.testing.assert_array_equal(coco_mask.decode(read_mask(tmp_path / "mask.png", mask.shape, "")), mask)
+    else:
+        with pytest.raises(ValueError, match=f"has the mode {mode}; write one channel"):
+            read_mask(tmp_path / "mask.png", mask.shape, "")
+
+
+def test_masks_that_are_none(tmp_path):
+    path, size = tmp_path / "mask.png", (HEIGHT, WIDTH)
+    PIL.Image.fromarray(pixels(A).T.copy()).save(path)
+    with pytest.raises(ValueError, match="is 40 x 30 pixels .* but its image is 30 x 40"):
+        read_mask(path, size, "")
+    whole = path.read_bytes()
+    header = whole.index(b"IHDR") + 4
+    for broken in (
+        whole[:60],
+        b"",
+        pickle.dumps([1]),
+        whole[:header] + (2**31 - 1).to_bytes(4, "big") * 2 + whole[header + 8 :],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises((OSError, ValueError), match="mask .*(cannot be read|pixels)"):
+            read_mask(path, (WIDTH, HEIGHT), "")
+
+
+# CRIS and the Hub's tables
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segment_id": "../../secret"}, "segment_id is '../../secret'; give a whole number"),
+        ({"segment_id": 999}, "mask .*999.png does not exist; the CRIS layout is"),
+        ({"segment_id": 111}, "entry 0: mask .*111.png is"),
+        ({"img_name": "../train2014/first.jpg"}, "is not inside"),
+        ({"img_name": ["first.jpg"]}, "the file name is"),
+        ({"img_name": "none.jpg"}, "image .*none.jpg does not exist; the CRIS layout is"),
+        ({"cat": 80}, "cat is 80; give one of COCO's 80"),
+        ({"cat": -1}, "cat is -1"),
+        ({"bbox": [1, 2, 3]}, "entry 0: "),
+        ({"bbox": [1, 2, 3, float("nan")]}, "has the bbox"),
+        ({"bbox": None}, "not of CRIS's type"),
+        ({"sentences": [{"sent": ""}]}, "is empty"),
+        ({"sentences": ["a cat"]}, "not of CRIS's type"),
+    ],
+)
+def test_bad_cris_records_are_named(tmp_path, change, message):
+    arguments = small_set(tmp_path).write_cris(tmp_path / "out")
+    path = tmp_path / "out" / "anns" / "set" / "train.json"
+    records = json.loads(path.read_text())
+    records[0].update(change)
+    path.write_text(json.dumps(records + [5]))
+    PIL.Image.fromarray(pixels(A)[1:]).save(tmp_path / "out" / "masks" / "set" / "111.png")
+    records = open_records(**arguments)
+    with pytest.raises(
+        (ValueError, OSError), match=rf"train\.json, {'' if 'entry' in message else 'entry 0: .*'}{message}"
+    ):
+        records.read(0)
+    records.read(2)
+    with pytest.raises(ValueError, match="entry 4: a field is missing"):
+        records.read(4)
+
+
+def test_cris_files_must_be_its_own(tmp_path):
+    arguments = small_set(tmp_path).write_cris(tmp_path / "out")
+    mask, train = tmp_path / "out" / "masks" / "set" / "110.png", tmp_path / "out" / "anns" / "set" / "train.json"
+    mask.rename(tmp_path / "secret.png")
+    mask.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="entry 0: .*110.png is a link that leads out"):
+        open_records(**arguments).read(0)
+    train.rename(tmp_path / "secret.json")
+    train.symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="train.json is a link that leads out"):
+        open_records(**arguments)
+    for content, message in ((b"{}", "holds a dict, not a list"), (pickle.dumps([]), "is not a JSON file")):
+        train.unlink()
+        train.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_records(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"raw_anns": "{"}, "entry 0: Expecting property name"),
+        ({"raw_anns": "[" * 100_000}, "RecursionError"),
+        ({"raw_anns": "[]"}, "not of the table's type"),
+        ({"raw_anns": None}, "not of the table's type"),
+        ({"raw_image_info": "{}"}, "a field is missing .*'id'"),
+        ({"ann_id": 99}, "ref_id 110: ann_id 99 is not in"),
+        ({"image_id": 99}, "image_id 99 is not in"),
+        ({"category_id": 12}, "category_id 12 is not in"),
+        ({"ref_id": None}, "ref_id is None"),
+        ({"sentences": None}, "not of REFER's type"),
+        ({"split": None}, "not of REFER's type"),
+    ],
+)
+def test_bad_rows_of_a_table_are_named(tmp_path, change, message):
+    arguments = small_set(tmp_path).write_hub_table(tmp_path / "out")
+    path = tmp_path / "out" / "data" / "train-00000-of-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0].update(change)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    records = open_records(**arguments)
+    with pytest.raises(ValueError, match=message):
+        records.read(0)
+    records.read(1)
+
+
+def test_images_of_a_table_must_be_in_their_folder(tmp_path):
+    refer_set = small_set(tmp_path)
+    refer_set.instances["images"][0]["file_name"] = "../../refcoco/instances.json"
+    records = open_records(**refer_set.write_hub_table(tmp_path / "out"))
+    with pytest.raises(ValueError, match="instances.json' is not inside"):
+        records.read(0)
+
+
+def test_broken_tables_are_named(tmp_path):
+    arguments = small_set(tmp_path).write_hub_table(tmp_path / "out")
+    path = tmp_path / "out" / "data" / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["raw_anns", "split"]), path)
+    with pytest.raises(ValueError, match=r"no table like jxu124/refcoco \(the columns raw_anns, split are missing\)"):
+        open_records(**arguments)
+    for content in (b"", pickle.dumps([1]), b"PAR1" + bytes(99)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="train-.*parquet is no table like jxu124/refcoco"):
+            open_records(**arguments)
+    path.unlink()
+    path.symlink_to(tmp_path / "secret.parquet")
+    pq.write_table(table, tmp_path / "secret.parquet")
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        open_records(**arguments)
+
+
+def test_images_of_refer_are_not_linked_away(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write()
+    shutil.move(folder.images / "first.jpg", tmp_path / "first.jpg")
+    (folder.images / "first.jpg").symlink_to(tmp_path / "first.jpg")
+    records = open_records("refer", folder.root, "refcoco/unc")
+    with pytest.raises(ValueError, match=r"ref_id 110: .*first.jpg is a link that leads out"):
+        records.read(0)
+    (folder.images / "first.jpg").unlink()
+    (folder.root / "pool").mkdir()
+    shutil.move(tmp_path / "first.jpg", folder.root / "pool" / "1.jpg")
+    (folder.images / "first.jpg").symlink_to("../../pool/1.jpg")
+    assert len(load_records(records)["train"]) == sum(ref["split"] == "train" for ref in folder.refs)
+    shutil.move(folder.images, tmp_path / "elsewhere")  # the folder of images as a whole may be elsewhere
+    folder.images.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "first.jpg").unlink()
+    shutil.copy(folder.root / "pool" / "1.jpg", tmp_path / "elsewhere" / "first.jpg")
+    records.read(0)
+    assert len(MASKS) == len(records)
