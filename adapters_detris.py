@@ -450,6 +450,21 @@ class DetrisAdapterConfig(PeftConfig):
         dense = "detris" in self.peft_method
         return (self.vision_adapter_layers, self.text_adapter_layers) if dense else ([], [])
 
+    def _check_fields(self, model: PreTrainedModel) -> None:
+        type(model.config)(**model.config.to_dict() | fields_of(self, ADAPTER_FIELDS))
+
+    def check_sizes(self, model: PreTrainedModel, sizes: set[int]) -> None:
+        """Refuse widths that none of the saved tensors' `sizes` has with a `ValueError`, before memory is taken."""
+        self._check_fields(model)
+        vision_layers, text_layers = self.dense_layers
+        for name, used in (
+            ("vision_adapter_dim", vision_layers),
+            ("text_adapter_dim", text_layers),
+            ("lora_rank", self.has_lora),
+        ):
+            if used and getattr(self, name) not in sizes:
+                raise ValueError(f"its configuration has {name} {getattr(self, name)}, but none of its tensors has.")
+
     def check_model(self, model: PreTrainedModel) -> None:
         """
         Refuse a model whose configuration or backbones are not those that the adapters were trained with.
@@ -458,7 +473,7 @@ class DetrisAdapterConfig(PeftConfig):
             ValueError: if they differ, or a field has a value that cannot work; the message names both sides, or field
                 and value.
         """
-        type(model.config)(**model.config.to_dict() | fields_of(self, ADAPTER_FIELDS))
+        self._check_fields(model)
         for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
             linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
             own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]
@@ -597,6 +612,11 @@ class DetrisTuner(BaseTuner):
         remove_adapters(self.model)
         self.model.peft_config, self.model.config.peft_method = {}, "none"
         return self.model
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"adapter_name is {adapter_name}: adapters cannot be added up, so activate one.")
+        super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.active_adapter = discard_adapters(self.model, [adapter_name], self.active_adapters)

@@ -39,7 +39,7 @@ An image and a phrase go in, the mask of what the phrase names comes out: DETRIS
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True{backbones}).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 inputs = processor(images=Image.open("photo.jpg"), text=["{phrase}"], return_tensors="pt")
 original_sizes, image_index = inputs.pop("original_sizes"), inputs["image_index"]
@@ -69,12 +69,12 @@ DINOv2 under Apache 2.0, CLIP under MIT. Photographs of COCO, if it was trained 
 """
 
 ADAPTER_USE = """
-This repository holds adapters and head alone; the frozen backbones are loaded from where they are published, and
-checked by a digest. More adapters can share them:
+This repository holds adapters and head alone; the frozen backbones are loaded from {place}, and checked by a digest.
+More adapters can share them:
 
 ```python
-model.load_adapter("{name}", adapter_name="another")  # or peft.PeftModel.from_pretrained(model, "{name}", "another")
-model.set_adapter("another")
+model.load_adapter("someone/another-adapter", adapter_name="another")  # and activates it
+model.set_adapter("default")
 ```
 """
 
@@ -155,6 +155,7 @@ def make_model_card(
         figures = " | ".join(f"{100 * result[metric]:.2f}" if metric in result else "" for metric in metrics)
         lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")
     vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
+    place = "where they are published" if hub_sources else "the folders that you name"
     return ModelCard(
         CARD.format(
             metadata=metadata.to_yaml().strip(),
@@ -169,6 +170,7 @@ def make_model_card(
             dataset=dataset or "not said",
             results="\n".join(lines) if results else "None measured.",
             phrase=EXAMPLE_PHRASE,
-            adapter_use=ADAPTER_USE.format(name=name) if adapter_only else "",
+            adapter_use=ADAPTER_USE.format(place=place) if adapter_only else "",
+            backbones=', vision_backbone="…", text_backbone="…"' if adapter_only and not hub_sources else "",
         )
     )

@@ -9,6 +9,7 @@ with `R` registers, `D` vision width, `C` text width, `S` width of the sentence 
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,10 @@ def _commit_of(source: str, revision: str | None) -> str | None:
     if os.path.exists(source):
         return None
     return getattr(resolve_revision(source, revision), "resolved", revision)
+
+
+def _place_of(source: str | os.PathLike) -> str:
+    return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
 
 
 class _TextTower(CLIPTextModelWithProjection):
@@ -473,9 +478,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             repo_id (`str`, *optional*): the repository on the Hub that it is meant for.
 
         Raises:
-            ValueError: if there is no such adapter, or the backbones have been trained too.
+            ValueError: if there is no such adapter, the backbones have been trained too, or lie in that folder.
         """
         self._check_known([adapter_name])
+        self.check_adapter_target(save_directory)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype!r}: give a floating-point type such as torch.bfloat16.")
+        if push_to_hub and not repo_id:
+            raise ValueError("push_to_hub needs repo_id: name the repository, such as 'someone/detris-adapter'.")
         if not self.config.freeze_backbones:
             raise ValueError(
                 "freeze_backbones is False, so the backbones are not what they came from: save the whole model by "
@@ -494,21 +504,34 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f"{SAFETENSORS_WEIGHTS_NAME}.tmp"  # what was there stays until the new is whole
+        try:
+            save_file(
+                {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+                scratch,
+                metadata={"format": "pt"},
+            )
+            scratch.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        finally:
+            scratch.unlink(missing_ok=True)
         custom_object_save(self, folder, config)
         config.save_pretrained(folder)
         adapter_config.save_pretrained(folder)
-        save_file(
-            {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
-            folder / SAFETENSORS_WEIGHTS_NAME,
-            metadata={"format": "pt"},
-        )
-        for file in folder.glob("model*.safetensors*"):  # of a whole model that was saved here before
-            file.unlink()
+        for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+            for file in folder.glob(pattern):  # of a whole model that was saved here before
+                file.unlink()
         if push_to_hub:
             huggingface_hub.create_repo(repo_id, exist_ok=True)
             huggingface_hub.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message="Upload adapters and head"
             )
+
+    def check_adapter_target(self, save_directory: str | os.PathLike) -> None:
+        """Refuse the folder of the backbones with a `ValueError`: adapters saved there would replace them."""
+        for source in (self.config.vision_backbone, self.config.text_backbone, self.name_or_path):
+            if source and os.path.realpath(source) == os.path.realpath(save_directory):
+                if find_adapter_config_file(source) is None:  # adapters of its own may be saved over
+                    raise ValueError(f"{save_directory} holds the backbones: save the adapters to another folder.")
 
     def _adapter_state_dict(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """Tensors of an adapter and its head, by the names that PEFT saves them under."""
@@ -553,6 +576,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 adapters were trained in other backbones.
         """
         source = pretrained_model_name_or_path
+        # Where AutoModel comes from adapters that PEFT has saved to the model that they name as theirs.
+        adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        if adapter is not None and os.fspath(adapter) != os.fspath(source):
+            model = cls.from_pretrained(source, *args, **kwargs)
+            model.delete_adapter(BUILT_IN_ADAPTER)
+            model.load_adapter(adapter, is_trainable=True, adapter_kwargs=adapter_kwargs)
+            return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         if source is not None and find_adapter_config_file(source, **hub_kwargs) is not None:
             model = cls._from_adapter(source, hub_kwargs, kwargs)
@@ -582,6 +613,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         if config is None:
             config = DetrisConfig.from_pretrained(source, **kwargs)
         for part in ("vision", "text"):
+            if getattr(config, f"{part}_backbone") == os.fspath(source):
+                raise ValueError(f"{source} holds adapters and names itself as its {part} backbone: get it anew.")
             if getattr(config, f"{part}_backbone") is None:
                 raise ValueError(
                     f"{source} holds adapters and does not say which {part} backbone they were trained in: give "
@@ -601,6 +634,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 f"they lie elsewhere, give vision_backbone= and text_backbone=. ({error})"
             ) from error
         model = cls(config, vision_model, text_model)
+        model.name_or_path = os.fspath(source)
         model.load_adapter(source, is_trainable=True, **hub_kwargs)
         if "attn_implementation" in kwargs:
             model.set_attn_implementation(kwargs["attn_implementation"])
@@ -647,9 +681,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         config_fields |= {
             "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
             "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
-            "vision_backbone": os.fspath(vision),
+            "vision_backbone": _place_of(vision),
             "vision_backbone_revision": _commit_of(vision, vision_revision),
-            "text_backbone": os.fspath(text),
+            "text_backbone": _place_of(text),
             "text_backbone_revision": _commit_of(text, text_revision),
         }
         config = DetrisConfig(**config_fields)
@@ -740,9 +774,13 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
                 if adapter_name in parts | {NO_ADAPTER}:
                     raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
+                sizes = {size for tensor in tensors.values() for size in tensor.shape}
+                adapter_config.check_sizes(self, sizes)
                 adapter_config.inference_mode = not is_trainable
                 adapter_config.modules_to_save = list(HEAD_MODULES)  # or they would replace the model's own head
-                inject_adapter_in_model(adapter_config, self, adapter_name)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+                    inject_adapter_in_model(adapter_config, self, adapter_name)
             else:
                 adapter_config.check_model(self)
                 self._check_same_adapters(present, adapter_config)
@@ -777,6 +815,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         """Activate an adapter, and its head, by name; see [`load_adapter`]."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_known(names)
+        if len(names) != 1:
+            raise ValueError(f"adapter_name is {names}: adapters cannot be added up, so activate one.")
         # transformers' own would fail where the head of the built-in adapter is the model's own.
         activate_adapters(self, names)
 
@@ -814,7 +854,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             yield
         finally:
             self.enable_adapters()
-            self.set_adapter(active)
+            activate_adapters(self, [name for name in active if name in self.peft_config])
             if disabled:
                 self.disable_adapters()
             for parameter, flag in requires_grad:
@@ -934,7 +974,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     def _segment_by_adapter(self, adapter_names, pixel_values, input_ids, padding, image_index) -> torch.Tensor:
         if self.training:
             raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time.")
-        if len(adapter_names) != len(input_ids):
+        if isinstance(adapter_names, str) or len(adapter_names) != len(input_ids):
             raise ValueError(
                 f"There are {len(adapter_names)} adapter_names for {len(input_ids)} phrases: give one each."
             )

@@ -263,7 +263,7 @@ def test_after_deleting_the_active_adapter_one_is_active_in_all_layers(trained, 
     left = "maps" if gone == ["drawings"] else "photos"
     assert_active(model, left)
     assert torch.equal(logits_of(model), trained.logits[left])
-    assert list(model.peft_config)[-1] == left
+    assert not any(parameter.requires_grad for parameter in model.parameters())  # it was not loaded to be trained
 
 
 def test_a_deleted_adapter_leaves_nothing_in_a_whole_checkpoint(trained, tmp_path):
@@ -868,3 +868,83 @@ def test_an_adapter_brings_its_head_whatever_its_configuration_says(trained, dam
     assert torch.equal(logits_of(model), trained.logits["photos"])
     model.set_adapter("default")
     assert torch.equal(logits_of(model), trained.logits["bare"])
+
+
+@pytest.mark.parametrize("base", ["photos/whole", "photos/adapter"])
+def test_adapters_saved_by_peft_are_found_through_the_model_that_they_name(trained, tmp_path, base):
+    """As `AutoModel.from_pretrained` does: it loads the model, and hands over where it comes from."""
+    model = DetrisForReferringSegmentation.from_pretrained(str(trained.folder / base))
+    by_peft = PeftModel.from_pretrained(model, trained.folder / "maps" / "adapter", adapter_name="maps")
+    by_peft.save_pretrained(tmp_path, selected_adapters=["maps"])
+    named = json.loads((tmp_path / "maps" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(trained.folder / base)
+    loaded = DetrisForReferringSegmentation.from_pretrained(
+        named, adapter_kwargs={"_adapter_model_path": str(tmp_path / "maps")}
+    )
+    assert torch.equal(logits_of(loaded), trained.logits["maps"])
+
+
+def test_adapters_are_never_saved_over_their_backbones(trained, tmp_path):
+    whole, vision = tmp_path / "whole", tmp_path / "vision"
+    shutil.copytree(trained.folder / "photos" / "whole", whole)
+    shutil.copytree(trained.folder / "vision", vision)
+    (tmp_path / "model_notes.safetensors").write_text("kept")
+    of_parts = DetrisForReferringSegmentation.from_backbones(vision, trained.folder / "text", **BACKBONE_FIELDS)
+    for model, folder in ((DetrisForReferringSegmentation.from_pretrained(whole), whole), (of_parts, vision)):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match="holds the backbones: save the adapters to another folder"):
+            model.save_adapter(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        model.save_adapter(tmp_path)
+    assert (tmp_path / "model_notes.safetensors").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dtype": torch.int8}, "dtype is torch.int8: give a floating-point type"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16': give a floating-point type"),
+        ({"push_to_hub": True}, "push_to_hub needs repo_id"),
+    ],
+)
+def test_bad_arguments_of_save_adapter_leave_no_folder(trained, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trained.whole["bare"].save_adapter(tmp_path / "folder", **arguments)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_disk_that_is_full_leaves_the_adapters_that_were_there(trained, tmp_path, monkeypatch):
+    model = sharing(trained)
+    model.save_adapter(tmp_path, "photos")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_adapter(tmp_path, "maps")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_one_adapter_is_active_at_a_time(trained, way):
+    model = sharing(trained, way)
+    with pytest.raises(ValueError, match="adapters cannot be added up, so activate one"):
+        (model.base_model if way == "PeftModel" else model).set_adapter(["photos", "maps"])
+    assert torch.equal(logits_of(model), trained.logits[list(ADAPTERS)[-1]])
+
+
+def test_without_adapters_phrases_still_take_the_bare_backbones(trained):
+    model = copy.deepcopy(trained.whole["bare"])
+    model.delete_adapter("default")
+    torch.testing.assert_close(logits_of(model, **INPUTS, adapter_names=["__base__"] * 2), trained.logits["bare"])
+
+
+def test_adapters_that_name_themselves_as_backbone_are_refused(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained.folder / "photos" / "adapter", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_backbone": str(folder)}))
+    with pytest.raises(ValueError, match="names itself as its vision backbone"):
+        DetrisForReferringSegmentation.from_pretrained(folder)

@@ -468,6 +468,14 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_changed(fields,
     assert list(model.state_dict()) == names and torch.equal(model(**inputs).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("method", "fields"), [("lora", {"vision_adapter_layers": [9]}), ("detris", {"lora_target_modules": ["out_proj"]})]
+)
+def test_what_a_method_does_not_use_is_not_looked_at(method, fields):
+    model = get_peft_model(small_model(small_config(**BARE)), adapter_config(method, **fields))
+    assert bool(adapter_layers(model)) == (method == "detris")
+
+
 @pytest.mark.parametrize("fields", [{"lora_target_modules": ["out_proj"]}, {"lora_rank": 0}])
 def test_a_model_is_not_built_with_a_config_that_cannot_work(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
