@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
+from data.mixture import SEPARATOR, Member, mix, parse_mixture
+from data.prepare import SUMMARY
 from data.refer import FEATURES, load_refer
 from data.shapes import load_shapes
 from gallery import Sample, draw_sample
@@ -57,7 +60,6 @@ from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
-MIXTURE = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
 QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "8bit": {"load_in_8bit": True},
@@ -130,9 +132,13 @@ class DataArguments:
     dataset: str = field(
         default="shapes",
         metadata={
-            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by save_to_disk, or several "
-            "that are trained on together, as 'refcoco/unc + refcoco+/unc': the first one's other splits are taken."
+            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by data.prepare or "
+            "save_to_disk, or several that are trained on together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the "
+            "first one's other splits are taken."
         },
+    )
+    keep_leaks: bool = field(
+        default=False, metadata={"help": "Keep training images of a mixture that are in any split tested on."}
     )
     data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
     shapes_config: dict | str | None = field(
@@ -285,7 +291,8 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
     if name == "shapes":
         splits = load_shapes(**args.shapes_config)
     elif Path(name).is_dir():
-        splits = datasets.load_from_disk(name)
+        prepared = Path(name, SUMMARY).exists()
+        splits = datasets.load_dataset(name) if prepared else datasets.load_from_disk(name)
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
         for split, rows in splits.items():
@@ -300,36 +307,6 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
     else:
         splits = load_refer(args.data_root, *name.partition("/")[::2])
     return splits.cast_column("image", datasets.Image(decode=False))
-
-
-def mix_splits(parts: dict[str, datasets.DatasetDict], train_split: str) -> datasets.DatasetDict:
-    """The first data set's splits, with the training rows of all of them together.
-
-    Rows leave training whose image is in any other split of any part. The official mixture keeps them, so that it
-    trains on images that it is tested on. `image_id` must mean the same in all parts, as COCO's does.
-
-    Raises:
-        ValueError: a part has no rows to train on.
-    """
-    held_out = {
-        image_id
-        for splits in parts.values()
-        for name, rows in splits.items()
-        if name != train_split
-        for image_id in rows["image_id"]
-    }
-    training = []
-    for name, splits in parts.items():
-        rows = select_split(splits, train_split, None)
-        leaks = [image_id in held_out for image_id in rows["image_id"]]
-        phrases = sum(len(sentences) for sentences, leak in zip(rows["sentences"], leaks) if leak)
-        logger.warning(
-            f"{name}: {sum(leaks)} of {len(rows)} objects ({phrases} phrases) leave training, for their images are in "
-            "another split of the mixture."
-        )
-        training.append(rows.select([index for index, leak in enumerate(leaks) if not leak]))
-    first = next(iter(parts.values()))
-    return datasets.DatasetDict(first | {train_split: datasets.concatenate_datasets(training)})
 
 
 def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
@@ -355,20 +332,18 @@ def load_rows(
 
     @functools.cache
     def splits_of(name: str) -> datasets.DatasetDict:
-        parts = name.split(MIXTURE)
-        if len(parts) == 1:
-            return load_splits(name, args)
-        if len(set(parts)) < len(parts) or not all(parts):
-            raise ValueError(
-                f"The mixture {name!r} names a data set twice or none: give 'refcoco/unc + refcoco+/unc'."
-            )
-        return mix_splits({part: splits_of(part) for part in parts}, args.train_split)
+        return load_splits(name, args)
 
+    members = parse_mixture(args.dataset, args.train_split)
+    first_set = members[0].name
     train_rows = eval_rows = None
     if do_train:
-        train_rows = select_split(splits_of(args.dataset), args.train_split, args.max_train_samples)
+        if len(members) == 1:
+            train_rows = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
+        else:
+            train_rows = _mix(members, splits_of, args)
     if do_eval:
-        eval_rows = select_split(splits_of(args.dataset), args.eval_split, args.max_eval_samples)
+        eval_rows = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples)
         if args.eval_first_phrase_only:
             first = [sentences[:1] for sentences in eval_rows["sentences"]]
             feature = eval_rows.features["sentences"]
@@ -376,9 +351,28 @@ def load_rows(
     test_rows = {}
     for name in args.test_splits if do_predict else []:
         dataset, _, split = name.rpartition(":")
-        splits = splits_of(dataset.replace(":", "/") or args.dataset)
+        splits = splits_of(dataset.replace(":", "/") or first_set)
         test_rows[name] = select_split(splits, split, args.max_eval_samples)
     return train_rows, eval_rows, test_rows
+
+
+def _mix(
+    members: list[Member], splits_of: Callable[[str], datasets.DatasetDict], args: DataArguments
+) -> datasets.Dataset:
+    """The rows of a mixture, without images of any split that the arguments name for testing; says what has left."""
+    splits, tested = {member.name: splits_of(member.name) for member in members}, []
+    for name in args.test_splits:
+        dataset, _, split = name.rpartition(":")
+        if dataset:
+            tested.append(select_split(splits_of(dataset.replace(":", "/")), split, None))
+    rows, leaks = mix(members, splits, tested, args.keep_leaks)
+    what = "STAY in training, although" if args.keep_leaks else "leave training, for"
+    for leak in leaks:
+        logger.warning(
+            f"{leak.name}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) {what} their images "
+            "are in a split that is tested on."
+        )
+    return rows.take(min(args.max_train_samples or len(rows), len(rows)))
 
 
 def read_image(row: dict) -> Image.Image:
@@ -738,6 +732,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor = build_model(model_args)
     if training_args.do_train and training_args.save_adapter_only and not model.config.freeze_backbones:
         raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
+    if training_args.do_train and training_args.save_adapter_only:
+        model.check_adapter_target(training_args.output_dir)
     if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
         raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
     if training_args.world_size > 1 and training_args.device.type == "cuda":
@@ -784,19 +780,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if lines and trainer.is_world_process_zero():
         print(f"\n{write_table(output_dir, lines)}\n")
     if trainer.is_world_process_zero():
-        write_card(trainer, _name_of(data_args.dataset) if training_args.do_train else "", results)
+        trained_on = _name_of(data_args.dataset) if training_args.do_train else ""
+        write_card(trainer, trained_on, results, data_args.keep_leaks and len(trained_on.split(SEPARATOR)) > 1)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
     return metrics
 
 
-def write_card(trainer: DetrisTrainer, dataset: str, results: list[dict[str, Any]]) -> None:
+def write_card(trainer: DetrisTrainer, dataset: str, results: list[dict[str, Any]], keep_leaks: bool = False) -> None:
     """Write the model card into the output folder.
 
     Args:
         dataset: what was trained on, if anything was.
         results: for each split that was evaluated, `dataset`, `split` and the metrics by `METRIC_NAMES`.
+        keep_leaks: whether a mixture kept images that are tested on.
     """
     args = trainer.args
     origin = "Evaluated with `train_hf.py`."
@@ -806,6 +804,10 @@ def write_card(trainer: DetrisTrainer, dataset: str, results: list[dict[str, Any
             f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}."
         )
+        if keep_leaks:
+            origin += (
+                " Training images that are in a split tested on were kept (`--keep_leaks`): figures are too good."
+            )
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
         trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only

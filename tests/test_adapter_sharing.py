@@ -38,7 +38,7 @@ ADAPTERS = {
     "photos": {"adapter_scale": 0.5},
     "drawings": {
         "peft_method": "detris+lora",
-        "vision_adapter_layers": [2],
+        "vision_adapter_layers": [2, 3],
         "vision_adapter_dim": 16,
         "text_adapter_layers": [1],
         "lora_target_modules": ["q_proj", "k_proj"],
@@ -463,7 +463,8 @@ def test_half_precision_is_that_of_every_tensor(trained, tmp_path):
     full = load_file(trained.folder / "drawings" / "adapter" / "adapter_model.safetensors")
     assert halved.keys() == full.keys()
     for name, tensor in full.items():
-        assert torch.equal(halved[name], tensor.bfloat16() if tensor.is_floating_point() else tensor), name
+        expected = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        assert halved[name].dtype == expected.dtype and torch.equal(halved[name], expected), name
     loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path)
     assert loaded.dtype == torch.float32
     assert 0 < (logits_of(loaded) - trained.logits["drawings"]).abs().max() < 0.05 * trained.logits["drawings"].std()

@@ -1,0 +1,105 @@
+"""Training on several data sets together, without the images that any of them is tested on.
+
+The official mixed training keeps RefCOCO's test images that RefCOCOg trains on, and so on. Here they leave.
+"""
+
+import random
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import datasets
+
+SEPARATOR = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
+MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
+# RefCOCOg's two splits divide the same images, google's even shares images between train and val.
+INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
+
+
+class Member(NamedTuple):
+    """A data set of a mixture: how often its rows are seen in an epoch, its name, and its split to train on."""
+
+    weight: float
+    name: str
+    split: str
+
+
+class Leak(NamedTuple):
+    """What of a data set's training rows lies in images that are tested on."""
+
+    name: str
+    objects: int
+    phrases: int
+    of_objects: int
+
+
+def parse_mixture(mixture: str, train_split: str) -> list[Member]:
+    """Members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`; those without a split have `train_split`.
+
+    Raises:
+        ValueError: a member is no such thing, is named twice, or does not go with another.
+    """
+    members = []
+    for part in mixture.split(SEPARATOR):
+        match = MEMBER.fullmatch(part.strip())
+        if match is None or float(match["weight"] or 1) == 0:
+            raise ValueError(
+                f"The mixture {mixture!r} has the member {part!r}: give weight*name:split with a weight above 0, such "
+                "as 'refcoco/unc + 0.5*refcoco+/unc:train'."
+            )
+        members.append(Member(float(match["weight"] or 1), match["name"], match["split"] or train_split))
+    names = [member.name for member in members]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The mixture {mixture!r} names a data set twice: give it a weight instead.")
+    if INCOMPATIBLE <= set(names):
+        raise ValueError(
+            f"The mixture {mixture!r} has both splits of RefCOCOg, which divide the same images in two ways, google's "
+            "with images in both train and val: take refcocog/umd alone."
+        )
+    return members
+
+
+def mix(
+    members: list[Member],
+    splits: dict[str, datasets.DatasetDict],
+    tested: Iterable[datasets.Dataset] = (),
+    keep_leaks: bool = False,
+    seed: int = 0,
+) -> tuple[datasets.Dataset, list[Leak]]:
+    """
+    Mix the training rows of several data sets.
+
+    Args:
+        members: what to mix.
+        splits: all splits of each member, by its name.
+        tested: further rows that are tested on.
+        keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. `image_id` must
+            mean the same in all of them, as COCO's does.
+        seed: chooses the rows of what a weight leaves over: with 1.5 half of the rows are seen twice.
+
+    Returns:
+        The rows, and for each member what has left, or with `keep_leaks` should have.
+
+    Raises:
+        ValueError: a member has no split of that name, or no rows are left of it.
+    """
+    held_out = {image_id for rows in tested for image_id in rows["image_id"]}
+    for member in members:
+        if member.split not in splits[member.name]:
+            raise ValueError(f"{member.name} has no split {member.split!r}: it has {list(splits[member.name])}.")
+        for split, rows in splits[member.name].items():
+            if split != member.split:
+                held_out.update(rows["image_id"])
+    training, leaks = [], []
+    for member in members:
+        rows = splits[member.name][member.split]
+        leaking = [image_id in held_out for image_id in rows["image_id"]]
+        phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
+        leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
+        kept = [index for index, leaks_out in enumerate(leaking) if keep_leaks or not leaks_out]
+        if not kept:
+            raise ValueError(f"No row of {member.name}, split {member.split!r}, is left to train on.")
+        whole = int(member.weight)
+        rest = random.Random(f"{seed}/{member.name}").sample(kept, round((member.weight - whole) * len(kept)))
+        training.append(rows.select(kept * whole + sorted(rest)))
+    return datasets.concatenate_datasets(training), leaks

@@ -1,0 +1,287 @@
+"""Read referring data once, check every record of it, and keep the rows as Parquet for training.
+
+    python -m data.prepare refer path/to/refer --name refcoco/unc --output prepared/refcoco
+    python -m data.prepare folder path/to/mine --output prepared/mine --push_to_hub someone/mine
+
+The output folder appears when it is whole: `<split>-*.parquet`, a `README.md` by which `datasets` and the Hub know the
+splits, `summary.json`, and `problems.jsonl` with a line for each record that was left out and why. Until then the work
+lies in `<output>.partial`; the same command started again goes on from there.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from datasets.table import embed_table_storage
+from datasets.utils import tqdm
+from pycocotools import mask as coco_mask
+
+from .check import PUBLISHED
+from .refer import FEATURES, RleMask
+from .sources import KINDS, Records, open_records
+
+RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
+ROWS_PER_FILE = 5000
+RESERVED = "all"  # what `datasets` calls all splits together
+SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
+WHOLE = "whole"  # what becomes the output, inside of the folder of work
+STORED = datasets.Features(FEATURES | {"image": datasets.Image(decode=False), "mask": RleMask(decode=False)})
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+{data_files}task_categories:
+- image-segmentation
+---
+
+# {name}
+
+Prepared by `python -m data.prepare`: one row for each referred object. Read it with `import data.refer` and
+`datasets.load_dataset`.
+
+```
+{table}
+```
+
+{left_out}
+"""
+
+_records: Records  # of the worker processes, which are forked so that they share the annotations
+
+
+def prepare(
+    records: Records, output: str | os.PathLike, num_proc: int = 2, strict: bool = False, embed_images: bool = False
+) -> dict:
+    """
+    Write the rows of `records` to the folder `output`.
+
+    Args:
+        records: from `open_records`.
+        output: folder to make.
+        num_proc: processes that read.
+        strict: whether to stop at the first bad record instead of leaving it out.
+        embed_images: whether to copy the image files in; otherwise rows hold their paths.
+
+    Returns:
+        What `summary.json` holds: the `fingerprint` of all rows, and figures of each split.
+
+    Raises:
+        FileExistsError: the output is there already.
+        ValueError: there are no good records, or one is bad and `strict` is set.
+        OSError: a file that a record names is missing or unreadable and `strict` is set.
+    """
+    output = Path(output).absolute()
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} exists: name a folder that does not, or remove it to prepare it anew.")
+    if not len(records):
+        raise ValueError(f"{records.refs} has no records.")
+    work = output.with_name(f"{output.name}.partial")
+    _begin(work, f"{records.fingerprint} in chunks of {RECORDS_PER_CHUNK}\n")
+    _read_chunks(records, work, num_proc, strict)
+    summary = _assemble(records, work, strict, embed_images)
+    (work / WHOLE).rename(output)
+    shutil.rmtree(work)
+    return summary
+
+
+def _begin(work: Path, job: str) -> None:
+    """Go on in a folder that an interrupted run of the same job has left, or make it."""
+    path = work / "job"
+    if work.exists() and not (path.exists() and path.read_text() == job):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    _write(path, job)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is either whole or not there."""
+    scratch = _scratch(path)
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no two processes write the same file
+
+
+def _read_chunks(records: Records, work: Path, num_proc: int, strict: bool) -> None:
+    global _records
+    _records = records
+    starts = range(0, len(records), RECORDS_PER_CHUNK)
+    missing = [start for start in starts if not _is_done(_chunk_files(work, start)[1], strict)]
+    context = multiprocessing.get_context("fork")
+    with (
+        ProcessPoolExecutor(num_proc, context, _end_with_parent) as pool,
+        tqdm(total=len(records), desc=records.name, unit="record") as progress,
+    ):
+        progress.update(len(records) - sum(min(RECORDS_PER_CHUNK, len(records) - start) for start in missing))
+        futures = [pool.submit(_read_chunk, work, start, strict) for start in missing]
+        try:
+            for future in futures:
+                progress.update(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent is killed; it would wait for ever, or write what a later run then finds."""
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _is_done(problems_file: Path, strict: bool) -> bool:
+    return problems_file.exists() and not (strict and problems_file.stat().st_size)
+
+
+def _chunk_files(work: Path, start: int) -> tuple[Path, Path]:
+    return work / f"chunk-{start:09d}.parquet", work / f"chunk-{start:09d}.jsonl"
+
+
+def _read_chunk(work: Path, start: int, strict: bool) -> int:
+    """Read some records and write their rows, then their problems, whose file tells that the chunk is done."""
+    indices = range(start, min(start + RECORDS_PER_CHUNK, len(_records)))
+    rows, problems, sound_images = [], [], set()
+    for index in indices:
+        try:
+            split, row, size = _records.read(index)
+            if split == RESERVED:
+                raise ValueError(f"{_records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
+            if (row["image"], size) not in sound_images:
+                _records.check(row, size)
+                sound_images.add((row["image"], size))
+            rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
+        except (OSError, ValueError) as error:
+            if strict:
+                raise
+            problems.append({"record": index, "reason": str(error)})
+    columns = [*STORED.arrow_schema, pa.field("split", pa.string()), pa.field("record", pa.int64())]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns))
+    rows_file, problems_file = _chunk_files(work, start)
+    scratch = _scratch(rows_file)
+    pq.write_table(table, scratch)
+    os.replace(scratch, rows_file)
+    _write(problems_file, "".join(json.dumps(problem) + "\n" for problem in problems))
+    return len(indices)
+
+
+def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) -> dict:
+    """Write the splits, their card, the problems and the summary from the chunks, in the records' order."""
+    chunks = [_chunk_files(work, start) for start in range(0, len(records), RECORDS_PER_CHUNK)]
+    problems = [json.loads(line) for _, path in chunks for line in path.read_text(encoding="utf-8").splitlines()]
+    table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
+    seen = set()
+    first = [not (ref_id in seen or seen.add(ref_id)) for ref_id in table["ref_id"].to_pylist()]
+    for row in table.filter(pa.compute.invert(pa.array(first, pa.bool_()))).select(["ref_id", "record"]).to_pylist():
+        reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each its own."
+        if strict:
+            raise ValueError(reason)
+        problems.append({"record": row["record"], "reason": reason})
+    problems.sort(key=lambda problem: problem["record"])
+    table = table.filter(pa.array(first, pa.bool_()))
+    if not len(table):
+        reasons = f", the first because: {problems[0]['reason']}" if problems else ""
+        shutil.rmtree(work)  # so that what is mended is read again
+        raise ValueError(f"{records.name} has no sound record among {len(records)}{reasons}")
+
+    whole = work / WHOLE
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    figures, digest = {}, hashlib.sha256()
+    order = dict.fromkeys(table["split"].to_pylist())
+    for split in order:
+        rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
+        figures[split] = describe(rows)
+        rows = datasets.Dataset(rows.cast(STORED.arrow_schema), datasets.DatasetInfo(features=FEATURES))
+        count = -(-len(rows) // ROWS_PER_FILE)
+        for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
+            shard = rows.shard(count, part, contiguous=True)
+            if embed_images:
+                shard = shard.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
+            path = whole / f"{split}-{part:05d}-of-{count:05d}.parquet"
+            shard.with_format(None).to_parquet(path)
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    summary = {"name": records.name, "fingerprint": digest.hexdigest(), "left_out": len(problems), "splits": figures}
+    (whole / PROBLEMS).write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    (whole / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    card = CARD.format(
+        name=records.name,
+        data_files="".join(f"  - split: '{split}'\n    path: {split}-*.parquet\n" for split in order),
+        table=format_summary(summary),
+        left_out=f"{len(problems)} records were left out; `{PROBLEMS}` says which and why.",
+    )
+    (whole / "README.md").write_text(card, encoding="utf-8")
+    return summary
+
+
+def describe(rows: pa.Table) -> dict[str, float]:
+    """Figures of a split: how many there are of what, words of a phrase, and the masks' share of their images."""
+    words = [len(sentence.split()) for sentences in rows["sentences"].to_pylist() for sentence in sentences]
+    rles = rows["mask"].to_pylist()
+    areas = [coco_mask.area(rle) / (rle["size"][0] * rle["size"][1]) for rle in rles]
+    return {
+        "objects": len(rles),
+        "phrases": len(words),
+        "images": len({image["path"] for image in rows["image"].to_pylist()}),
+        "words_mean": sum(words) / len(words),
+        "words_max": max(words),
+        "mask_area_mean": float(sum(areas) / len(areas)),
+        "empty_masks": int(sum(area == 0 for area in areas)),
+    }
+
+
+def format_summary(summary: dict) -> str:
+    """A line for each split, with the published counts where ours differ."""
+    published = PUBLISHED.get(summary["name"], {})
+    lines = {}
+    for split in dict.fromkeys([*summary["splits"], *published]):
+        known = published[split]._asdict() if split in published else {}
+        figures = summary["splits"].get(split, dict.fromkeys(known, 0))
+        lines[split] = {
+            name: f"{figure} (published: {known[name]})" if known.get(name, figure) != figure else figure
+            for name, figure in figures.items()
+        }
+    return pd.DataFrame.from_dict(lines, orient="index").to_string(float_format="{:.3f}".format, na_rep="")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS, help="the layout, as data/README.md describes it")
+    parser.add_argument("path", help="folder that holds the data set, or a Hub id")
+    parser.add_argument("--name", default="", help="which one of several in that folder, such as refcoco/unc")
+    parser.add_argument("--images", help="folder of the image files, where the layout does not say")
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that read")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
+    parser.add_argument("--embed_images", action="store_true", help="copy the images in, to move the set elsewhere")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the rows, images included, to this data set")
+    options = parser.parse_args(arguments)
+    records = open_records(options.kind, options.path, options.name, options.images)
+    summary = prepare(records, options.output, options.num_proc, options.strict, options.embed_images)
+    print(format_summary(summary))
+    print(f"{summary['left_out']} records left out (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
+    if options.push_to_hub:
+        datasets.load_dataset(options.output).push_to_hub(options.push_to_hub)
+
+
+if __name__ == "__main__":
+    main()

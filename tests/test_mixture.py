@@ -1,0 +1,112 @@
+"""Mixing data sets: exactly the rows of images that are tested on leave, from each, and weights repeat the rest."""
+
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+
+from data.check import PUBLISHED
+from data.mixture import Member, mix, parse_mixture
+from data.refer import FEATURES
+
+
+def make_rows(image_ids: list[int], first_ref_id: int = 0) -> datasets.Dataset:
+    """Two phrases an object, three where its ref_id is divisible by 3; only ids matter to a mixture."""
+    count = len(image_ids)
+    columns = {
+        "image_id": list(map(int, image_ids)),
+        "ref_id": list(range(first_ref_id, first_ref_id + count)),
+        "sentences": [["one", "two", "three"][: 3 if ref_id % 3 == 0 else 2] for ref_id in range(count)],
+    }
+    features = datasets.Features({name: FEATURES[name] for name in columns})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_of_750_test_images_exactly_the_283_that_are_trained_on_leave():
+    draw = np.random.default_rng(0)
+    images = draw.permutation(5000)
+    tested, leaking, clean = images[:750], images[:283], images[750:]
+    # The one set trains on all 283, each with one to three objects; the other on some of them, and is not tested.
+    first_train = draw.permutation(np.concatenate([np.repeat(leaking, draw.integers(1, 4, 283)), clean[:2000]]))
+    second_train = draw.permutation(np.concatenate([leaking[:100], clean[1500:2500]]))
+    splits = {
+        "one": datasets.DatasetDict(train=make_rows(first_train)),
+        "other": datasets.DatasetDict(train=make_rows(second_train, 10_000), val=make_rows(clean[-200:], 20_000)),
+    }
+    members = parse_mixture("one + other", "train")
+    rows, leaks = mix(members, splits, tested=[make_rows(tested, 30_000)])
+
+    expected = [image for image in first_train if image not in set(tested)]
+    expected += [image for image in second_train if image not in set(tested)]
+    assert list(rows["image_id"]) == expected
+    assert len(set(first_train) & set(tested)) == 283
+    for leak, train in zip(leaks, (first_train, second_train), strict=True):
+        gone = [index for index, image in enumerate(train) if image in set(tested)]
+        assert (leak.objects, leak.of_objects) == (len(gone), len(train))
+        assert leak.phrases == sum(3 if index % 3 == 0 else 2 for index in gone)
+    kept, same = mix(members, splits, tested=[make_rows(tested, 30_000)], keep_leaks=True)
+    assert list(kept["image_id"]) == [*first_train, *second_train] and same == leaks
+
+
+def test_with_the_published_splits_the_counts_add_up():
+    """Images as numbers: RefCOCO+ has those of RefCOCO, RefCOCOg (umd) trains on some that RefCOCO tests on."""
+    splits, shared, next_image = {}, {}, 0
+    for name in ("refcoco/unc", "refcoco+/unc", "refcocog/umd"):
+        parts = {}
+        for split, counts in PUBLISHED[name].items():
+            images = range(next_image, next_image + counts.images)
+            if name == "refcoco+/unc":  # of the same images as RefCOCO
+                images = shared[split][: counts.images]
+            elif name == "refcocog/umd" and split == "train":
+                images = [*shared["testA"][:283], *shared["train"][:9000], *images][: counts.images]
+            next_image = max(next_image, max(images) + 1)
+            shared.setdefault(split, images)
+            parts[split] = make_rows([images[index % len(images)] for index in range(counts.objects)])
+        splits[name] = datasets.DatasetDict(parts)
+    rows, leaks = mix(parse_mixture("refcoco/unc + refcoco+/unc + refcocog/umd", "train"), splits)
+    assert len(rows) == sum(leak.of_objects - leak.objects for leak in leaks)
+    assert [leak.of_objects for leak in leaks] == [42404, 42278, 42226]
+    objects = Counter(splits["refcocog/umd"]["train"]["image_id"])
+    assert [leak.objects for leak in leaks] == [0, 0, sum(objects[image] for image in shared["testA"][:283])]
+    tested = {i for parts in splits.values() for split in parts if split != "train" for i in parts[split]["image_id"]}
+    assert not tested & set(rows["image_id"])
+
+
+def test_weights_repeat_rows_and_draw_the_rest_anew_only_for_another_seed():
+    splits = {
+        name: datasets.DatasetDict(train=make_rows(range(start, start + 10), start))
+        for name, start in (("one", 0), ("other", 100))
+    }
+    members = parse_mixture("2.5*one + 0.3*other:train", "train")
+    assert members == [Member(2.5, "one", "train"), Member(0.3, "other", "train")]
+    counts = Counter(mix(members, splits)[0]["ref_id"])
+    assert sum(counts.values()) == 25 + 3
+    assert Counter(counts[ref_id] for ref_id in range(10)) == {2: 5, 3: 5}
+    assert sum(counts[ref_id] for ref_id in range(100, 110)) == 3
+    assert Counter(mix(members, splits)[0]["ref_id"]) == counts
+    assert Counter(mix(members, splits, seed=1)[0]["ref_id"]) != counts
+
+
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        ("refcoco/unc + ", "has the member"),
+        ("0*refcoco/unc", "a weight above 0"),
+        ("-1*refcoco/unc", "has the member"),
+        ("refcoco/unc:a:b*c", "has the member"),
+        ("refcoco/unc + 2*refcoco/unc:train", "names a data set twice: give it a weight"),
+        ("refcocog/google + refcoco/unc + refcocog/umd", "both splits of RefCOCOg.*take refcocog/umd alone"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(mixture, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mixture(mixture, "train")
+
+
+def test_a_member_without_rows_to_train_on_is_refused():
+    splits = {"one": datasets.DatasetDict(train=make_rows([1, 2]), val=make_rows([1, 2]))}
+    with pytest.raises(ValueError, match="one has no split 'training': it has"):
+        mix(parse_mixture("one:training", "train"), splits)
+    with pytest.raises(ValueError, match="No row of one, split 'train', is left to train on"):
+        mix(parse_mixture("one", "train"), splits)
