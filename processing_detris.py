@@ -8,14 +8,14 @@ alike by every OpenCV, so results depend neither on the version installed here n
 import html
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import ftfy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -34,6 +34,7 @@ CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; every CLIP model 
 SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
+CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
 BYTE_SYMBOLS = 512  # 256 bytes, within a word and at its end
 
 
@@ -48,12 +49,44 @@ def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
     return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
 
 
-def _letterbox(image: np.ndarray, side: int, interpolation: int, border: Any) -> np.ndarray:
-    """Warp `(H, W)` or `(H, W, C)` to `(side, side)` or `(side, side, C)`; what lies outside the image is `border`."""
-    scale, bias_y, bias_x = _letterbox_geometry(*image.shape[:2], side)
+class BoxedMask(NamedTuple):
+    """A mask of an image of `size` (height, width) that is 0 outside a box.
+
+    `values` (h, w), as any map of the processor's, are those of rows from `top` and columns from `left`.
+    """
+
+    values: np.ndarray
+    top: int
+    left: int
+    size: tuple[int, int]
+
+
+@lru_cache(maxsize=CACHED_SIZES)
+def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in an image each pixel of the square is sampled: `x` and `y`, each `(side, side)`. Not to be changed."""
+    scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
     y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
     x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
-    return cv2.remap(image, *np.meshgrid(x, y), interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+    return tuple(np.meshgrid(x, y))
+
+
+def _letterbox(image: np.ndarray, side: int, interpolation: int, border: Any) -> np.ndarray:
+    """Warp `(H, W)` or `(H, W, C)` to `(side, side)` or `(side, side, C)`; what lies outside the image is `border`."""
+    maps = letterbox_maps(*image.shape[:2], side)
+    return cv2.remap(image, *maps, interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+
+
+def _letterbox_mask(mask: BoxedMask, label: np.ndarray) -> None:
+    """Warp a mask of 0 … 255 into a label `(side, side)` from 0 to 1 that is 0 yet, and only where the box lies."""
+    x, y = letterbox_maps(*mask.size, len(label))
+    height, width = mask.values.shape
+    # Linear sampling reaches less than a pixel beyond the box; what it finds there is 0.
+    rows = slice(*np.searchsorted(y[:, 0], (mask.top - 1, mask.top + height)))
+    columns = slice(*np.searchsorted(x[0], (mask.left - 1, mask.left + width)))
+    maps = x[rows, columns] - np.float32(mask.left), y[rows, columns] - np.float32(mask.top)
+    if maps[0].size:  # a large image is sampled at distances that can miss a small box
+        warped = cv2.remap(mask.values, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+        np.divide(warped, np.float32(255), out=label[rows, columns])
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +112,8 @@ def _restoring_matrix(
 
 def _as_list(values: Any, batch_ndim: int, name: str) -> list:
     """A list of images or maps from a list, a batch of `batch_ndim` dimensions, or a single one."""
-    several = isinstance(values, (list, tuple)) or getattr(values, "ndim", None) == batch_ndim
+    listed = isinstance(values, (list, tuple)) and not isinstance(values, BoxedMask)
+    several = listed or getattr(values, "ndim", None) == batch_ndim
     if several and not len(values):
         raise ValueError(f"{name} is empty: give at least one.")
     return list(values) if several else [values]
@@ -96,8 +130,10 @@ def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
             f"{name} is of type {type(image).__name__}: give a PIL image, a NumPy array or a torch tensor."
         )
     try:
-        upright = ImageOps.exif_transpose(image)
-        if in_colour and upright.mode != "F" and not upright.mode.startswith("I"):  # Pillow would clip these at 255
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # or else this and `convert` would only copy
+        upright = ImageOps.exif_transpose(image) if turned else image
+        # Pillow would clip the numbers of modes F and I at 255.
+        if in_colour and upright.mode not in ("RGB", "F") and not upright.mode.startswith("I"):
             upright = upright.convert("RGB")
         return np.asarray(upright)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three for a broken file
@@ -149,7 +185,7 @@ def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
             f"{name} holds integers from {mask.min()} to {mask.max()}: give 0 and 1, or 0 … 255 with 255 as the "
             "foreground."
         )
-    return mask.astype(np.uint8) if mask.max() == 255 else _as_bytes(mask.astype(bool), name)
+    return mask.astype(np.uint8, copy=False) if mask.max() == 255 else mask.astype(np.uint8) * np.uint8(255)
 
 
 class DetrisImageProcessor(BaseImageProcessor):
@@ -198,7 +234,8 @@ class DetrisImageProcessor(BaseImageProcessor):
         Args:
             images: one image or a list or batch of `B`.
             segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of integers with
-                255 as the foreground; one for each phrase, or one for each image that its phrases share.
+                255 as the foreground; one for each phrase, or one for each image that its phrases share. A
+                [`BoxedMask`] spares the work outside its box.
             image_index (`(N,)`): which image each phrase speaks of; by default there is one phrase for each image.
             return_tensors: `"pt"` for torch, otherwise NumPy.
 
@@ -214,15 +251,17 @@ class DetrisImageProcessor(BaseImageProcessor):
         """
         images = _as_list(images, 4, "images")
         side, sizes = self.size["height"], []
-        mean, std = np.float32(self.image_mean)[:, None, None], np.float32(self.image_std)[:, None, None]
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        factors, offsets = 1 / (255 * std), mean / std
         border = [255 * channel for channel in self.image_mean]
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
         for i, image in enumerate(images):
             image = _as_rgb(image, f"images[{i}]")
             sizes.append(image.shape[:2])
             square = _letterbox(image, side, cv2.INTER_CUBIC, border)
-            np.multiply(square.transpose(2, 0, 1), 1 / (255 * std), out=pixel_values[i])
-        pixel_values -= mean / std
+            for plane, values, factor, offset in zip(cv2.split(square), pixel_values[i], factors, offsets):
+                np.multiply(plane, factor, out=values)
+                values -= offset
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
@@ -237,16 +276,18 @@ class DetrisImageProcessor(BaseImageProcessor):
                 "each phrase, or one for each image."
             )
         shared = len(maps) != len(image_index)
-        squares = []
+        labels = np.zeros((len(maps), self.size["height"], self.size["height"]), np.float32)
         for i, owner in enumerate(range(len(sizes)) if shared else image_index):
-            mask = _as_mask(maps[i], f"segmentation_maps[{i}]")
-            if mask.shape != sizes[owner]:
+            name, given = f"segmentation_maps[{i}]", maps[i]
+            boxed = given if isinstance(given, BoxedMask) else BoxedMask(given, 0, 0, (0, 0))
+            mask = _as_mask(boxed.values, name)
+            size = boxed.size if boxed is given else mask.shape
+            if tuple(size) != sizes[owner]:
                 raise ValueError(
-                    f"segmentation_maps[{i}] has (height, width) {mask.shape}, but its image, images[{owner}], has "
-                    f"{sizes[owner]} when upright: give a map of the image's size."
+                    f"{name} has (height, width) {tuple(size)}, but its image, images[{owner}], has {sizes[owner]} "
+                    "when upright: give a map of the image's size."
                 )
-            squares.append(_letterbox(mask, self.size["height"], cv2.INTER_LINEAR, 0))
-        labels = np.stack(squares) / np.float32(255)
+            _letterbox_mask(boxed._replace(values=mask, size=sizes[owner]), labels[i])
         return labels[image_index] if shared else labels
 
 

@@ -51,12 +51,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import SUMMARY
-from data.refer import FEATURES, load_refer
+from data.refer import FEATURES, RleMask, load_refer, run_lengths
 from data.shapes import load_shapes
 from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
-from processing_detris import CLIP_TOKENIZER, DetrisProcessor
+from processing_detris import CLIP_TOKENIZER, BoxedMask, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
@@ -391,6 +391,21 @@ def read_image(row: dict) -> Image.Image:
         ) from error
 
 
+def read_mask(row: dict) -> BoxedMask | np.ndarray:
+    """A row's mask, decoded in its box alone if it is still COCO's RLE."""
+    rle = row["mask"]
+    if not isinstance(rle, dict):
+        return rle
+    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    if not width:  # an empty mask has no box
+        return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
+    rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
+    start, stop = left * rows, (left + width) * rows
+    ends = run_lengths(rle["counts"].encode("ascii")).cumsum().clip(start, stop)
+    values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
+    return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
+
+
 class TrainingCollator(TrainerCallback):
     """Rows to a training batch in which each object is named by one of its phrases, drawn anew every epoch.
 
@@ -413,7 +428,7 @@ class TrainingCollator(TrainerCallback):
         inputs = self.processor(
             images=[read_image(row) for row in rows],
             text=[[self.draw_phrase(row)] for row in rows],
-            segmentation_maps=[row["mask"] for row in rows],
+            segmentation_maps=[read_mask(row) for row in rows],
             return_tensors="pt",
         )
         return {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask", "labels")}
@@ -481,6 +496,8 @@ class DetrisTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         collator = TrainingCollator(processor, args.seed)
+        if train_dataset is not None:  # the collator decodes masks in their boxes alone
+            train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
         self.evaluation_collator = EvaluationCollator(processor)
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self.predicted_masks: list[list[dict]] | None = None  # for each object, one COCO RLE for each phrase

@@ -620,7 +620,7 @@ def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
             f"{name}: the mask is {short(rle['size'])}, but its image is {[height, width]} (height, width)."
         )
     rle = RleMask().encode_example(rle)
-    lengths = _run_lengths(rle["counts"].encode("ascii"))
+    lengths = run_lengths(rle["counts"].encode("ascii"))
     if lengths is None or (lengths < 0).any():
         raise ValueError(f"{name}: the mask's runs {short(rle['counts'])} are not COCO's compressed counts.")
     if (total := int(lengths.sum())) != height * width:
@@ -631,7 +631,7 @@ def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
     return rle
 
 
-def _run_lengths(counts: bytes) -> np.ndarray | None:
+def run_lengths(counts: bytes) -> np.ndarray | None:
     """Run lengths that COCO compressed (cocoapi, `maskApi.c`, `rleToString`); None if these are not any.
 
     Each is a signed number, 5 bits a character and the lowest first; from the fourth on, what it adds to the one two

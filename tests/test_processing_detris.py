@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from processing_detris import DetrisImageProcessor, DetrisProcessor
+from processing_detris import BoxedMask, DetrisImageProcessor, DetrisProcessor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -549,3 +549,27 @@ AutoImageProcessor.from_pretrained("../images_only", trust_remote_code=True)
         assert set(loaded) == {*expected, "threshold"} and loaded["threshold"] == 0.4
         for key, value in expected.items():
             np.testing.assert_array_equal(loaded[key], value)
+
+
+@pytest.mark.parametrize("size", [(30, 44), (57, 31), (700, 500)])
+def test_a_mask_in_its_box_is_warped_like_the_whole_one(image_processor, size):
+    random = np.random.default_rng(0)
+    image, whole, boxed = np.zeros((*size, 3), np.uint8), [], []
+    for height, width in [(1, 1), (2, 5), (9, 4), (size[0], 3), size]:
+        top, left = random.integers(0, size[0] - height + 1), random.integers(0, size[1] - width + 1)
+        values = random.integers(0, 2, (height, width), dtype=np.uint8)
+        mask = np.zeros(size, np.uint8)
+        mask[top : top + height, left : left + width] = values
+        whole.append(mask)
+        boxed.append(BoxedMask(values, top, left, size))
+    scale = SIDE / max(size)
+    y, x = (
+        np.floor(((np.arange(SIDE) - (SIDE - side * scale) / 2) / scale) * 32 + 0.5).astype(np.float32) / 32
+        for side in size
+    )
+    expected = [cv2.remap(mask * 255, *np.meshgrid(x, y), cv2.INTER_LINEAR) / np.float32(255) for mask in whole]
+    images = [image] * len(whole)
+    assert np.array_equal(image_processor(images, segmentation_maps=boxed)["labels"], expected)
+    assert np.array_equal(image_processor(images, segmentation_maps=whole)["labels"], expected)
+    with pytest.raises(ValueError, match=r"\(5, 5\)"):
+        image_processor(image, segmentation_maps=boxed[0]._replace(size=(5, 5)))

@@ -17,7 +17,7 @@ import pytest
 from datasets.features.features import register_feature
 from pycocotools import mask as coco_mask
 
-from data.refer import FEATURES, RleMask, _run_lengths, load_plain_pickle, load_refer
+from data.refer import FEATURES, RleMask, load_plain_pickle, load_refer, run_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT.parent / "shared" / "refer_mini"
@@ -427,7 +427,7 @@ def test_compressed_runs_are_read_as_cocos_own():
         height, width = random.integers(1, 400), random.integers(1, 50)
         mask = (np.cumsum(random.random(height * width) < random.random() ** 3) % 2).reshape(width, height).T
         counts = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
-        assert _run_lengths(counts).tolist() == runs(mask)
+        assert run_lengths(counts).tolist() == runs(mask)
 
 
 def test_importing_warns_of_nothing():

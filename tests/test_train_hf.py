@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig
 
 import train_hf
 from convert_detris_checkpoint import from_official
+from data.refer import RleMask
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
@@ -33,6 +34,7 @@ from train_hf import (
     main,
     parse_arguments,
     read_image,
+    read_mask,
     select_split,
 )
 
@@ -875,3 +877,23 @@ def test_no_target_phrases_reach_figures_files_table_and_card(
     assert lines[0].split()[-4:] == list(heads) and lines[1].split()[-4:] == ["-"] * 4
     card = (run / "README.md").read_text()
     assert f"{100 * expected['giou']:.2f}" in card and "N-acc" in card
+
+
+@pytest.mark.parametrize("kind", ["empty", "full", "one", "noise", "disc"])
+def test_masks_are_decoded_in_their_boxes(kind):
+    mask = np.zeros((40, 50), np.uint8)
+    if kind == "full":
+        mask[:] = 1
+    elif kind == "one":
+        mask[39, 49] = 1
+    elif kind == "noise":
+        mask[3:38, 5:48] = np.random.default_rng(0).integers(0, 2, (35, 43))  # more runs than a byte counts
+    elif kind == "disc":
+        mask[(np.arange(40)[:, None] - 20) ** 2 + (np.arange(50) - 30) ** 2 < 90] = 1
+    boxed = read_mask({"mask": RleMask().encode_example(mask)})
+    pasted = np.zeros(boxed.size, np.uint8)
+    height, width = boxed.values.shape
+    pasted[boxed.top : boxed.top + height, boxed.left : boxed.left + width] = boxed.values
+    assert np.array_equal(pasted, mask)
+    assert height * width <= (1 if kind in ("empty", "one") else mask.size)
+    assert read_mask({"mask": mask}) is mask

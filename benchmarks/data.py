@@ -1,0 +1,300 @@
+"""How fast a referring set of RefCOCO's size is prepared and loaded, beside bare decoding and warping in the same run.
+
+    python -m benchmarks.data --output scratch
+    python -m benchmarks.data --output scratch --stage loader    # one of the measurements again
+
+A synthetic set in the REFER layout is written to `<output>/refer` once; each measurement then runs in a process of its
+own. Needs Linux (`/proc`), 500 MB of disk and about five minutes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import torch
+from datasets.utils import tqdm
+from PIL import Image
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from data.check import PUBLISHED
+from data.refer import RleMask
+from processing_detris import DetrisImageProcessor, DetrisProcessor, letterbox_maps
+from train_hf import TrainingCollator
+
+NAME = "refcoco/unc"
+DISTINCT_IMAGES = 300
+SIZES = [(480, 640), (480, 640), (480, 640), (640, 480)]  # heights and widths, in turn
+GRAIN, JPEG_QUALITY = 21, 90  # noise that makes files of about 160 KB
+ANNOTATIONS = 196_771  # of all objects in RefCOCO's images, most of which no phrase refers to
+CORNERS = (20, 60)  # of a polygon
+WORDS = "left right woman man in the red blue shirt chair front back white cat dog bus of table far near top".split()
+BATCH_SIZES = (8, 16)
+BLOCKS, ROWS_PER_BLOCK = 24, 16  # of loader and of bare loop, in turn
+WORKERS, EPOCH_ROWS, SETTLED_ROWS = 2, 10_000, 500
+POLL_SECONDS = 0.2
+MEBIBYTE = 2**20
+
+
+# --- the set ------------------------------------------------------------------------------------------------------
+
+
+def write_refer(root: Path, seed: int = 0) -> None:
+    """Write a set with the published numbers of images, objects and phrases of RefCOCO's splits."""
+    rng = np.random.default_rng(seed)
+    scratch = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    folder = scratch / "images" / "train2014"
+    folder.mkdir(parents=True)
+    (scratch / "refcoco").mkdir()
+    photographs = [_write_photograph(folder, index, rng) for index in tqdm(range(DISTINCT_IMAGES), desc="photographs")]
+
+    images, annotations, refs = [], [], []
+    total = sum(counts.objects for counts in PUBLISHED[NAME].values())
+    progress = tqdm(total=total, desc="objects")
+    for split, counts in PUBLISHED[NAME].items():
+        first = len(images)
+        for image_id in range(first, first + counts.images):
+            name, (height, width) = f"COCO_train2014_{image_id:012d}.jpg", SIZES[image_id % len(SIZES)]
+            os.link(photographs[image_id % DISTINCT_IMAGES], folder / name)
+            images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        sentences = _shares(counts.phrases, counts.objects)
+        for number in range(counts.objects):
+            image = images[first + number % counts.images]
+            refs.append(_ref(len(refs), len(annotations), image, split, sentences[number], rng))
+            annotations.append(_annotation(len(annotations), image, rng))
+            progress.update()
+    progress.close()
+    for photograph in photographs:
+        photograph.unlink()
+    for ann_id in tqdm(range(len(annotations), ANNOTATIONS), desc="other objects"):
+        annotations.append(_annotation(ann_id, images[ann_id % len(images)], rng))
+    categories = [{"id": index, "name": f"thing {index}", "supercategory": "things"} for index in range(1, 81)]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    (scratch / "refcoco" / "instances.json").write_text(json.dumps(instances))
+    with open(scratch / "refcoco" / "refs(unc).p", "wb") as file:
+        pickle.dump(refs, file, protocol=2)
+    scratch.rename(root)
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
+def _write_photograph(folder: Path, index: int, rng: np.random.Generator) -> Path:
+    height, width = SIZES[index % len(SIZES)]
+    coarse = rng.uniform(0, 255, (height // 40, width // 40, 3)).astype(np.float32)
+    pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    pixels += rng.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
+    path = folder / f"photograph_{index}.jpg"
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=JPEG_QUALITY)
+    return path
+
+
+def _annotation(ann_id: int, image: dict, rng: np.random.Generator) -> dict:
+    """A star-shaped polygon that lies in the image, with hundredths of pixels as COCO's have."""
+    height, width = image["height"], image["width"]
+    reach = rng.uniform(0.1, 0.45) * min(height, width)
+    centre = rng.uniform((reach, reach), (width - reach, height - reach))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(*CORNERS)))
+    radii = reach * rng.uniform(0.7, 1, len(angles))
+    corners = (centre + radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), 1)).round(2)
+    low, high = corners.min(0), corners.max(0)
+    return {
+        "id": ann_id,
+        "image_id": image["id"],
+        "category_id": ann_id % 80 + 1,
+        "segmentation": [corners.ravel().tolist()],
+        "area": float(np.prod(high - low) / 2),
+        "bbox": [*low.tolist(), *(high - low).round(2).tolist()],
+        "iscrowd": 0,
+    }
+
+
+def _ref(ref_id: int, ann_id: int, image: dict, split: str, sentences: int, rng: np.random.Generator) -> dict:
+    phrases = [" ".join(rng.choice(WORDS, rng.integers(1, 8))) for _ in range(sentences)]
+    return {
+        "ref_id": ref_id,
+        "ann_id": ann_id,
+        "image_id": image["id"],
+        "category_id": ann_id % 80 + 1,
+        "split": split,
+        "file_name": image["file_name"],
+        "sentences": [{"sent": phrase, "raw": phrase, "tokens": phrase.split()} for phrase in phrases],
+    }
+
+
+# --- measurements -------------------------------------------------------------------------------------------------
+
+
+def measure_prepare(output: Path) -> dict[str, str]:
+    """Time, memory and result of `data.prepare`, its processes watched from outside."""
+    prepared = output / "prepared"
+    shutil.rmtree(prepared, ignore_errors=True)
+    shutil.rmtree(output / "prepared.partial", ignore_errors=True)
+    command = [sys.executable, "-m", "data.prepare", "refer", str(output / "refer"), "--name", NAME]
+    start, resident, proportional = time.perf_counter(), 0, 0
+    process = subprocess.Popen([*command, "--output", str(prepared)], start_new_session=True)
+    while process.poll() is None:
+        group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == process.pid]
+        figures = [memory_of(pid) for pid in group]
+        resident = max(resident, sum(memory.get("Rss", 0) for memory in figures))
+        proportional = max(proportional, sum(memory.get("Pss", 0) for memory in figures))
+        time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        sys.exit(f"data.prepare failed with status {process.returncode}.")
+    size = sum(path.stat().st_size for path in prepared.iterdir())
+    return {
+        "prepare: time": f"{seconds:.0f} s",
+        "prepare: peak of resident memory, summed over its processes": f"{resident / MEBIBYTE:.0f} MiB",
+        "prepare: the same with shared pages counted once": f"{proportional / MEBIBYTE:.0f} MiB",
+        "prepare: size on disk, images by path": f"{size / MEBIBYTE:.1f} MiB",
+    }
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Fields of `/proc/<pid>/smaps_rollup` in bytes; none if the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return {}
+    return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
+
+
+def measure_first_batch(output: Path) -> dict[str, str]:
+    """Time until the first training batch, without and then with what `datasets` has cached."""
+    figures = {}
+    cache = output / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    collator = make_collator()
+    for state in ("empty", "warm"):
+        start = time.perf_counter()
+        loader = torch.utils.data.DataLoader(
+            load_train(output), BATCH_SIZES[0], shuffle=True, collate_fn=collator, num_workers=WORKERS
+        )
+        next(iter(loader))
+        figures[f"first batch: from the prepared folder, {state} cache"] = f"{time.perf_counter() - start:.1f} s"
+    return figures
+
+
+def load_train(output: Path) -> datasets.Dataset:
+    splits = datasets.load_dataset(str(output / "prepared"), cache_dir=str(output / "cache"))
+    rows = splits["train"].cast_column("image", datasets.Image(decode=False))
+    return rows.cast_column("mask", RleMask(decode=False))
+
+
+def make_collator() -> TrainingCollator:
+    """The training collator with CLIP's bytes for tokens, since nothing is downloaded."""
+    symbols = list(bytes_to_unicode().values())
+    symbols += [f"{symbol}</w>" for symbol in symbols] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
+    return TrainingCollator(DetrisProcessor(DetrisImageProcessor(), tokenizer), seed=0)
+
+
+def measure_loader(output: Path) -> dict[str, str]:
+    """Rows read and collated by one thread, and bare decoding and warping of the same images, in turn.
+
+    Counted in seconds of the processor, which other programs do not disturb as much as the clock's.
+    """
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    rows, collator = load_train(output).shuffle(seed=0), make_collator()
+    image_processor = collator.processor.image_processor
+    side, border = image_processor.size["height"], [255 * channel for channel in image_processor.image_mean]
+    seconds = {name: [] for name in ("bare", *BATCH_SIZES)}
+    for block in tqdm(range(BLOCKS + 1), desc="loader and bare loop"):
+        indices = range(block * ROWS_PER_BLOCK, (block + 1) * ROWS_PER_BLOCK)
+        images = [rows[index]["image"] for index in indices]
+        start = time.process_time()
+        for image in images:
+            pixels = np.asarray(datasets.Image().decode_example(image))
+            maps = letterbox_maps(*pixels.shape[:2], side)
+            cv2.remap(pixels, *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+        seconds["bare"].append(time.process_time() - start)
+        for size in BATCH_SIZES:
+            start = time.process_time()
+            for first in indices[::size]:
+                collator(rows.__getitems__(list(range(first, first + size))))
+            seconds[size].append(time.process_time() - start)
+    bare, *loaders = (np.array(times[1:]) for times in seconds.values())  # the first block warms up
+    figures = {
+        "loader: bare decoding and one bicubic warp, samples a second": f"{ROWS_PER_BLOCK / np.median(bare):.0f}"
+    }
+    for size, times in zip(BATCH_SIZES, loaders):
+        figures[f"loader: in turn with it, batches of {size}"] = f"{ROWS_PER_BLOCK / np.median(times):.0f}"
+        figures[f"loader: as a share of it, batches of {size}"] = f"{np.median(bare / times):.2f}"
+    return figures
+
+
+def measure_workers(output: Path) -> dict[str, str]:
+    """What each worker's memory grows by, pages of its own alone, from its first rows to the end of an epoch."""
+    rows = load_train(output).shuffle(seed=0).select(range(EPOCH_ROWS))
+    loader = torch.utils.data.DataLoader(rows, BATCH_SIZES[0], collate_fn=make_collator(), num_workers=WORKERS)
+    settled = SETTLED_ROWS * WORKERS // BATCH_SIZES[0]
+    others = {process.pid for process in multiprocessing.active_children()}
+    start = time.perf_counter()
+    for index, _ in enumerate(tqdm(iter(loader), total=len(loader), desc="epoch", unit="batch")):
+        if index == settled:
+            before = _private_memory(others)
+        if index == len(loader) - 3 * WORKERS:  # while both still run
+            after = _private_memory(others)
+    seconds = time.perf_counter() - start
+    growth = [f"{(after[pid] - before[pid]) / MEBIBYTE:.1f}" for pid in before]
+    return {
+        f"workers: samples a second of {WORKERS}": f"{EPOCH_ROWS / seconds:.0f}",
+        "workers: private memory at first": ", ".join(f"{size / MEBIBYTE:.0f}" for size in before.values()) + " MiB",
+        f"workers: its growth over {EPOCH_ROWS} rows": ", ".join(growth) + " MiB",
+    }
+
+
+def _private_memory(others: set[int]) -> dict[int, int]:
+    workers = {process.pid for process in multiprocessing.active_children()} - others
+    return {pid: (memory := memory_of(pid))["Private_Clean"] + memory["Private_Dirty"] for pid in sorted(workers)}
+
+
+STAGES = {
+    "prepare": measure_prepare,
+    "first_batch": measure_first_batch,
+    "loader": measure_loader,
+    "workers": measure_workers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--stage", choices=STAGES, help="run only this measurement, in this process")
+    options = parser.parse_args()
+    output = options.output.absolute()
+    if not (output / "refer").exists():
+        write_refer(output / "refer")
+    if options.stage:
+        for name, figure in STAGES[options.stage](output).items():
+            print(f"{name:<62} {figure:>12}", flush=True)
+        return
+    for stage in STAGES:
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.data", "--output", str(output), "--stage", stage], check=True
+        )
+
+
+if __name__ == "__main__":
+    main()
