@@ -2,10 +2,9 @@
 
     python quickstart.py [--methods detris lora dora detris+lora none] [--num_train_epochs 2 ...]
 
-All runs follow `configs/quickstart.yaml`; arguments of `train_hf.py` given here change all of
-them. `runs/quickstart/` then holds the
-first run's model and predictions, those of the others in folders of their own, the metrics of all in `metrics.json`,
-and `gallery.png`.
+All runs follow `configs/quickstart.yaml`; arguments of `train_hf.py` given here change all of them. `runs/quickstart/`
+then holds the first run's model and predictions, those of the others in folders of their own, the metrics of all in
+`metrics.json`, and `gallery.png`.
 """
 
 import json
