@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -51,8 +52,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import SUMMARY
-from data.refer import FEATURES, RleMask, load_refer, run_lengths
+from data.refer import FEATURES, SOURCES, RleMask, load_refer, run_lengths
 from data.shapes import load_shapes
+from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
@@ -133,9 +135,19 @@ class DataArguments:
         default="shapes",
         metadata={
             "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by data.prepare or "
-            "save_to_disk, or several that are trained on together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the "
-            "first one's other splits are taken."
+            "save_to_disk, a data set of the Hub that data.prepare has pushed, or several that are trained on "
+            "together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the first one's other splits are taken."
         },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read training rows while they are needed from the Parquet files that data.prepare has made or "
+            "pushed; dataloader_drop_last is not read then. To resume takes the same number of processes and workers."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Streamed rows among which each worker draws the next one."}
     )
     keep_leaks: bool = field(
         default=False, metadata={"help": "Keep training images of a mixture that are in any split tested on."}
@@ -164,6 +176,10 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more, or leave it out for all rows.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size is {self.shuffle_buffer_size}: give 1 (no shuffling) or more.")
+        if self.streaming and self.max_train_samples:
+            raise ValueError("streaming reads whole splits: leave max_train_samples out.")
         if isinstance(self.test_splits, str):
             raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
         for name in self.test_splits:
@@ -286,19 +302,15 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
 
     Raises:
         ValueError: there is no such data set.
-        OSError: a file is missing or broken.
+        OSError: a file is missing or broken, or the Hub has no such data set.
     """
     if name == "shapes":
         splits = load_shapes(**args.shapes_config)
-    elif Path(name).is_dir():
-        prepared = Path(name, SUMMARY).exists()
-        splits = datasets.load_dataset(name) if prepared else datasets.load_from_disk(name)
+    elif Path(name).is_dir() or _is_on_hub(name, args):
+        saved = Path(name).is_dir() and not Path(name, SUMMARY).exists()
+        splits = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
-        for split, rows in splits.items():
-            missing = FEATURES.keys() - set(rows.column_names)
-            if missing:
-                raise ValueError(f"Split {split!r} of {name} has no columns {sorted(missing)}: see data/README.md.")
     elif args.data_root is None:
         raise ValueError(
             f"The data set {name!r} is neither 'shapes' nor a folder: for a REFER data set such as 'refcoco/unc', "
@@ -306,6 +318,19 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
         )
     else:
         splits = load_refer(args.data_root, *name.partition("/")[::2])
+    return _undecoded(name, splits)
+
+
+def _is_on_hub(name: str, args: DataArguments) -> bool:
+    """Whether the name can only be a Hub id; with `data_root`, 'someone/mine' is looked for there."""
+    return args.data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
+
+
+def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    for split, rows in splits.items():
+        missing = FEATURES.keys() - set(rows.column_names)
+        if missing:
+            raise ValueError(f"Split {split!r} of {name} has no columns {sorted(missing)}: see data/README.md.")
     return splits.cast_column("image", datasets.Image(decode=False))
 
 
@@ -324,21 +349,30 @@ def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | Non
 
 def load_rows(
     args: DataArguments, do_train: bool, do_eval: bool, do_predict: bool
-) -> tuple[datasets.Dataset | None, datasets.Dataset | None, dict[str, datasets.Dataset]]:
+) -> tuple[datasets.Dataset | StreamedRows | None, datasets.Dataset | None, dict[str, datasets.Dataset]]:
     """Rows to train on, to choose the checkpoint by, and of each test split, as far as they are asked for.
 
     A data set is read once, and only if one of its splits is asked for.
     """
 
-    @functools.cache
-    def splits_of(name: str) -> datasets.DatasetDict:
-        return load_splits(name, args)
-
     members = parse_mixture(args.dataset, args.train_split)
     first_set = members[0].name
+    streamed = args.streaming and do_train
+    files = _files_to_stream(members, args) if streamed else {}
+
+    @functools.cache
+    def splits_of(name: str) -> datasets.DatasetDict:
+        if not streamed or name != first_set:
+            return load_splits(name, args)
+        wanted = [args.eval_split] * do_eval + args.test_splits * do_predict
+        held = {split: paths for split, paths in files.items() if split in wanted}
+        return _undecoded(name, datasets.load_dataset("parquet", data_files=held) if held else datasets.DatasetDict())
+
     train_rows = eval_rows = None
     if do_train:
-        if len(members) == 1:
+        if streamed:
+            train_rows = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
+        elif len(members) == 1:
             train_rows = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
         else:
             train_rows = _mix(members, splits_of, args)
@@ -354,6 +388,21 @@ def load_rows(
         splits = splits_of(dataset.replace(":", "/") or first_set)
         test_rows[name] = select_split(splits, split, args.max_eval_samples)
     return train_rows, eval_rows, test_rows
+
+
+def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, list[str]]:
+    """The Parquet files of each split of the one data set that is streamed."""
+    if len(members) > 1:
+        raise ValueError(f"streaming takes one data set, not the mixture {args.dataset!r}.")
+    name, split = members[0].name, members[0].split
+    if not (Path(name, SUMMARY).exists() or _is_on_hub(name, args)):
+        raise ValueError(
+            f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
+        )
+    files = parquet_files(name)
+    if split not in files:
+        raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
+    return files
 
 
 def _mix(
@@ -491,12 +540,12 @@ class DetrisTrainer(Trainer):
         model: DetrisForReferringSegmentation,
         args: DetrisTrainingArguments,
         processor: DetrisProcessor,
-        train_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | StreamedRows | None = None,
         eval_dataset: datasets.Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         collator = TrainingCollator(processor, args.seed)
-        if train_dataset is not None:  # the collator decodes masks in their boxes alone
+        if isinstance(train_dataset, datasets.Dataset):  # the collator decodes masks in their boxes alone
             train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
         self.evaluation_collator = EvaluationCollator(processor)
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
@@ -579,6 +628,30 @@ class DetrisTrainer(Trainer):
             self.model.load_adapter(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if not isinstance(self.train_dataset, StreamedRows):
+            return super().get_train_dataloader()
+        args = self.args
+        workers = max(args.dataloader_num_workers, 1)  # without any this process does their work
+        loader = torch.utils.data.DataLoader(
+            StreamedBatches(
+                self.train_dataset, args.train_batch_size, args.process_index, args.world_size, workers, args.seed
+            ),
+            batch_size=None,  # the rows come in batches
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
+        batches = dataloader.dataset
+        return len(batches.rows) if isinstance(batches, StreamedBatches) else super().num_examples(dataloader)
 
     def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
         loader = torch.utils.data.DataLoader(
@@ -741,7 +814,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data_args, training_args.do_train, training_args.do_eval, training_args.do_predict
         )
     batch_size = training_args.train_batch_size * training_args.world_size
-    if training_args.do_train and training_args.dataloader_drop_last and len(train_rows) < batch_size:
+    drops_last = training_args.dataloader_drop_last and not data_args.streaming
+    if training_args.do_train and drops_last and len(train_rows) < batch_size:
         logger.warning(f"dataloader_drop_last is off: {len(train_rows)} objects fill no batch of {batch_size}.")
         training_args.dataloader_drop_last = False
 

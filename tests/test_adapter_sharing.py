@@ -302,6 +302,16 @@ def test_what_is_loaded_is_active(trained):
     assert torch.equal(logits_of(model), trained.logits["maps"])
 
 
+def test_a_head_alone_is_an_adapter_too(trained):
+    model = sharing(trained, names=["icons"])
+    assert_active(model, "icons")
+    logits_of(model, **INPUTS, adapter_names=["__base__", "icons"])
+    assert torch.equal(logits_of(model), trained.logits["icons"])
+    model.set_adapter("default")
+    assert_active(model, "default")
+    assert torch.equal(logits_of(model), trained.logits["bare"])
+
+
 def test_only_the_active_adapter_is_trained(trained):
     """With its head, which for the model's own adapters is the model's own."""
     model = sharing(trained, is_trainable=True)
@@ -766,6 +776,7 @@ DAMAGES = {
         ValueError,
         "text_adapter_dim is 50: .* multiple of 16",
     ),
+    "width that no tensor has": (fields(vision_adapter_dim=160), ValueError, "ha(s|ve) vision_adapter_dim 160"),
     "width that is no number": (fields(text_adapter_dim="wide"), ValueError, "text_adapter_dim.*expected int"),
     "unknown peft_method": (fields(peft_method="prompt"), ValueError, "peft_method is 'prompt'"),
     "unknown modules": (

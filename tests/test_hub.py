@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_refer import same_rows
+from test_refer import ReferFolder, same_rows
 from tiny_models import randomize
 from transformers import CLIPTokenizer
 
@@ -357,6 +358,44 @@ def test_pushed_rows_come_back(server, tmp_path):
     for split, rows in splits.items():
         same_rows(loaded[split], rows)
         same_rows(plain[split].cast_column("mask", RleMask()), rows)
+
+
+PREPARE_ROWS = """
+from data import prepare
+
+arguments = ["refer", "refer", "--name", "refcoco/unc", "--output", "out", "--num_proc", "1"]
+prepare.main([*arguments, "--push_to_hub", "someone/mine"])
+"""
+STREAM_ROWS = """
+import io
+import json
+
+import datasets
+import numpy as np
+from data.streaming import StreamedBatches
+from train_hf import DataArguments, load_rows, read_image
+
+datasets.disable_progress_bars()
+streamed, eval_rows, _ = load_rows(DataArguments(dataset="someone/mine", streaming=True), True, True, False)
+rows, _, _ = load_rows(DataArguments(dataset="someone/mine"), True, False, False)
+expected = {row["ref_id"]: row for row in rows}
+(batch,) = StreamedBatches(streamed, len(streamed), 0, 1, 1, 0)
+for row in batch:
+    row["mask"] = rows.features["mask"].decode_example(row["mask"])
+    assert (row["mask"] == expected[row["ref_id"]]["mask"]).all()
+    assert np.array_equal(read_image(row), read_image(expected[row["ref_id"]]))
+print(json.dumps([sorted(row["ref_id"] for row in batch), eval_rows["ref_id"][:]]))
+"""
+
+
+def test_prepared_rows_are_pushed_and_streamed_back(server, tmp_path):
+    refer = ReferFolder(tmp_path / "refer")
+    refer.write()
+    run_client(PREPARE_ROWS, server, tmp_path, isolated=False)
+    shutil.rmtree(refer.root)  # the images travel with the rows
+    streamed = json.loads(run_client(STREAM_ROWS, server, tmp_path, isolated=False).splitlines()[-1])
+    of_split = {split: [ref["ref_id"] for ref in refer.refs if ref["split"] == split] for split in ("train", "val")}
+    assert streamed == list(of_split.values())
 
 
 # --- The server itself -----------------------------------------------------------------------------------------------

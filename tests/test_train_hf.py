@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,12 +16,16 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from test_refer import ReferFolder
 from transformers import BitsAndBytesConfig
 
 import train_hf
 from convert_detris_checkpoint import from_official
+from data import prepare
 from data.refer import RleMask
 from data.shapes import load_shapes
+from data.sources import open_records
+from data.streaming import StreamedRows, parquet_files
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
@@ -98,9 +103,10 @@ def shapes():
 
 @pytest.fixture
 def make_trainer(model_arguments, shapes, tmp_path):
-    """Builds a trainer over the first `rows` objects of train; further arguments go to DetrisTrainingArguments."""
+    """Builds a trainer over the first `rows` objects of train, or over those given; further arguments go to
+    DetrisTrainingArguments."""
 
-    def make(rows: int = 20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
+    def make(rows: int | StreamedRows = 20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "do_train": True,
@@ -119,7 +125,8 @@ def make_trainer(model_arguments, shapes, tmp_path):
         model, processor = build_model(
             ModelArguments(**model_arguments, model_config=MODEL_CONFIG | (model_config or {}))
         )
-        return DetrisTrainer(model, args, processor, shapes["train"].take(rows), shapes["val"])
+        train_rows = shapes["train"].take(rows) if isinstance(rows, int) else rows
+        return DetrisTrainer(model, args, processor, train_rows, shapes["val"])
 
     return make
 
@@ -796,6 +803,119 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
             }
         else:
             assert of_two.read_text() == of_one.read_text() != ""
+
+
+# --- streaming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with a training split of 38 rows in three files, images inside, and three rows of val."""
+    folder = tmp_path_factory.mktemp("prepared")
+    refer = ReferFolder(folder / "refer")
+    refer.refs = [
+        {**ref, "ref_id": number, "split": "val" if number % 14 == 2 else "train"}
+        for number, ref in enumerate(refer.refs * 6)
+    ]
+    refer.refs = [ref for ref in refer.refs if ref["ref_id"] < 41]
+    refer.write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "ROWS_PER_FILE", 15)
+        prepare.prepare(
+            open_records("refer", refer.root, "refcoco/unc"), folder / "out", num_proc=1, embed_images=True
+        )
+    shutil.rmtree(refer.root)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_training_resumes_bit_for_bit(make_trainer, prepared, tmp_path, workers):
+    files = parquet_files(str(prepared))["train"]
+    assert len(files) == 3
+    options = {
+        "rows": StreamedRows(files, 8),
+        "milestones": [1.5],
+        "dataloader_num_workers": workers,
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "save_total_limit": 3,
+    }
+    straight = make_trainer(num_train_epochs=2, output_dir=str(tmp_path / "straight"), **options)
+    result = straight.train()
+    assert straight.state.max_steps == straight.state.global_step == 20 and straight.state.epoch == 2
+    assert straight.num_examples(straight.get_train_dataloader()) == 38
+    assert result.metrics["train_samples_per_second"] == pytest.approx(
+        2 * 38 / result.metrics["train_runtime"], rel=0.01
+    )
+    assert [entry["learning_rate"] for entry in straight.state.log_history if "learning_rate" in entry] == (
+        pytest.approx([1e-3] * 15 + [1e-4] * 5)
+    )
+    resumed = make_trainer(num_train_epochs=2, output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-7"))
+    assert losses(resumed) == losses(straight) and len(losses(straight)) == 20
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in straight.model.state_dict().items())
+
+
+def test_streamed_batches_hold_each_row_once_an_epoch(make_trainer, prepared):
+    trainer = make_trainer(rows=StreamedRows(parquet_files(str(prepared))["train"]), num_train_epochs=3)
+    seen, collate = [], trainer.data_collator
+    trainer.data_collator = lambda rows: seen.append([row["ref_id"] for row in rows]) or collate(rows)
+    trainer.train()
+    expected = [number for number in range(41) if number % 14 != 2]
+    epochs = [[ref_id for batch in seen[first : first + 10] for ref_id in batch] for first in (0, 10, 20)]
+    assert len(seen) == 30 and all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.slow
+def test_two_processes_stream_in_step(config_file, prepared, tmp_path):
+    """38 rows in batches of 4 for 2 processes of 2 workers: runs of 9 and 10 rows, each in 3 batches."""
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
+        + [config_file, "--dataset", str(prepared), "--streaming", "--do_train", "--do_eval", "--use_cpu"]
+        + ["--num_train_epochs", "2", "--dataloader_num_workers", "2", "--dataloader_drop_last"]
+        + ["--save_strategy", "epoch", "--eval_strategy", "epoch"],
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 12 and state["epoch"] == 2
+    assert 0 <= json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_mean_iou"] <= 1
+
+
+def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):
+    """The other splits are read as always, the training split not even if its files are unreadable."""
+    arguments = DataArguments(dataset=str(prepared), streaming=True, test_splits=["val"], shuffle_buffer_size=3)
+    load_dataset, loaded = datasets.load_dataset, []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: loaded.append(kwargs) or load_dataset(*args, **kwargs)
+    )
+    train_rows, eval_rows, test_rows = load_rows(arguments, True, True, True)
+    assert [list(options["data_files"]) for options in loaded] == [["val"]]
+    assert isinstance(train_rows, StreamedRows) and len(train_rows) == 38 and train_rows.shuffle_buffer_size == 3
+    assert len(eval_rows) == len(test_rows["val"]) == 3
+    without = load_rows(DataArguments(dataset=str(prepared)), True, True, False)
+    assert len(without[0]) == 38
+    assert without[1]["ref_id"][:] == eval_rows["ref_id"][:] and eval_rows.features == without[1].features
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": "shapes"}, "'shapes' cannot be streamed: .*data.prepare"),
+        ({"dataset": "refcoco/unc", "data_root": "."}, "'refcoco/unc' cannot be streamed"),
+        ({"dataset": "shapes + refcoco/unc"}, "streaming takes one data set, not the mixture 'shapes"),
+        ({"train_split": "trian"}, "no split 'trian' to train on: it has .*'train'"),
+        ({"eval_split": "vall"}, "'vall' does not exist"),
+        ({"max_train_samples": 3}, "leave max_train_samples out"),
+        ({"shuffle_buffer_size": 0}, "shuffle_buffer_size is 0"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(prepared, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataArguments(**{"dataset": str(prepared), "streaming": True} | changes), True, True, False)
 
 
 # --- phrases that name nothing, or several objects ----------------------------------------------------------------
