@@ -7,6 +7,7 @@ alike by every OpenCV, so results depend neither on the version installed here n
 
 import html
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_SIDE = 448
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; every CLIP model has this one
 SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
+REACHES = {cv2.INTER_LINEAR: 1, cv2.INTER_CUBIC: 2}  # how far from a place sampling looks, in pixels
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
 CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
@@ -70,23 +72,24 @@ def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.n
     return tuple(np.meshgrid(x, y))
 
 
-def _letterbox(image: np.ndarray, side: int, interpolation: int, border: Any) -> np.ndarray:
-    """Warp `(H, W)` or `(H, W, C)` to `(side, side)` or `(side, side, C)`; what lies outside the image is `border`."""
-    maps = letterbox_maps(*image.shape[:2], side)
-    return cv2.remap(image, *maps, interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+def _letterbox(
+    box: np.ndarray, top: int, left: int, size: tuple[int, int], side: int, interpolation: int, border: Any
+) -> tuple[np.ndarray, slice, slice]:
+    """Warp a box of an image of `size`, beyond which all is `border`, to where it comes to lie in the square.
 
-
-def _letterbox_mask(mask: BoxedMask, label: np.ndarray) -> None:
-    """Warp a mask of 0 … 255 into a label `(side, side)` from 0 to 1 that is 0 yet, and only where the box lies."""
-    x, y = letterbox_maps(*mask.size, len(label))
-    height, width = mask.values.shape
-    # Linear sampling reaches less than a pixel beyond the box; what it finds there is 0.
-    rows = slice(*np.searchsorted(y[:, 0], (mask.top - 1, mask.top + height)))
-    columns = slice(*np.searchsorted(x[0], (mask.left - 1, mask.left + width)))
-    maps = x[rows, columns] - np.float32(mask.left), y[rows, columns] - np.float32(mask.top)
-    if maps[0].size:  # a large image is sampled at distances that can miss a small box
-        warped = cv2.remap(mask.values, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
-        np.divide(warped, np.float32(255), out=label[rows, columns])
+    Returns:
+        What the square holds in the rows and columns that follow; elsewhere it is `border`.
+    """
+    x, y = letterbox_maps(*size, side)
+    reach = REACHES[interpolation]
+    rows = slice(*np.searchsorted(y[:, 0], (top - reach, top + box.shape[0] - 1 + reach)))
+    columns = slice(*np.searchsorted(x[0], (left - reach, left + box.shape[1] - 1 + reach)))
+    x, y = x[rows, columns], y[rows, columns]
+    if not x.size:  # a large image is sampled at distances that can miss a small box
+        return np.empty((*x.shape, *box.shape[2:]), box.dtype), rows, columns
+    if left or top:
+        x, y = x - np.float32(left), y - np.float32(top)
+    return cv2.remap(box, x, y, interpolation, None, cv2.BORDER_CONSTANT, border), rows, columns
 
 
 @lru_cache(maxsize=64)
@@ -110,13 +113,13 @@ def _restoring_matrix(
     return (warp @ enlarge).to(device=device, dtype=torch.float32)
 
 
-def _as_list(values: Any, batch_ndim: int, name: str) -> list:
-    """A list of images or maps from a list, a batch of `batch_ndim` dimensions, or a single one."""
-    listed = isinstance(values, (list, tuple)) and not isinstance(values, BoxedMask)
+def _as_sequence(values: Any, batch_ndim: int, name: str) -> Sequence:
+    """A sequence of images or maps from a sequence, a batch of `batch_ndim` dimensions, or a single one."""
+    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, BoxedMask))
     several = listed or getattr(values, "ndim", None) == batch_ndim
     if several and not len(values):
         raise ValueError(f"{name} is empty: give at least one.")
-    return list(values) if several else [values]
+    return values if several else [values]
 
 
 def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
@@ -232,7 +235,8 @@ class DetrisImageProcessor(BaseImageProcessor):
         """Letterbox `B` images, and masks for `N` phrases that speak of them.
 
         Args:
-            images: one image or a list or batch of `B`.
+            images: one image or a sequence or batch of `B`. They are taken from a sequence one by one, so that one
+                which reads them when asked, like a column of `datasets`, never holds all of them.
             segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of integers with
                 255 as the foreground; one for each phrase, or one for each image that its phrases share. A
                 [`BoxedMask`] spares the work outside its box.
@@ -249,23 +253,28 @@ class DetrisImageProcessor(BaseImageProcessor):
             ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
                 as phrases nor as many as images, or a map is not as large as its image.
         """
-        images = _as_list(images, 4, "images")
+        images = _as_sequence(images, 4, "images")
         side, sizes = self.size["height"], []
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
         factors, offsets = 1 / (255 * std), mean / std
-        border = [255 * channel for channel in self.image_mean]
+        border = np.rint([255 * channel for channel in self.image_mean])
+        outside = (np.float32(border) * factors - offsets)[:, None, None]
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
         for i, image in enumerate(images):
             image = _as_rgb(image, f"images[{i}]")
             sizes.append(image.shape[:2])
-            square = _letterbox(image, side, cv2.INTER_CUBIC, border)
-            for plane, values, factor, offset in zip(cv2.split(square), pixel_values[i], factors, offsets):
+            warped, rows, columns = _letterbox(image, 0, 0, image.shape[:2], side, cv2.INTER_CUBIC, border)
+            square = pixel_values[i]
+            planes = cv2.split(warped) if warped.size else ()
+            for plane, values, factor, offset in zip(planes, square[:, rows, columns], factors, offsets):
                 np.multiply(plane, factor, out=values)
                 values -= offset
+            square[:, : rows.start] = square[:, rows.stop :] = outside
+            square[:, rows, : columns.start] = square[:, rows, columns.stop :] = outside
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
-            maps = _as_list(segmentation_maps, 3, "segmentation_maps")
+            maps = _as_sequence(segmentation_maps, 3, "segmentation_maps")
             data["labels"] = self._letterbox_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -276,7 +285,8 @@ class DetrisImageProcessor(BaseImageProcessor):
                 "each phrase, or one for each image."
             )
         shared = len(maps) != len(image_index)
-        labels = np.zeros((len(maps), self.size["height"], self.size["height"]), np.float32)
+        side = self.size["height"]
+        labels = np.zeros((len(maps), side, side), np.float32)
         for i, owner in enumerate(range(len(sizes)) if shared else image_index):
             name, given = f"segmentation_maps[{i}]", maps[i]
             boxed = given if isinstance(given, BoxedMask) else BoxedMask(given, 0, 0, (0, 0))
@@ -287,7 +297,8 @@ class DetrisImageProcessor(BaseImageProcessor):
                     f"{name} has (height, width) {tuple(size)}, but its image, images[{owner}], has {sizes[owner]} "
                     "when upright: give a map of the image's size."
                 )
-            _letterbox_mask(boxed._replace(values=mask, size=sizes[owner]), labels[i])
+            warped, rows, columns = _letterbox(mask, boxed.top, boxed.left, size, side, cv2.INTER_LINEAR, 0)
+            np.divide(warped, np.float32(255), out=labels[i, rows, columns])
         return labels[image_index] if shared else labels
 
 
@@ -361,7 +372,7 @@ class DetrisProcessor(ProcessorMixin):
             raise ValueError("images is missing: give images, or text without segmentation_maps.")
         data, image_index = {}, None
         if text is not None:
-            image_count = None if images is None else len(_as_list(images, 4, "images"))
+            image_count = None if images is None else len(_as_sequence(images, 4, "images"))
             phrases, image_index = self._pair_text_with_images(text, image_count)
             input_ids = self._tokenize(phrases)
             # Id 0 is the filling, as officially, although it is also the token of a "!" inside a word.

@@ -11,6 +11,7 @@ of the three dataclasses below; `--help` lists them with all that `TrainingArgum
 """
 
 import functools
+import io
 import json
 import logging
 import random
@@ -18,11 +19,12 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import cv2
 import datasets
 import evaluate
 import huggingface_hub
@@ -32,7 +34,7 @@ import torch
 import yaml
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from transformers import (
     BitsAndBytesConfig,
@@ -52,13 +54,13 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import SUMMARY
-from data.refer import FEATURES, SOURCES, RleMask, load_refer, run_lengths
+from data.refer import END_OF_JPEG, FEATURES, SOURCES, RleMask, load_refer, run_lengths
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
-from processing_detris import CLIP_TOKENIZER, BoxedMask, DetrisProcessor
+from processing_detris import CLIP_TOKENIZER, MAX_CHANNELS, BoxedMask, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
@@ -424,16 +426,30 @@ def _mix(
     return rows.take(min(args.max_train_samples or len(rows), len(rows)))
 
 
-def read_image(row: dict) -> Image.Image:
+def read_image(row: dict) -> np.ndarray | Image.Image:
     """Decode a row's image.
+
+    Returns:
+        The pixels (H, W, 3) of a JPEG, from OpenCV as officially: equal to Pillow's, which would be copied once more
+        to become an array. Of other files, and of JPEGs that are turned or in CMYK, Pillow's image.
 
     Raises:
         OSError: the file is missing or broken; the message names it and the row.
     """
+    image = row["image"]
     try:
-        return datasets.Image().decode_example(row["image"])
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        with Image.open(io.BytesIO(content)) as header:
+            colours = header.format == "JPEG" and header.mode in ("L", "RGB")
+            upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        # OpenCV does not say that a file is cut short.
+        if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
+            if pixels is not None:
+                return pixels
+        return datasets.Image().decode_example({"path": image["path"], "bytes": content})
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
-        name = row["image"]["path"] or "embedded in the data set"
+        name = image["path"] or "embedded in the data set"
         raise OSError(
             f"Image {name} of the row with ref_id {row['ref_id']} cannot be read ({error}): restore the file or leave "
             "the row out."
@@ -453,6 +469,20 @@ def read_mask(row: dict) -> BoxedMask | np.ndarray:
     ends = run_lengths(rle["counts"].encode("ascii")).cumsum().clip(start, stop)
     values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
     return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
+
+
+class ReadWhenAsked(Sequence):
+    """What `read` makes of each row, made when it is taken: a batch's decoded photographs are never all in memory."""
+
+    def __init__(self, read: Callable[[dict], Any], rows: list[dict]):
+        self.read = read
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.rows[index])
 
 
 class TrainingCollator(TrainerCallback):
@@ -475,9 +505,9 @@ class TrainingCollator(TrainerCallback):
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self.processor(
-            images=[read_image(row) for row in rows],
+            images=ReadWhenAsked(read_image, rows),
             text=[[self.draw_phrase(row)] for row in rows],
-            segmentation_maps=[read_mask(row) for row in rows],
+            segmentation_maps=ReadWhenAsked(read_mask, rows),
             return_tensors="pt",
         )
         return {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask", "labels")}
@@ -490,8 +520,8 @@ class EvaluationCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        images, sentences = [read_image(row) for row in rows], [row["sentences"] for row in rows]
-        inputs = self.processor(images=images, text=sentences, return_tensors="pt")
+        sentences = [row["sentences"] for row in rows]
+        inputs = self.processor(images=ReadWhenAsked(read_image, rows), text=sentences, return_tensors="pt")
         # `pixel_values` comes first: Trainer takes the first tensor's length for the number of rows.
         return {**inputs, "masks": [row["mask"] for row in rows], "ref_ids": torch.tensor([r["ref_id"] for r in rows])}
 
@@ -753,7 +783,7 @@ def write_predictions(
         (folder / "overlays").mkdir()
     with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
         for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
-            image = None if masks is None else read_image(row)
+            image = None if masks is None else datasets.Image().decode_example(row["image"])
             for phrase, sentence in enumerate(row["sentences"]):
                 intersection, union, reference_area = row_counts[phrase]
                 result = {

@@ -1,5 +1,6 @@
 """`train_hf.py` from arguments to predictions, on backbones of two random layers and a few synthetic images."""
 
+import io
 import json
 import runpy
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
 from test_refer import ReferFolder
 from transformers import BitsAndBytesConfig
@@ -340,15 +341,54 @@ def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
         assert every_phrase["sentences"] == [row["sentences"] for row in expected] != val["sentences"]
 
 
-@pytest.mark.parametrize("content", [None, b"no image", "truncated"])
-def test_a_missing_or_broken_image_is_named_with_its_row(shapes, tmp_path, content):
-    row = dict(shapes["val"][0])
-    path = tmp_path / "broken.png"
+@pytest.mark.parametrize("name", ["broken.png", "broken.jpg"])
+@pytest.mark.parametrize("content", [None, b"no image", b"", "truncated"])
+def test_a_missing_or_broken_image_is_named_with_its_row(tmp_path, name, content):
+    path = tmp_path / name
+    if content == "truncated":
+        Image.effect_noise((60, 50), 90).save(path)
+        content = path.read_bytes()[:-300]
+        path.unlink()
     if content is not None:
-        path.write_bytes(row["image"]["bytes"][:-300] if content == "truncated" else content)
-    row["image"] = {"path": str(path), "bytes": None}
-    with pytest.raises(OSError, match=rf"broken\.png.*{row['ref_id']}"):
-        read_image(row)
+        path.write_bytes(content)
+    with pytest.raises(OSError, match=rf"{name}.*ref_id 17"):
+        read_image({"image": {"path": str(path), "bytes": None}, "ref_id": 17})
+
+
+JPEGS = {
+    "4:2:0": ("RGB", {}),
+    "4:2:2": ("RGB", {"subsampling": "4:2:2"}),
+    "4:4:4, best": ("RGB", {"subsampling": "4:4:4", "quality": 100}),
+    "poor": ("RGB", {"quality": 5}),
+    "progressive": ("RGB", {"progressive": True}),
+    "as RGB": ("RGB", {"keep_rgb": True}),
+    "grey": ("L", {}),
+    "CMYK": ("CMYK", {}),
+    "turned": ("RGB", {"exif": 6}),
+    "not turned": ("RGB", {"exif": 1}),
+}
+
+
+@pytest.mark.parametrize("size", [(61, 47), (1, 9), (3, 200), (64, 64)])
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_are_read_as_pillow_reads_them(tmp_path, kind, embedded, size):
+    mode, options = JPEGS[kind]
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = options["exif"]
+        options = {"exif": exif}
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((size[0] * 3, size[1] * 3), Image.Resampling.BICUBIC)
+    path = tmp_path / "image.jpg"
+    smooth.convert(mode).save(path, **options)
+    image = {"path": None if embedded else str(path), "bytes": path.read_bytes() if embedded else None}
+    read = read_image({"image": image, "ref_id": 0})
+    assert np.array_equal(
+        np.asarray(Image.fromarray(read) if isinstance(read, np.ndarray) else read.convert("RGB")),
+        np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")),
+    )
+    assert isinstance(read, np.ndarray) == (kind not in ("CMYK", "turned") and min(smooth.size) > 4)
 
 
 def test_one_phrase_of_an_object_is_drawn_each_epoch_and_all_of_them_over_time():
@@ -610,7 +650,7 @@ def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
     assert output.label_ids.tolist() == shapes["val"]["ref_id"]
     ious = []
     for row, counts in zip(shapes["val"], output.predictions, strict=True):
-        image = read_image(row)
+        image = Image.open(io.BytesIO(row["image"]["bytes"]))
         assert (counts[len(row["sentences"]) :] == -100).all()
         for sentence, count in zip(row["sentences"], counts.tolist()):
             inputs = processor(images=image, text=sentence, return_tensors="pt")
