@@ -4,7 +4,7 @@
     python -m benchmarks.data --output scratch --stage loader    # one of the measurements again
 
 A synthetic set in the REFER layout is written to `<output>/refer` once; each measurement then runs in a process of its
-own. Needs Linux (`/proc`), 500 MB of disk and about five minutes.
+own. Needs Linux (`/proc`), 500 MB of disk and about seven minutes.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data.check import PUBLISHED
 from data.refer import RleMask
+from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from processing_detris import DetrisImageProcessor, DetrisProcessor, letterbox_maps
 from train_hf import TrainingCollator
 
@@ -39,9 +40,9 @@ GRAIN, JPEG_QUALITY = 21, 90  # noise that makes files of about 160 KB
 ANNOTATIONS = 196_771  # of all objects in RefCOCO's images, most of which no phrase refers to
 CORNERS = (20, 60)  # of a polygon
 WORDS = "left right woman man in the red blue shirt chair front back white cat dog bus of table far near top".split()
-BATCH_SIZES = (8, 16)
-BLOCKS, ROWS_PER_BLOCK = 24, 16  # of loader and of bare loop, in turn
-WORKERS, EPOCH_ROWS, SETTLED_ROWS = 2, 10_000, 500
+BATCH_SIZES = (8, 16, 32)
+BLOCKS, ROWS_PER_BLOCK = 24, 32  # of loader and of bare loops, in turn
+WORKERS, SETTLED_ROWS = 2, 500
 POLL_SECONDS = 0.2
 MEBIBYTE = 2**20
 
@@ -180,18 +181,23 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def measure_first_batch(output: Path) -> dict[str, str]:
-    """Time until the first training batch, without and then with what `datasets` has cached."""
+    """Time until the first training batch: streamed, then without and with what `datasets` has cached."""
     figures = {}
     cache = output / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     collator = make_collator()
-    for state in ("empty", "warm"):
+    for state in ("streamed", "empty cache", "warm cache"):
         start = time.perf_counter()
-        loader = torch.utils.data.DataLoader(
-            load_train(output), BATCH_SIZES[0], shuffle=True, collate_fn=collator, num_workers=WORKERS
-        )
+        if state == "streamed":
+            rows = StreamedRows(parquet_files(str(output / "prepared"))["train"])
+            batches = StreamedBatches(rows, BATCH_SIZES[-1], 0, 1, WORKERS, seed=0)
+            loader = torch.utils.data.DataLoader(batches, None, collate_fn=collator, num_workers=WORKERS)
+        else:
+            loader = torch.utils.data.DataLoader(
+                load_train(output), BATCH_SIZES[-1], shuffle=True, collate_fn=collator, num_workers=WORKERS
+            )
         next(iter(loader))
-        figures[f"first batch: from the prepared folder, {state} cache"] = f"{time.perf_counter() - start:.1f} s"
+        figures[f"first batch: from the prepared folder, {state}"] = f"{time.perf_counter() - start:.1f} s"
     return figures
 
 
@@ -212,43 +218,52 @@ def make_collator() -> TrainingCollator:
 def measure_loader(output: Path) -> dict[str, str]:
     """Rows read and collated by one thread, and bare decoding and warping of the same images, in turn.
 
-    Counted in seconds of the processor, which other programs do not disturb as much as the clock's.
+    Decoding is `datasets`' own, by Pillow, and for comparison OpenCV's, which is what the loader uses. Counted in
+    seconds of the processor, which other programs do not disturb as much as the clock's.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     rows, collator = load_train(output).shuffle(seed=0), make_collator()
     image_processor = collator.processor.image_processor
     side, border = image_processor.size["height"], [255 * channel for channel in image_processor.image_mean]
-    seconds = {name: [] for name in ("bare", *BATCH_SIZES)}
-    for block in tqdm(range(BLOCKS + 1), desc="loader and bare loop"):
+    decoders = {
+        "datasets": lambda image: np.asarray(datasets.Image().decode_example(image)),
+        "OpenCV": lambda image: cv2.imdecode(np.fromfile(image["path"], np.uint8), cv2.IMREAD_COLOR_RGB),
+    }
+    seconds = {name: [] for name in (*decoders, *BATCH_SIZES)}
+    for block in tqdm(range(BLOCKS + 1), desc="loader and bare loops"):
         indices = range(block * ROWS_PER_BLOCK, (block + 1) * ROWS_PER_BLOCK)
         images = [rows[index]["image"] for index in indices]
-        start = time.process_time()
-        for image in images:
-            pixels = np.asarray(datasets.Image().decode_example(image))
-            maps = letterbox_maps(*pixels.shape[:2], side)
-            cv2.remap(pixels, *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
-        seconds["bare"].append(time.process_time() - start)
+        for name, decode in decoders.items():
+            start = time.process_time()
+            for image in images:
+                pixels = decode(image)
+                maps = letterbox_maps(*pixels.shape[:2], side)
+                cv2.remap(pixels, *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+            seconds[name].append(time.process_time() - start)
         for size in BATCH_SIZES:
             start = time.process_time()
             for first in indices[::size]:
                 collator(rows.__getitems__(list(range(first, first + size))))
             seconds[size].append(time.process_time() - start)
-    bare, *loaders = (np.array(times[1:]) for times in seconds.values())  # the first block warms up
-    figures = {
-        "loader: bare decoding and one bicubic warp, samples a second": f"{ROWS_PER_BLOCK / np.median(bare):.0f}"
-    }
-    for size, times in zip(BATCH_SIZES, loaders):
-        figures[f"loader: in turn with it, batches of {size}"] = f"{ROWS_PER_BLOCK / np.median(times):.0f}"
-        figures[f"loader: as a share of it, batches of {size}"] = f"{np.median(bare / times):.2f}"
+    times = {name: np.array(measured[1:]) for name, measured in seconds.items()}  # the first block warms up
+    figures = {}
+    for name in decoders:
+        rate = ROWS_PER_BLOCK / np.median(times[name])
+        figures[f"loader: bare, decoded by {name} and warped once, samples a second"] = f"{rate:.0f}"
+    for size in BATCH_SIZES:
+        figures[f"loader: in turn with it, batches of {size}"] = f"{ROWS_PER_BLOCK / np.median(times[size]):.0f}"
+        for name in decoders:
+            share = np.median(times[name] / times[size])
+            figures[f"loader: as a share of {name}, batches of {size}"] = f"{share:.2f}"
     return figures
 
 
 def measure_workers(output: Path) -> dict[str, str]:
     """What each worker's memory grows by, pages of its own alone, from its first rows to the end of an epoch."""
-    rows = load_train(output).shuffle(seed=0).select(range(EPOCH_ROWS))
-    loader = torch.utils.data.DataLoader(rows, BATCH_SIZES[0], collate_fn=make_collator(), num_workers=WORKERS)
-    settled = SETTLED_ROWS * WORKERS // BATCH_SIZES[0]
+    rows = load_train(output).shuffle(seed=0)
+    loader = torch.utils.data.DataLoader(rows, BATCH_SIZES[-1], collate_fn=make_collator(), num_workers=WORKERS)
+    settled = SETTLED_ROWS * WORKERS // BATCH_SIZES[-1]
     others = {process.pid for process in multiprocessing.active_children()}
     start = time.perf_counter()
     for index, _ in enumerate(tqdm(iter(loader), total=len(loader), desc="epoch", unit="batch")):
@@ -259,9 +274,9 @@ def measure_workers(output: Path) -> dict[str, str]:
     seconds = time.perf_counter() - start
     growth = [f"{(after[pid] - before[pid]) / MEBIBYTE:.1f}" for pid in before]
     return {
-        f"workers: samples a second of {WORKERS}": f"{EPOCH_ROWS / seconds:.0f}",
+        f"workers: samples a second of {WORKERS}": f"{len(rows) / seconds:.0f}",
         "workers: private memory at first": ", ".join(f"{size / MEBIBYTE:.0f}" for size in before.values()) + " MiB",
-        f"workers: its growth over {EPOCH_ROWS} rows": ", ".join(growth) + " MiB",
+        f"workers: its growth over an epoch of {len(rows)} rows": ", ".join(growth) + " MiB",
     }
 
 
@@ -288,7 +303,7 @@ def main() -> None:
         write_refer(output / "refer")
     if options.stage:
         for name, figure in STAGES[options.stage](output).items():
-            print(f"{name:<62} {figure:>12}", flush=True)
+            print(f"{name:<66} {figure:>12}", flush=True)
         return
     for stage in STAGES:
         subprocess.run(

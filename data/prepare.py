@@ -33,7 +33,7 @@ from .refer import FEATURES, RleMask
 from .sources import KINDS, Records, open_records
 
 RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
-ROWS_PER_FILE = 5000
+ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # a file's rows are in memory at once
 RESERVED = "all"  # what `datasets` calls all splits together
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 WHOLE = "whole"  # what becomes the output, inside of the folder of work
@@ -210,7 +210,7 @@ def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) ->
         rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
         figures[split] = describe(rows)
         rows = datasets.Dataset(rows.cast(STORED.arrow_schema), datasets.DatasetInfo(features=FEATURES))
-        count = -(-len(rows) // ROWS_PER_FILE)
+        count = -(-len(rows) // (ROWS_PER_FILE_OF_IMAGES if embed_images else ROWS_PER_FILE))
         for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
             shard = rows.shard(count, part, contiguous=True)
             if embed_images:

@@ -860,7 +860,7 @@ def prepared(tmp_path_factory):
     refer.refs = [ref for ref in refer.refs if ref["ref_id"] < 41]
     refer.write()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "ROWS_PER_FILE", 15)
+        patch.setattr(prepare, "ROWS_PER_FILE_OF_IMAGES", 15)
         prepare.prepare(
             open_records("refer", refer.root, "refcoco/unc"), folder / "out", num_proc=1, embed_images=True
         )
