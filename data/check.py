@@ -85,10 +85,10 @@ def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[s
     sizes = set()
     for index, ref in enumerate(tqdm(refs, desc=f"{name}: annotations", unit="ref")):
         if found := attempt(read_row, files, index, ref, instances):
-            split, row, size = found
+            split, row = found
             splits[split].append(row)
-            sizes.add((row["image"], size))
-    attempt(check_ref_ids, files, [row["ref_id"] for rows in splits.values() for row in rows])
+            sizes.add((row["image"], tuple(row["mask"]["size"])))
+    attempt(check_ref_ids, files.refs, [row["ref_id"] for rows in splits.values() for row in rows])
 
     missing = []
     for path, size in tqdm(sorted(sizes), desc=f"{name}: images", unit="image"):

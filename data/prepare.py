@@ -16,6 +16,7 @@ import multiprocessing.connection
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from datasets.utils import tqdm
+from huggingface_hub import DatasetCardData
 from pycocotools import mask as coco_mask
 
 from .check import PUBLISHED
@@ -40,11 +42,7 @@ WHOLE = "whole"  # what becomes the output, inside of the folder of work
 STORED = datasets.Features(FEATURES | {"image": datasets.Image(decode=False), "mask": RleMask(decode=False)})
 
 CARD = """---
-configs:
-- config_name: default
-  data_files:
-{data_files}task_categories:
-- image-segmentation
+{metadata}
 ---
 
 # {name}
@@ -158,15 +156,13 @@ def _chunk_files(work: Path, start: int) -> tuple[Path, Path]:
 def _read_chunk(work: Path, start: int, strict: bool) -> int:
     """Read some records and write their rows, then their problems, whose file tells that the chunk is done."""
     indices = range(start, min(start + RECORDS_PER_CHUNK, len(_records)))
-    rows, problems, sound_images = [], [], set()
+    rows, problems = [], []
     for index in indices:
         try:
-            split, row, size = _records.read(index)
+            split, row = _records.read(index)
             if split == RESERVED:
                 raise ValueError(f"{_records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
-            if (row["image"], size) not in sound_images:
-                _records.check(row, size)
-                sound_images.add((row["image"], size))
+            _records.check(row)
             rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
         except (OSError, ValueError) as error:
             if strict:
@@ -183,54 +179,70 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
 
 
 def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) -> dict:
-    """Write the splits, their card, the problems and the summary from the chunks, in the records' order."""
-    chunks = [_chunk_files(work, start) for start in range(0, len(records), RECORDS_PER_CHUNK)]
-    problems = [json.loads(line) for _, path in chunks for line in path.read_text(encoding="utf-8").splitlines()]
-    table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
-    seen = set()
-    first = [not (ref_id in seen or seen.add(ref_id)) for ref_id in table["ref_id"].to_pylist()]
-    for row in table.filter(pa.compute.invert(pa.array(first, pa.bool_()))).select(["ref_id", "record"]).to_pylist():
-        reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each its own."
-        if strict:
-            raise ValueError(reason)
-        problems.append({"record": row["record"], "reason": reason})
-    problems.sort(key=lambda problem: problem["record"])
-    table = table.filter(pa.array(first, pa.bool_()))
-    if not len(table):
-        reasons = f", the first because: {problems[0]['reason']}" if problems else ""
-        shutil.rmtree(work)  # so that what is mended is read again
-        raise ValueError(f"{records.name} has no sound record among {len(records)}{reasons}")
-
+    """Make the whole folder from the chunks, and return its summary."""
+    table, problems = _merge(records, work, strict)
     whole = work / WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     figures, digest = {}, hashlib.sha256()
-    order = dict.fromkeys(table["split"].to_pylist())
-    for split in order:
+    for split in dict.fromkeys(table["split"].to_pylist()):
         rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
         figures[split] = describe(rows)
-        rows = datasets.Dataset(rows.cast(STORED.arrow_schema), datasets.DatasetInfo(features=FEATURES))
-        count = -(-len(rows) // (ROWS_PER_FILE_OF_IMAGES if embed_images else ROWS_PER_FILE))
-        for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
-            shard = rows.shard(count, part, contiguous=True)
-            if embed_images:
-                shard = shard.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
-            path = whole / f"{split}-{part:05d}-of-{count:05d}.parquet"
-            shard.with_format(None).to_parquet(path)
+        for path in _write_split(whole, split, rows, embed_images):
             digest.update(path.name.encode())
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     summary = {"name": records.name, "fingerprint": digest.hexdigest(), "left_out": len(problems), "splits": figures}
     (whole / PROBLEMS).write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     (whole / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    card = CARD.format(
-        name=records.name,
-        data_files="".join(f"  - split: '{split}'\n    path: {split}-*.parquet\n" for split in order),
-        table=format_summary(summary),
-        left_out=f"{len(problems)} records were left out; `{PROBLEMS}` says which and why.",
-    )
-    (whole / "README.md").write_text(card, encoding="utf-8")
+    (whole / "README.md").write_text(_card(summary), encoding="utf-8")
     return summary
+
+
+def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[dict]]:
+    """The rows of all chunks, in the records' order, and the problems; of rows that share a ref_id the first stays."""
+    chunks = [_chunk_files(work, start) for start in range(0, len(records), RECORDS_PER_CHUNK)]
+    problems = [json.loads(line) for _, path in chunks for line in path.read_text(encoding="utf-8").splitlines()]
+    table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
+    repeated = pa.array(table["ref_id"].to_pandas().duplicated(), pa.bool_())
+    for row in table.filter(repeated).select(["ref_id", "record"]).to_pylist():
+        reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each its own."
+        if strict:
+            raise ValueError(reason)
+        problems.append({"record": row["record"], "reason": reason})
+    problems.sort(key=lambda problem: problem["record"])
+    table = table.filter(pa.compute.invert(repeated))
+    if not len(table):
+        reasons = f", the first because: {problems[0]['reason']}" if problems else ""
+        shutil.rmtree(work)  # so that what is mended is read again
+        raise ValueError(f"{records.name} has no sound record among {len(records)}{reasons}")
+    return table, problems
+
+
+def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool) -> Iterator[Path]:
+    """Write the rows of a split; gives each file when it is written."""
+    rows = datasets.Dataset(table.cast(STORED.arrow_schema), datasets.DatasetInfo(features=FEATURES))
+    count = -(-len(rows) // (ROWS_PER_FILE_OF_IMAGES if embed_images else ROWS_PER_FILE))
+    for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
+        shard = rows.shard(count, part, contiguous=True)
+        if embed_images:
+            shard = shard.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
+        path = folder / f"{split}-{part:05d}-of-{count:05d}.parquet"
+        shard.with_format(None).to_parquet(path)
+        yield path
+
+
+def _card(summary: dict) -> str:
+    files = [{"split": split, "path": f"{split}-*.parquet"} for split in summary["splits"]]
+    metadata = DatasetCardData(
+        configs=[{"config_name": "default", "data_files": files}], task_categories=["image-segmentation"]
+    )
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=summary["name"],
+        table=format_summary(summary),
+        left_out=f"{summary['left_out']} records were left out; `{PROBLEMS}` says which and why.",
+    )
 
 
 def describe(rows: pa.Table) -> dict[str, float]:

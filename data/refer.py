@@ -15,14 +15,15 @@ import reprlib
 import warnings
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pyarrow as pa
 from datasets.features.features import register_feature
@@ -47,7 +48,6 @@ NO_TARGET = -1  # gRefCOCO's ann_id of a phrase that nothing in the image answer
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # for some others Pillow starts programs (EPS)
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
-EXIF_ORIENTATION = 0x0112
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_NAME = 10_000, 4_096  # characters of a phrase; of a category or file name
 MAX_MESSAGE = 1_000  # characters
@@ -160,14 +160,16 @@ class Records:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = digest.hexdigest()
+        self._sound_images: set[tuple[str, tuple[int, int]]] = set()
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
-        """The split and row of a record, and the (height, width) that its image should have.
+    def read(self, index: int) -> tuple[str, dict]:
+        """The split and row of a record.
 
-        The row has the columns of `FEATURES`, its image as an absolute path and its mask as compressed RLE.
+        The row has the columns of `FEATURES`, its image as an absolute path and its mask as compressed RLE, whose
+        `size` is the (height, width) that the image should have.
 
         Raises:
             OSError: a file that the record names is missing or unreadable.
@@ -175,10 +177,13 @@ class Records:
         """
         raise NotImplementedError
 
-    def check(self, row: dict, size: tuple[int, int]) -> None:
-        """Open the image of a row that was read; raises what `check_image` does, with the row named."""
-        with naming(f"{self.refs}, ref_id {row['ref_id']}"):
-            check_image(row["image"], size, self.layout)
+    def check(self, row: dict) -> None:
+        """Open the image of a row that was read, once; raises what `check_image` does, with the row named."""
+        image = row["image"], tuple(row["mask"]["size"])
+        if image not in self._sound_images:
+            with naming(f"{self.refs}, ref_id {row['ref_id']}"):
+                check_image(*image, self.layout)
+            self._sound_images.add(image)
 
 
 class ReferRecords(Records):
@@ -197,8 +202,6 @@ class ReferRecords(Records):
             files = files._replace(images=Path(images).absolute())
         for path in (Path(root).absolute(), *files):
             require(path)
-        for path in (files.refs, files.instances):
-            require_inside(path, path.parent, path.parent.parent)
         super().__init__(f"{dataset}/{split_by}", files.refs, files.images, (files.refs, files.instances))
         self.files = files
         self._refs, self._instances = read_refs(files.refs), read_instances(files.instances)
@@ -206,7 +209,7 @@ class ReferRecords(Records):
     def __len__(self) -> int:
         return len(self._refs)
 
-    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+    def read(self, index: int) -> tuple[str, dict]:
         return read_row(self.files, index, self._refs[index], self._instances)
 
 
@@ -219,15 +222,12 @@ def load_records(records: Records) -> datasets.DatasetDict:
     Raises:
         OSError, ValueError: as `Records.read` and `Records.check`, or two records share their ref_id.
     """
-    checked = set()  # images that were found in order
     splits = defaultdict(list)
     for index in range(len(records)):
-        split, row, size = records.read(index)
-        if (row["image"], size) not in checked:
-            records.check(row, size)
-            checked.add((row["image"], size))
+        split, row = records.read(index)
+        records.check(row)
         splits[split].append(row)
-    check_ref_ids(records, [row["ref_id"] for rows in splits.values() for row in rows])
+    check_ref_ids(records.refs, [row["ref_id"] for rows in splits.values() for row in rows])
     return datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
     )
@@ -255,12 +255,12 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
     return load_records(ReferRecords(root, dataset, split_by))
 
 
-def check_ref_ids(files: "ReferFiles | Records", ref_ids: list[int]) -> None:
+def check_ref_ids(refs: Path, ref_ids: list[int]) -> None:
     """Refuse with a `ValueError` numbers that two refs share: predictions are named by them."""
     repeated = [ref_id for ref_id, count in Counter(ref_ids).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"{files.refs}: {len(repeated)} ref_ids stand at several refs, such as {repeated[0]}; give each its own."
+            f"{refs}: {len(repeated)} ref_ids stand at several refs, such as {repeated[0]}; give each its own."
         )
 
 
@@ -312,7 +312,7 @@ def file_inside(folder: Path, name: str, *homes: Path) -> str:
     Raises:
         ValueError: the name is no relative path below the folder, or a link on the way leads out of folder and homes.
     """
-    parts = Path(text(name, "the file name", MAX_NAME)).parts
+    parts = Path(checked_text(name, "the file name", MAX_NAME)).parts
     if not parts or os.path.isabs(name) or ".." in parts:
         raise ValueError(f"{short(name)} is not inside {folder}.")
     path = os.fspath(folder)
@@ -327,8 +327,9 @@ def read_refs(path: Path) -> list:
     """Read a refs file, a pickle or JSON.
 
     Raises:
-        ValueError: it holds no list, or more than plain data.
+        ValueError: it holds no list, or more than plain data, or is a link out of the data set.
     """
+    require_inside(path, path.parent, path.parent.parent)
     refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
@@ -347,8 +348,9 @@ def read_instances(path: Path) -> dict[str, dict[int, dict]]:
     """Read `instances.json`: its images, annotations and categories, each by id.
 
     Raises:
-        ValueError: it is no COCO annotation file.
+        ValueError: it is no COCO annotation file, or is a link out of the data set.
     """
+    require_inside(path, path.parent, path.parent.parent)
     try:
         instances = load_json(path, object_hook=_pack_polygons)
         return {
@@ -370,8 +372,8 @@ def _pack_polygons(record: dict) -> dict:
 
 def read_row(
     files: ReferFiles, index: int, ref: dict, instances: dict[str, dict[int, dict]], home: Path | None = None
-) -> tuple[str, dict, tuple[int, int]]:
-    """The split and row of the ref at `index`, and the (height, width) of its image, whose file is not looked at.
+) -> tuple[str, dict]:
+    """The split and row of the ref at `index`, whose image is not looked at.
 
     A list of ann_ids is gRefCOCO's way to refer to several objects, whose masks and boxes are united, or, as `[-1]`,
     to none. As in its official loader, crowds do not count (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
@@ -431,7 +433,7 @@ def make_row(
     image_id: int,
     category: str,
     bbox: list[float] | None,
-) -> tuple[str, dict, tuple[int, int]]:
+) -> tuple[str, dict]:
     """Check what every layout has in common; the result is that of `Records.read`.
 
     Args:
@@ -442,7 +444,7 @@ def make_row(
     Raises:
         ValueError: names the first part that is wrong.
     """
-    phrases = [text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
+    phrases = [checked_text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
     if not phrases or not all(phrases):
         raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
     if not re.fullmatch(r"\w{1,64}", split):  # it becomes a folder's name when the rows are saved
@@ -462,10 +464,10 @@ def make_row(
         "ref_id": ref_id,
         "ann_id": ann_id,
         "image_id": image_id,
-        "category": text(category, "the category", MAX_NAME),
+        "category": checked_text(category, "the category", MAX_NAME),
         "bbox": coco_mask.toBbox(rle).tolist() if bbox is None else checked_bbox(bbox, ann_id),
     }
-    return split, row, size
+    return split, row
 
 
 def checked_bbox(bbox: list[float], ann_id: int) -> list[float]:
@@ -494,7 +496,7 @@ def _record(records: dict[int, dict], name: str, key: int) -> dict:
 
 
 @contextmanager
-def naming(where: str, layout: str = "REFER") -> Iterator[None]:
+def naming(where: str, format_name: str = "REFER") -> Iterator[None]:
     """Begin what a broken record raises inside with `where`, as ValueError or OSError."""
     try:
         yield
@@ -505,7 +507,8 @@ def naming(where: str, layout: str = "REFER") -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{where}: {cut(error)}") from error
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where}: a field is missing or not of {layout}'s type ({cut(repr(error))}).") from error
+        reason = f"a field is missing or not of {format_name}'s type ({cut(repr(error))})."
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def short(value: Any) -> str:
@@ -526,7 +529,7 @@ def cut(message: Any) -> str:
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
 
 
-def text(value: str, name: str, limit: int) -> str:
+def checked_text(value: str, name: str, limit: int) -> str:
     """The value, if it is text that Arrow can store; ValueError if not."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {short(value)}; give text.")
@@ -560,6 +563,32 @@ def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = LA
         )
 
 
+@contextmanager
+def opened_image(
+    path: str | os.PathLike, what: str, layout: str, formats: Sequence[str]
+) -> Iterator[tuple[BinaryIO, PIL.Image.Image]]:
+    """A stranger's image file and what Pillow makes of its header.
+
+    Args:
+        what: what to call it in complaints.
+        layout: a clause on where it belongs.
+        formats: those that Pillow may take it for.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is none of the formats, or broken as far as it is read inside.
+    """
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file, PIL.Image.open(file, formats=formats) as image:
+            yield file, image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what} {path} does not exist; {layout}.") from None
+    except Exception as error:  # Pillow's decoders raise many types
+        raise OSError(f"{what} {path} cannot be read ({cut(error)}); copy or download it again.") from error
+
+
 def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = False) -> tuple[int, int]:
     """The (height, width) of an image seen upright, as `datasets.Image` turns it, from its header.
 
@@ -570,21 +599,14 @@ def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = Fals
         FileNotFoundError: there is none; says what its layout is.
         OSError: it is no image, or truncated.
     """
-    try:
-        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
-            raise OSError("it is no regular file")
-        with open(path, "rb") as file, PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in EXIF_SIDEWAYS:
-                width, height = height, width
-            if whole:
-                file.seek(-len(END_OF_PNG), os.SEEK_END)
-                if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
-                    image.load()  # likely cut short: decode it to be sure, at 20 times the cost
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} does not exist; {layout}.") from None
-    except Exception as error:  # Pillow's decoders raise many types
-        raise OSError(f"image {path} cannot be read ({cut(error)}); copy or download it again.") from error
+    with opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
+        width, height = image.size
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS:
+            width, height = height, width
+        if whole:
+            file.seek(-len(END_OF_PNG), os.SEEK_END)
+            if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
+                image.load()  # likely cut short: decode it to be sure, at 20 times the cost
     return height, width
 
 

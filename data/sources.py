@@ -11,9 +11,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
 
 from .refer import (
     COCO_IMAGES,
@@ -29,6 +29,7 @@ from .refer import (
     load_json,
     make_row,
     naming,
+    opened_image,
     read_row,
     require,
     require_inside,
@@ -131,7 +132,7 @@ class CrisRecords(Records):
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+    def read(self, index: int) -> tuple[str, dict]:
         file, number, item = self._records[index]
         with naming(f"{file}, entry {number}", "CRIS"):
             ref_id, img_name = item["segment_id"], item["img_name"]
@@ -145,7 +146,7 @@ class CrisRecords(Records):
                 split=file.stem,
                 image=image,
                 size=size,
-                mask=read_mask(mask, size, self.layout, wrapped=True),
+                mask=read_png_mask(mask, size, self.layout, wrapped=True),
                 sentences=[sentence["sent"] for sentence in item["sentences"]],
                 ref_id=ref_id,
                 ann_id=ref_id,
@@ -178,23 +179,19 @@ class HubTableRecords(Records):
 
     def __init__(self, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None) -> None:
         root = Path(path).absolute()
-        if images is None and not root.is_dir():
-            raise ValueError(f"Say where COCO's train2014 is: {path} is no folder, so `images` has no default.")
+        name = name or (root.name if root.is_dir() else os.fspath(path))
+        if not root.is_dir():
+            if images is None:
+                raise ValueError(f"Say where COCO's train2014 is: {path} is no folder, so `images` has no default.")
+            root = Path(snapshot_download(os.fspath(path), repo_type="dataset", allow_patterns="*.parquet"))
         images = root / COCO_IMAGES if images is None else Path(images).absolute()
         require(images, HUB_LAYOUT)
-        if root.is_dir():
-            files = sorted(root.rglob("*.parquet"), key=_by_split)
-            if not files:
-                raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there.")
-            table = pa.concat_tables([self._read_table(file, root) for file in files], promote_options="default")
-            self._rows = datasets.Dataset(table.replace_schema_metadata(None))
-        else:
-            splits = datasets.load_dataset(os.fspath(path))
-            self._rows = datasets.concatenate_datasets([rows.select_columns(HUB_COLUMNS) for rows in splits.values()])
-            files = [Path(file["filename"]) for file in self._rows.cache_files]
-        super().__init__(name or (root.name if root.is_dir() else os.fspath(path)), root, images, files)
-        if not root.is_dir():
-            self.refs = Path(path)
+        files = sorted(root.rglob("*.parquet"), key=_by_split)
+        if not files:
+            raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there.")
+        table = pa.concat_tables([self._read_table(file, root) for file in files], promote_options="default")
+        self._rows = datasets.Dataset(table.replace_schema_metadata(None))
+        super().__init__(name, root, images, files)
         self._categories = {number: {"name": category} for number, category in COCO_CATEGORIES.items()}
 
     @staticmethod
@@ -211,7 +208,7 @@ class HubTableRecords(Records):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+    def read(self, index: int) -> tuple[str, dict]:
         ref = self._rows[index]
         with naming(f"{self.refs}, entry {index}", "the table"):
             image, annotation = json.loads(ref["raw_image_info"]), json.loads(ref["raw_anns"])
@@ -275,7 +272,7 @@ class FolderRecords(Records):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def read(self, index: int) -> tuple[str, dict, tuple[int, int]]:
+    def read(self, index: int) -> tuple[str, dict]:
         file, number, line = self._lines[index]
         with naming(f"{file}, line {number}", METADATA):
             record = json.loads(line)
@@ -283,7 +280,7 @@ class FolderRecords(Records):
             size = image_size(image, self.layout)
             mask, sentences = record["mask"], record["sentences"]
             if isinstance(mask, str):
-                mask = read_mask(file_inside(file.parent, mask, self.images), size, self.layout)
+                mask = read_png_mask(file_inside(file.parent, mask, self.images), size, self.layout)
             if not isinstance(mask, dict | list | None):
                 raise ValueError(f"mask is {short(mask)}; give a PNG's path, polygons, RLE or null.")
             if not isinstance(sentences, list):
@@ -318,7 +315,7 @@ def _by_split(file: Path) -> tuple:
     return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
 
 
-def read_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
+def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
     """A PNG of one channel, 0 outside the object and either 1 or 255 inside, as RLE.
 
     Args:
@@ -331,17 +328,10 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapp
         OSError: it is no PNG, or truncated.
         ValueError: it has another size or other values.
     """
-    try:
-        if not os.path.isfile(path) and os.path.exists(path):
-            raise OSError("it is no regular file")
-        with open(path, "rb") as file, PIL.Image.open(file, formats=("PNG",)) as image:
-            found, mode = image.size[::-1], image.mode
-            one_channel = mode in ("1", "L", "P")
-            pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"mask {path} does not exist; {layout}.") from None
-    except Exception as error:  # Pillow's decoders raise many types
-        raise OSError(f"mask {path} cannot be read ({cut(error)}); write it again.") from error
+    with opened_image(path, "mask", layout, ("PNG",)) as (_, image):
+        found, mode = image.size[::-1], image.mode
+        one_channel = mode in ("1", "L", "P")
+        pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
     if found != size:
         raise ValueError(
             f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."

@@ -1,8 +1,8 @@
 """Training rows read from Parquet files while they are needed, not downloaded or converted before."""
 
-import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import datasets
@@ -53,7 +53,8 @@ class StreamedRows:
         self.shuffle_buffer_size = shuffle_buffer_size
         self.groups = []
         for file in files:
-            metadata = _open(file, lambda parquet: parquet.metadata)
+            with _opened(file) as parquet:
+                metadata = parquet.metadata
             if missing := FEATURES.keys() - set(metadata.schema.to_arrow_schema().names):
                 raise ValueError(f"{file} has no columns {sorted(missing)}: see data/README.md.")
             self.groups += [
@@ -64,25 +65,27 @@ class StreamedRows:
         return sum(group.rows for group in self.groups)
 
     def read(self, order: Sequence[int], start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Rows from `start` to `stop` if the row groups stand in the given order, images and masks not decoded."""
+        """Rows from `start` to `stop` if the row groups stand in the given order, images and masks not decoded.
+
+        Raises:
+            OSError: a file is missing or broken.
+        """
         position = 0  # of the row group's first row
         for group in (self.groups[index] for index in order):
             first, last = max(start - position, 0), min(stop - position, group.rows)
             if first < last:
-                read = functools.partial(pq.ParquetFile.read_row_group, i=group.index, columns=list(FEATURES))
-                yield from _open(group.file, read).slice(first, last - first).to_pylist()
+                with _opened(group.file) as parquet:
+                    rows = parquet.read_row_group(group.index, columns=list(FEATURES))
+                yield from rows.slice(first, last - first).to_pylist()
             position += group.rows
 
 
-def _open(file: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
-    """What `read` gets from a Parquet file.
-
-    Raises:
-        OSError: the file is missing or broken.
-    """
+@contextmanager
+def _opened(file: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; raises OSError if it is missing or broken."""
     try:
         with fsspec.open(file) as opened, pq.ParquetFile(opened) as parquet:
-            return read(parquet)
+            yield parquet
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"{file} cannot be read ({error}): restore it, or prepare the data set anew.") from error
 

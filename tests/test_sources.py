@@ -16,8 +16,9 @@ import pytest
 from pycocotools import mask as coco_mask
 from test_refer import HEIGHT, MASKS, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
 
+from data import sources
 from data.refer import FEATURES, load_plain_pickle, load_records, load_refer
-from data.sources import COCO_CATEGORIES, open_records, read_mask
+from data.sources import COCO_CATEGORIES, open_records, read_png_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT.parent / "shared" / "refer_mini"
@@ -217,7 +218,7 @@ def test_reading_depends_on_the_index_alone(refer_set, tmp_path):
         again = open_records(**arguments)
         backwards = [again.read(index) for index in reversed(range(len(again)))]
         assert [records.read(index) for index in range(len(records))] == backwards[::-1]
-        for _, row, _ in backwards:
+        for _, row in backwards:
             assert os.path.isabs(row["image"]) and isinstance(row["mask"]["counts"], str)
         assert records.fingerprint == again.fingerprint
 
@@ -232,13 +233,14 @@ def test_coco_categories():
 def test_a_hub_table_by_its_id_and_from_the_hubs_cache(tmp_path, monkeypatch):
     refer_set = small_set(tmp_path)
     arguments = refer_set.write_hub_table(tmp_path / "out")
-    parquet = {path.name.split("-")[0]: str(path) for path in (tmp_path / "out" / "data").iterdir()}
-    loaded = datasets.load_dataset("parquet", data_files=parquet, cache_dir=str(tmp_path / "cache"))
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    monkeypatch.setattr(
+        sources, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path / "out")
+    )
     monkeypatch.chdir(tmp_path)
     records = open_records("hub_table", "jxu124/refcoco", images=refer_set.images)
-    assert asked == ["jxu124/refcoco"] and records.name == "jxu124/refcoco" and records.fingerprint
+    assert asked == [("jxu124/refcoco", {"repo_type": "dataset", "allow_patterns": "*.parquet"})]
+    assert records.name == "jxu124/refcoco" and records.fingerprint
     theirs = load_refer(refer_set.refer, "refcoco", "unc")
     ours = load_records(records)
     assert_same_rows(datasets.DatasetDict({split: ours[split] for split in theirs}), theirs)
@@ -387,9 +389,9 @@ def test_what_is_left_out_is_filled_in(mine):
         LINE | {"image_id": 0, "ann_id": 9},
         LINE | {"file_name": "b.jpg", "mask": rle(pixels(B))},
     )
-    splits, rows, sizes = zip(*(records.read(index) for index in range(5)))
+    splits, rows = zip(*(records.read(index) for index in range(5)))
     assert records.name == "mine" and splits == ("train", "val", "train", "train", "train")
-    assert set(sizes) == {(HEIGHT, WIDTH)}
+    assert all(row["mask"]["size"] == [HEIGHT, WIDTH] for row in rows)
     assert [row["ref_id"] for row in rows] == [1, 2, 0, 3, 4]
     assert [row["ann_id"] for row in rows] == [1, -1, 0, 9, 4]
     assert [row["image_id"] for row in rows] == [0, 1, 1, 0, 1]
@@ -498,8 +500,7 @@ def test_bad_lines_are_named(mine, line, message):
         records.read(1)
     assert len(str(caught.value)) < 2_000 and str(caught.value).encode()
     for index in (0, 2):  # the others are not held up
-        split, row, size = records.read(index)
-        records.check(row, size)
+        records.check(records.read(index)[1])
 
 
 def test_a_folders_annotations_must_be_its_own(mine):
@@ -523,10 +524,10 @@ def test_a_data_folder_may_be_a_link(mine):
 
 def test_images_that_broke_are_named(mine):
     records = open_lines(mine, LINE)
-    split, row, size = records.read(0)
+    _, row = records.read(0)
     (mine / "a.jpg").write_bytes((mine / "a.jpg").read_bytes()[:-200])
     with pytest.raises(OSError, match="ref_id 0: image .*a.jpg cannot be read"):
-        records.check(row, size)
+        records.check(row)
 
 
 # PNG masks
@@ -546,10 +547,10 @@ def test_values_of_a_mask(tmp_path, values, message):
     mask = np.resize(np.array(values, dtype=np.uint8), (HEIGHT, WIDTH))
     PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
     if message is None:
-        np.testing.assert_array_equal(coco_mask.decode(read_mask(tmp_path / "mask.png", mask.shape, "")), mask > 0)
+        np.testing.assert_array_equal(coco_mask.decode(read_png_mask(tmp_path / "mask.png", mask.shape, "")), mask > 0)
     else:
         with pytest.raises(ValueError, match=message):
-            read_mask(tmp_path / "mask.png", mask.shape, "")
+            read_png_mask(tmp_path / "mask.png", mask.shape, "")
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "LA", "I;16"])
@@ -562,17 +563,17 @@ def test_modes_of_a_mask(tmp_path, mode):
         image = PIL.Image.fromarray(mask > 0)
     image.save(tmp_path / "mask.png")
     if mode in ("1", "P"):
-        np.testing.assert_array_equal(coco_mask.decode(read_mask(tmp_path / "mask.png", mask.shape, "")), mask)
+        np.testing.assert_array_equal(coco_mask.decode(read_png_mask(tmp_path / "mask.png", mask.shape, "")), mask)
     else:
         with pytest.raises(ValueError, match=f"has the mode {mode}; write one channel"):
-            read_mask(tmp_path / "mask.png", mask.shape, "")
+            read_png_mask(tmp_path / "mask.png", mask.shape, "")
 
 
 def test_masks_that_are_none(tmp_path):
     path, size = tmp_path / "mask.png", (HEIGHT, WIDTH)
     PIL.Image.fromarray(pixels(A).T.copy()).save(path)
     with pytest.raises(ValueError, match="is 40 x 30 pixels .* but its image is 30 x 40"):
-        read_mask(path, size, "")
+        read_png_mask(path, size, "")
     whole = path.read_bytes()
     header = whole.index(b"IHDR") + 4
     for broken in (
@@ -583,7 +584,7 @@ def test_masks_that_are_none(tmp_path):
     ):
         path.write_bytes(broken)
         with pytest.raises((OSError, ValueError), match="mask .*(cannot be read|pixels)"):
-            read_mask(path, (WIDTH, HEIGHT), "")
+            read_png_mask(path, (WIDTH, HEIGHT), "")
 
 
 # CRIS and the Hub's tables
