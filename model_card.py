@@ -113,7 +113,7 @@ def make_model_card(
         config: of the model.
         name: of the model, on the Hub with its owner's.
         origin: a sentence on where the weights come from.
-        dataset: what it was trained on.
+        dataset: what it was trained on, such as `refcoco/unc + 0.5*refcoco+/unc`.
         results: for each split tested on, `dataset`, `split` and the metrics by name, as shares of 1.
         license: of the weights, by the Hub's abbreviation.
         adapter_only: whether the backbones are not in it.
@@ -126,7 +126,7 @@ def make_model_card(
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag="image-segmentation",
         tags=["detris", "referring-image-segmentation", "transformers"],
-        datasets=dataset.split(" + ") if dataset else None,
+        datasets=[member.rpartition("*")[2] for member in dataset.split(" + ")] if dataset else None,
         metrics=["mean_iou"],
         base_model=hub_sources or None,
         widget=[{"src": EXAMPLE_IMAGE, "text": EXAMPLE_PHRASE, "example_title": EXAMPLE_PHRASE}],

@@ -308,9 +308,10 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
     """
     if name == "shapes":
         splits = load_shapes(**args.shapes_config)
-    elif Path(name).is_dir() or _is_on_hub(name, args):
-        saved = Path(name).is_dir() and not Path(name, SUMMARY).exists()
-        splits = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    elif _is_prepared(name, args):
+        splits = datasets.load_dataset(name)
+    elif Path(name).is_dir():
+        splits = datasets.load_from_disk(name)
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
     elif args.data_root is None:
@@ -323,8 +324,10 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
     return _undecoded(name, splits)
 
 
-def _is_on_hub(name: str, args: DataArguments) -> bool:
-    """Whether the name can only be a Hub id; with `data_root`, 'someone/mine' is looked for there."""
+def _is_prepared(name: str, args: DataArguments) -> bool:
+    """Whether the name is a folder made by data.prepare, or can only be a Hub id: with `data_root` it never is."""
+    if Path(name).is_dir():
+        return Path(name, SUMMARY).exists()
     return args.data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
 
 
@@ -354,9 +357,12 @@ def load_rows(
 ) -> tuple[datasets.Dataset | StreamedRows | None, datasets.Dataset | None, dict[str, datasets.Dataset]]:
     """Rows to train on, to choose the checkpoint by, and of each test split, as far as they are asked for.
 
-    A data set is read once, and only if one of its splits is asked for.
-    """
+    A data set is read once, and only if one of its splits is asked for; of a streamed one no other training rows.
 
+    Raises:
+        ValueError: a data set or split does not exist, is empty, or cannot be mixed or streamed.
+        OSError: a file is missing or broken.
+    """
     members = parse_mixture(args.dataset, args.train_split)
     first_set = members[0].name
     streamed = args.streaming and do_train
@@ -366,7 +372,7 @@ def load_rows(
     def splits_of(name: str) -> datasets.DatasetDict:
         if not streamed or name != first_set:
             return load_splits(name, args)
-        wanted = [args.eval_split] * do_eval + args.test_splits * do_predict
+        wanted = ([args.eval_split] if do_eval else []) + (args.test_splits if do_predict else [])
         held = {split: paths for split, paths in files.items() if split in wanted}
         return _undecoded(name, datasets.load_dataset("parquet", data_files=held) if held else datasets.DatasetDict())
 
@@ -386,10 +392,15 @@ def load_rows(
             eval_rows = eval_rows.remove_columns("sentences").add_column("sentences", first, feature=feature)
     test_rows = {}
     for name in args.test_splits if do_predict else []:
-        dataset, _, split = name.rpartition(":")
-        splits = splits_of(dataset.replace(":", "/") or first_set)
-        test_rows[name] = select_split(splits, split, args.max_eval_samples)
+        dataset, split = _dataset_and_split(name, first_set)
+        test_rows[name] = select_split(splits_of(dataset), split, args.max_eval_samples)
     return train_rows, eval_rows, test_rows
+
+
+def _dataset_and_split(name: str, default: str) -> tuple[str, str]:
+    """A test split's data set, such as 'refcoco+/unc', and its own name."""
+    dataset, _, split = name.rpartition(":")
+    return dataset.replace(":", "/") or default, split
 
 
 def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, list[str]]:
@@ -397,7 +408,7 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
     if len(members) > 1:
         raise ValueError(f"streaming takes one data set, not the mixture {args.dataset!r}.")
     name, split = members[0].name, members[0].split
-    if not (Path(name, SUMMARY).exists() or _is_on_hub(name, args)):
+    if not _is_prepared(name, args):
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
@@ -410,20 +421,22 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
 def _mix(
     members: list[Member], splits_of: Callable[[str], datasets.DatasetDict], args: DataArguments
 ) -> datasets.Dataset:
-    """The rows of a mixture, without images of any split that the arguments name for testing; says what has left."""
+    """The rows of a mixture, without images of any split that is tested on; their description says what has left."""
     splits, tested = {member.name: splits_of(member.name) for member in members}, []
     for name in args.test_splits:
-        dataset, _, split = name.rpartition(":")
-        if dataset:
-            tested.append(select_split(splits_of(dataset.replace(":", "/")), split, None))
+        dataset, split = _dataset_and_split(name, "")
+        if dataset:  # other splits than training's leave in any case
+            tested.append(select_split(splits_of(dataset), split, None))
     rows, leaks = mix(members, splits, tested, args.keep_leaks)
     what = "STAY in training, although" if args.keep_leaks else "leave training, for"
-    for leak in leaks:
-        logger.warning(
-            f"{leak.name}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) {what} their images "
-            "are in a split that is tested on."
-        )
-    return rows.take(min(args.max_train_samples or len(rows), len(rows)))
+    rows = rows.take(min(args.max_train_samples or len(rows), len(rows)))
+    rows.info.description = " ".join(
+        f"{_name_of(leak.name)}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) {what} their "
+        "images are in a split that is tested on."
+        for leak in leaks
+    )
+    logger.warning(rows.info.description)
+    return rows
 
 
 def read_image(row: dict) -> np.ndarray | Image.Image:
@@ -442,7 +455,7 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         with Image.open(io.BytesIO(content)) as header:
             colours = header.format == "JPEG" and header.mode in ("L", "RGB")
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        # OpenCV does not say that a file is cut short.
+        # OpenCV does not say that a file is cut short, and as an array so thin an image could be channels first.
         if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
             if pixels is not None:
@@ -501,7 +514,10 @@ class TrainingCollator(TrainerCallback):
         self.epoch.fill_(int(state.epoch or 0))  # when resumed within an epoch it is a fraction
 
     def draw_phrase(self, row: dict) -> str:
-        return random.Random(f"{self.seed}/{int(self.epoch)}/{row['ref_id']}").choice(row["sentences"])
+        draw = [self.seed, int(self.epoch), row["ref_id"]]
+        if "repetition" in row:  # of a mixture, whose weights repeat rows
+            draw.append(row["repetition"])
+        return random.Random("/".join(map(str, draw))).choice(row["sentences"])
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self.processor(
@@ -675,6 +691,7 @@ class DetrisTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+        # `accelerator.prepare` would divide among the processes what is divided already.
         return prepare_data_loader(
             loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
@@ -874,6 +891,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.save_state()
         trained = {"trained_parameters": model.num_parameters(only_trainable=True)}
         metrics |= _report(trainer, "train", result.metrics | trained)
+    members = parse_mixture(data_args.dataset, data_args.train_split)
+    own_set = _name_of(members[0].name)
     lines, results = [], []
     first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
     first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
@@ -881,7 +900,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         figures = _report(trainer, "eval", trainer.evaluate())
         metrics |= figures
         results.append(
-            {"dataset": _name_of(data_args.dataset), "split": data_args.eval_split + first_phrase + first_objects}
+            {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
             | {key: figures[f"eval_{key}"] for key in METRIC_NAMES if f"eval_{key}" in figures}
         )
     for split, rows in test_rows.items():
@@ -892,8 +911,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES if f"{name}_{key}" in output.metrics}
         line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
-        dataset, _, split_name = split.rpartition(":")
-        dataset = dataset.replace(":", "/") or _name_of(data_args.dataset)
+        dataset, split_name = _dataset_and_split(split, own_set)
         results.append({"dataset": dataset, "split": split_name + first_objects} | figures)
         if trainer.is_world_process_zero():
             folder = output_dir / "predictions" / name
@@ -901,34 +919,33 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if lines and trainer.is_world_process_zero():
         print(f"\n{write_table(output_dir, lines)}\n")
     if trainer.is_world_process_zero():
-        trained_on = _name_of(data_args.dataset) if training_args.do_train else ""
-        write_card(trainer, trained_on, results, data_args.keep_leaks and len(trained_on.split(SEPARATOR)) > 1)
+        write_card(trainer, members, results)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
     return metrics
 
 
-def write_card(trainer: DetrisTrainer, dataset: str, results: list[dict[str, Any]], keep_leaks: bool = False) -> None:
+def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict[str, Any]]) -> None:
     """Write the model card into the output folder.
 
     Args:
-        dataset: what was trained on, if anything was.
+        members: what was trained on, if anything was.
         results: for each split that was evaluated, `dataset`, `split` and the metrics by `METRIC_NAMES`.
-        keep_leaks: whether a mixture kept images that are tested on.
     """
     args = trainer.args
-    origin = "Evaluated with `train_hf.py`."
+    origin, dataset = "Evaluated with `train_hf.py`.", ""
     if args.do_train:
+        dataset = SEPARATOR.join(
+            (f"{member.weight:g}*" if member.weight != 1 else "") + _name_of(member.name) for member in members
+        )
         origin = (
             f"Trained with `train_hf.py`: {trainer.state.global_step} steps of "
             f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}."
         )
-        if keep_leaks:
-            origin += (
-                " Training images that are in a split tested on were kept (`--keep_leaks`): figures are too good."
-            )
+        if len(members) > 1:
+            origin += f" {trainer.train_dataset.info.description}"
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
         trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only

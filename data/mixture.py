@@ -64,7 +64,6 @@ def mix(
     splits: dict[str, datasets.DatasetDict],
     tested: Iterable[datasets.Dataset] = (),
     keep_leaks: bool = False,
-    seed: int = 0,
 ) -> tuple[datasets.Dataset, list[Leak]]:
     """
     Mix the training rows of several data sets.
@@ -75,31 +74,36 @@ def mix(
         tested: further rows that are tested on.
         keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. `image_id` must
             mean the same in all of them, as COCO's does.
-        seed: chooses the rows of what a weight leaves over: with 1.5 half of the rows are seen twice.
 
     Returns:
-        The rows, and for each member what has left, or with `keep_leaks` should have.
+        The rows, with a column `repetition` that tells those apart which a weight above 1 repeats (with 1.5 half of
+        them, always the same); and for each member what has left, or with `keep_leaks` should have.
 
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
     """
-    held_out = {image_id for rows in tested for image_id in rows["image_id"]}
+    held_out = {image_id for rows in tested for image_id in rows["image_id"][:]}
     for member in members:
         if member.split not in splits[member.name]:
             raise ValueError(f"{member.name} has no split {member.split!r}: it has {list(splits[member.name])}.")
         for split, rows in splits[member.name].items():
             if split != member.split:
-                held_out.update(rows["image_id"])
+                held_out.update(rows["image_id"][:])
     training, leaks = [], []
     for member in members:
         rows = splits[member.name][member.split]
-        leaking = [image_id in held_out for image_id in rows["image_id"]]
+        leaking = [image_id in held_out for image_id in rows["image_id"][:]]
         phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
         kept = [index for index, leaks_out in enumerate(leaking) if keep_leaks or not leaks_out]
-        if not kept:
-            raise ValueError(f"No row of {member.name}, split {member.split!r}, is left to train on.")
         whole = int(member.weight)
-        rest = random.Random(f"{seed}/{member.name}").sample(kept, round((member.weight - whole) * len(kept)))
-        training.append(rows.select(kept * whole + sorted(rest)))
+        rest = random.Random(member.name).sample(kept, round((member.weight - whole) * len(kept)))
+        chosen = kept * whole + sorted(rest)
+        if not chosen:
+            raise ValueError(
+                f"No row of {member.name}, split {member.split!r}, is left to train on: {len(kept)} of {len(rows)} "
+                f"have images that are not tested on, and its weight is {member.weight:g}."
+            )
+        repetition = [index // len(kept) for index in range(len(chosen))]
+        training.append(rows.select(chosen).add_column("repetition", repetition))
     return datasets.concatenate_datasets(training), leaks

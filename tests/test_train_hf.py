@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import shutil
 import statistics
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
 from test_refer import ReferFolder
@@ -318,6 +320,21 @@ def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
         assert f"{name}: {counts} leave training" in caplog.text
 
 
+@pytest.mark.parametrize("keep_leaks", [False, True])
+def test_the_card_of_a_mixture_says_what_left_or_stayed(config_file, two_sets, tmp_path, keep_leaks):
+    arguments = ["--dataset", "refcoco+/unc + 0.5*refcocog/umd", "--data_root", "unused", "--test_splits", "val"]
+    arguments += ["--do_train", "--do_predict", "--max_steps", "1", "--load_best_model_at_end", "false"]
+    arguments += ["--eval_strategy", "no", "--save_strategy", "no", "--keep_leaks", str(keep_leaks)]
+    main([config_file, *arguments])
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.datasets == ["refcoco+/unc", "refcocog/umd"]
+    assert "refcoco+/unc + 0.5*refcocog/umd" in card.text
+    for name in ("refcoco+/unc", "refcocog/umd"):
+        what = "STAY in training, although" if keep_leaks else "leave training, for"
+        assert re.search(rf"{re.escape(name)}: \d+ of \d+ objects \(\d+ phrases\) {what} their images", card.text)
+    assert {result.dataset_name for result in card.data.eval_results} == {"refcoco+/unc"}
+
+
 def test_a_data_set_is_read_once_and_only_when_it_is_asked_for(two_sets):
     rows, images, read = two_sets
     args = DataArguments(
@@ -405,6 +422,14 @@ def test_one_phrase_of_an_object_is_drawn_each_epoch_and_all_of_them_over_time()
     assert all(abs(counts[phrase] - 400) < 5 * 16 for phrase in "abc")
     assert all({epoch[index] for epoch in drawn} == {"a", "b", "c"} for index in range(len(rows)))
     assert TrainingCollator(None, seed=4).draw_phrase(rows[0]) in "abc"
+
+
+def test_repeated_rows_draw_phrases_of_their_own():
+    collator, sentences = TrainingCollator(None, seed=3), ["a", "b", "c"]
+    rows = [{"ref_id": ref_id, "sentences": sentences, "repetition": 0} for ref_id in range(30)]
+    first = [collator.draw_phrase(row) for row in rows]
+    assert first == [collator.draw_phrase(row) for row in rows]
+    assert first != [collator.draw_phrase(row | {"repetition": 1}) for row in rows]
 
 
 def test_a_training_batch_holds_one_phrase_for_each_object(make_trainer, shapes):
