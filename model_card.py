@@ -48,8 +48,8 @@ masks = processor.post_process_referring_segmentation(model(**inputs), original_
 {adapter_use}
 ## Limits
 
-It draws a mask for every phrase, also for one that names nothing in the image. It inherits what its backbones and the
-photographs it was trained on favour and leave out.
+Unless it was trained on phrases that name nothing in the image, it draws a mask for those too. It inherits what its
+backbones and the photographs it was trained on favour and leave out.
 
 ## Licences
 

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -53,7 +54,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
-from data.prepare import SUMMARY
+from data.prepare import SUMMARY, require_whole
 from data.refer import END_OF_JPEG, FEATURES, SOURCES, RleMask, load_refer, run_lengths
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
@@ -63,7 +64,9 @@ from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, MAX_CHANNELS, BoxedMask, DetrisProcessor
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
+RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "8bit": {"load_in_8bit": True},
@@ -167,7 +170,7 @@ class DataArguments:
         default_factory=list,
         metadata={
             "help": "Splits that --do_predict runs over: of the data set, as 'val', or of another, as "
-            "'refcoco+:unc:testA'."
+            "'refcoco+:unc:testA' or 'prepared/mine:val'."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows."})
@@ -185,10 +188,10 @@ class DataArguments:
         if isinstance(self.test_splits, str):
             raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
         for name in self.test_splits:
-            if name.count(":") not in (0, 2):
+            if name.count(":") > 2:
                 raise ValueError(
-                    f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set, split_by and "
-                    "split such as 'refcoco+:unc:testA'."
+                    f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set and split such "
+                    "as 'refcoco+:unc:testA' or 'prepared/mine:val'."
                 )
 
 
@@ -309,8 +312,13 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
     if name == "shapes":
         splits = load_shapes(**args.shapes_config)
     elif _is_prepared(name, args):
-        splits = datasets.load_dataset(name)
+        splits = _load_prepared(name)
     elif Path(name).is_dir():
+        if not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
+            raise ValueError(
+                f"The folder {name} was made neither by data.prepare nor by save_to_disk: prepare what it holds by "
+                f"`python -m data.prepare <kind> {name} --output …`, and name that folder."
+            )
         splits = datasets.load_from_disk(name)
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
@@ -329,6 +337,27 @@ def _is_prepared(name: str, args: DataArguments) -> bool:
     if Path(name).is_dir():
         return Path(name, SUMMARY).exists()
     return args.data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
+
+
+def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
+    """All splits of a folder made by data.prepare, or of a Hub id; or the splits of which the files are given."""
+    try:
+        for paths in (files or _parquet_files(name)).values():
+            StreamedRows(paths)  # says which file is broken, as `datasets` does not
+        return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())  # Arrow's have several lines
+        raise OSError(f"{name} cannot be read ({reason}): prepare the data set anew.") from error
+
+
+def _parquet_files(name: str) -> dict[str, list[str]]:
+    """The files of each split of a folder made by data.prepare, or of a Hub id."""
+    if Path(name).is_dir():
+        require_whole(name)
+    try:
+        return parquet_files(name)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise OSError(f"{name!r} is no folder here, nor to be had from the Hub ({error}): check its name.") from error
 
 
 def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -374,13 +403,14 @@ def load_rows(
             return load_splits(name, args)
         wanted = ([args.eval_split] if do_eval else []) + (args.test_splits if do_predict else [])
         held = {split: paths for split, paths in files.items() if split in wanted}
-        return _undecoded(name, datasets.load_dataset("parquet", data_files=held) if held else datasets.DatasetDict())
+        return _undecoded(name, _load_prepared(name, held) if held else datasets.DatasetDict())
 
     train_rows = eval_rows = None
     if do_train:
+        foreign = any(":" in name for name in args.test_splits)
         if streamed:
             train_rows = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
-        elif len(members) == 1:
+        elif len(members) == 1 and members[0].weight == 1 and not foreign:
             train_rows = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
         else:
             train_rows = _mix(members, splits_of, args)
@@ -412,7 +442,7 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
-    files = parquet_files(name)
+    files = _parquet_files(name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
     return files
@@ -430,10 +460,14 @@ def _mix(
     rows, leaks = mix(members, splits, tested, args.keep_leaks)
     what = "STAY in training, although" if args.keep_leaks else "leave training, for"
     rows = rows.take(min(args.max_train_samples or len(rows), len(rows)))
-    rows.info.description = " ".join(
-        f"{_name_of(leak.name)}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) {what} their "
-        "images are in a split that is tested on."
-        for leak in leaks
+    rows.info.description = (
+        " ".join(
+            f"{_name_of(leak.name)}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) {what} "
+            "their images are in a split that is tested on."
+            for leak in leaks
+            if leak.objects
+        )
+        or "No image is in a split that is tested on."
     )
     logger.warning(rows.info.description)
     return rows
@@ -458,9 +492,13 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         # OpenCV does not say that a file is cut short, and as an array so thin an image could be channels first.
         if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
-            if pixels is not None:
-                return pixels
-        return datasets.Image().decode_example({"path": image["path"], "bytes": content})
+        else:
+            pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
+        size = header.size[::-1] if upright else pixels.size[::-1]
+        mask_size = tuple(row["mask"]["size"]) if isinstance(row["mask"], dict) else row["mask"].shape
+        if size != mask_size:
+            raise ValueError(f"it is {size[0]} x {size[1]} pixels, height x width, but its mask {mask_size}")
+        return pixels
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
         name = image["path"] or "embedded in the data set"
         raise OSError(
@@ -512,6 +550,19 @@ class TrainingCollator(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.epoch.fill_(int(state.epoch or 0))  # when resumed within an epoch it is a fraction
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        """Keep in the checkpoints among how many workers streamed rows are divided, which must stay as it is."""
+        if not isinstance(train_dataloader.dataset, StreamedBatches):
+            return
+        runs, before = train_dataloader.dataset.runs, [e[RUNS] for e in state.log_history if RUNS in e]
+        if not before:
+            state.log_history.append({"step": state.global_step, RUNS: runs})
+        elif before != [runs]:
+            raise ValueError(
+                f"The streamed run to resume had {before[0]} workers in all its processes, this one has {runs}, which "
+                "would read rows twice or not at all: give as many processes times dataloader_num_workers."
+            )
 
     def draw_phrase(self, row: dict) -> str:
         draw = [self.seed, int(self.epoch), row["ref_id"]]
@@ -905,14 +956,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     for split, rows in test_rows.items():
         # It also names files, where "train" and "eval" are those of training.
-        name = f"test_{split}" if split in ("train", "eval") else split.replace(":", "_")
+        name = f"test_{split}" if split in ("train", "eval") else re.sub("[:/]", "_", split)
         output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= _report(trainer, name, output.metrics)
         figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES if f"{name}_{key}" in output.metrics}
         line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
         dataset, split_name = _dataset_and_split(split, own_set)
-        results.append({"dataset": dataset, "split": split_name + first_objects} | figures)
+        result = {"dataset": _name_of(dataset), "split": split_name + first_objects}
+        if not any(result.items() <= other.items() for other in results):  # or do_eval has run over it, too
+            results.append(result | figures)
         if trainer.is_world_process_zero():
             folder = output_dir / "predictions" / name
             write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
@@ -944,8 +997,8 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
             f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}."
         )
-        if len(members) > 1:
-            origin += f" {trainer.train_dataset.info.description}"
+        if isinstance(trainer.train_dataset, datasets.Dataset):  # a mixture's tells what has left
+            origin += f" {trainer.train_dataset.info.description}".rstrip()
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
         trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only

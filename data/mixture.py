@@ -3,12 +3,15 @@
 The official mixed training keeps RefCOCO's test images that RefCOCOg trains on, and so on. Here they leave.
 """
 
+import os
 import random
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute
 
 SEPARATOR = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
@@ -36,9 +39,13 @@ class Leak(NamedTuple):
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:
     """Members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`; those without a split have `train_split`.
 
+    What is a folder is its only member, whatever it is called.
+
     Raises:
         ValueError: a member is no such thing, is named twice, or does not go with another.
     """
+    if os.path.isdir(mixture):
+        return [Member(1, mixture, train_split)]
     members = []
     for part in mixture.split(SEPARATOR):
         match = MEMBER.fullmatch(part.strip())
@@ -72,8 +79,8 @@ def mix(
         members: what to mix.
         splits: all splits of each member, by its name.
         tested: further rows that are tested on.
-        keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. `image_id` must
-            mean the same in all of them, as COCO's does.
+        keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. Two rows show
+            the same image if it is the same file, or has the same `image_id` and file name.
 
     Returns:
         The rows, with a column `repetition` that tells those apart which a weight above 1 repeats (with 1.5 half of
@@ -82,17 +89,17 @@ def mix(
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
     """
-    held_out = {image_id for rows in tested for image_id in rows["image_id"][:]}
+    held_out = {key for rows in tested for keys in _image_keys(rows) for key in keys}
     for member in members:
         if member.split not in splits[member.name]:
             raise ValueError(f"{member.name} has no split {member.split!r}: it has {list(splits[member.name])}.")
         for split, rows in splits[member.name].items():
             if split != member.split:
-                held_out.update(rows["image_id"][:])
+                held_out.update(key for keys in _image_keys(rows) for key in keys)
     training, leaks = [], []
     for member in members:
         rows = splits[member.name][member.split]
-        leaking = [image_id in held_out for image_id in rows["image_id"][:]]
+        leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(rows)]
         phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
         kept = [index for index, leaks_out in enumerate(leaking) if keep_leaks or not leaks_out]
@@ -102,8 +109,22 @@ def mix(
         if not chosen:
             raise ValueError(
                 f"No row of {member.name}, split {member.split!r}, is left to train on: {len(kept)} of {len(rows)} "
-                f"have images that are not tested on, and its weight is {member.weight:g}."
+                f"have images that are in no split tested on (keep_leaks would keep the others), and its weight is "
+                f"{member.weight:g}."
             )
         repetition = [index // len(kept) for index in range(len(chosen))]
         training.append(rows.select(chosen).add_column("repetition", repetition))
     return datasets.concatenate_datasets(training), leaks
+
+
+def _image_keys(rows: datasets.Dataset) -> list[tuple]:
+    """For each row what tells its image from those of any data set: its file, and its number together with its name.
+
+    Numbers alone would not do, since everybody's own images are numbered from 0, nor would names.
+    """
+    table = rows.select_columns(["image_id", "image"]).with_format("arrow")[:]
+    paths = pa.compute.struct_field(table["image"], "path").to_pylist()
+    return [
+        (path, (image_id, os.path.basename(path))) if path else ((image_id, None),)
+        for image_id, path in zip(table["image_id"].to_pylist(), paths)
+    ]

@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -184,15 +185,22 @@ def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) ->
     whole = work / WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
-    figures, digest = {}, hashlib.sha256()
+    figures, files, digest = {}, [], hashlib.sha256()
     for split in dict.fromkeys(table["split"].to_pylist()):
         rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
         figures[split] = describe(rows)
         for path in _write_split(whole, split, rows, embed_images):
+            files.append(path.name)
             digest.update(path.name.encode())
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-    summary = {"name": records.name, "fingerprint": digest.hexdigest(), "left_out": len(problems), "splits": figures}
+    summary = {
+        "name": records.name,
+        "fingerprint": digest.hexdigest(),
+        "left_out": len(problems),
+        "splits": figures,
+        "files": files,
+    }
     (whole / PROBLEMS).write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     (whole / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     (whole / "README.md").write_text(_card(summary), encoding="utf-8")
@@ -245,6 +253,21 @@ def _card(summary: dict) -> str:
     )
 
 
+def require_whole(folder: str | os.PathLike) -> None:
+    """Refuse a prepared folder of which files are missing: `datasets` would read the others without a word.
+
+    Raises:
+        FileNotFoundError: names the first that is missing.
+    """
+    files = json.loads(Path(folder, SUMMARY).read_text(encoding="utf-8"))["files"]
+    missing = [name for name in files if not Path(folder, name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of its {len(files)} files, such as {missing[0]}: copy them there, or "
+            "prepare the data set anew."
+        )
+
+
 def describe(rows: pa.Table) -> dict[str, float]:
     """Figures of a split: how many there are of what, words of a phrase, and the masks' share of their images."""
     words = [len(sentence.split()) for sentences in rows["sentences"].to_pylist() for sentence in sentences]
@@ -287,10 +310,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--embed_images", action="store_true", help="copy the images in, to move the set elsewhere")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the rows, images included, to this data set")
     options = parser.parse_args(arguments)
-    records = open_records(options.kind, options.path, options.name, options.images)
-    summary = prepare(records, options.output, options.num_proc, options.strict, options.embed_images)
+    if options.num_proc < 1:
+        parser.error(f"--num_proc is {options.num_proc}: give 1 or more.")
+    try:
+        records = open_records(options.kind, options.path, options.name, options.images)
+        summary = prepare(records, options.output, options.num_proc, options.strict, options.embed_images)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted; the same command goes on from here.")
     print(format_summary(summary))
     print(f"{summary['left_out']} records left out (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
+    if summary["left_out"]:
+        with open(Path(options.output) / PROBLEMS, encoding="utf-8") as file:
+            print(f"The first: {json.loads(next(file))['reason']}")
     if options.push_to_hub:
         datasets.load_dataset(options.output).push_to_hub(options.push_to_hub)
 

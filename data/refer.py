@@ -445,13 +445,15 @@ def make_row(
         ValueError: names the first part that is wrong.
     """
     phrases = [checked_text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
-    if not phrases or not all(phrases):
+    if not phrases:
+        raise ValueError("there are no phrases; write at least one.")
+    if not all(phrases):
         raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
     if not re.fullmatch(r"\w{1,64}", split):  # it becomes a folder's name when the rows are saved
         raise ValueError(f"{short(split)} cannot name a split; use letters and digits.")
     for name, number in (("ref_id", ref_id), ("ann_id", ann_id), ("image_id", image_id)):
         if not is_int64(number):
-            raise ValueError(f"{name} is {short(number)}; give a whole number.")
+            raise ValueError(f"{name} is {short(number)}; give a whole number of 64 bits.")
     if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"image_id {image_id} is recorded as {short(size[0])} x {short(size[1])} pixels; none is.")
     if mask is None:
@@ -506,6 +508,9 @@ def naming(where: str, format_name: str = "REFER") -> Iterator[None]:
         raise OSError(f"{where}: {cut(error)}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {cut(error)}") from error
+    except KeyError as error:
+        reason = f"a field is missing ({cut(error)}); see data/README.md for what {format_name} has"
+        raise ValueError(f"{where}: {reason}.") from error
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"a field is missing or not of {format_name}'s type ({cut(repr(error))})."
         raise ValueError(f"{where}: {reason}") from error

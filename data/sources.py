@@ -83,6 +83,10 @@ def open_records(
         OSError: an annotation file is missing or unreadable.
         ValueError: the kind or name is unknown, or an annotation file holds what it should not.
     """
+    if kind in ("refer", "cris") and not name:
+        raise ValueError(
+            f"Say by its name which data set of {path} is meant, such as refcoco/unc or, for cris, refcoco."
+        )
     if kind == "refer":
         return ReferRecords(path, *name.partition("/")[::2], images=images)
     if kind == "cris":
@@ -137,7 +141,7 @@ class CrisRecords(Records):
         with naming(f"{file}, entry {number}", "CRIS"):
             ref_id, img_name = item["segment_id"], item["img_name"]
             if not is_int64(ref_id):
-                raise ValueError(f"segment_id is {short(ref_id)}; give a whole number.")
+                raise ValueError(f"segment_id is {short(ref_id)}; give a whole number of 64 bits.")
             image = file_inside(self.images, img_name, self._root)
             size = image_size(image, self.layout)
             mask = file_inside(self._root, f"masks/{self.name}/{ref_id}.png")

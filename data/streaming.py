@@ -87,7 +87,8 @@ def _opened(file: str) -> Iterator[pq.ParquetFile]:
         with fsspec.open(file) as opened, pq.ParquetFile(opened) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{file} cannot be read ({error}): restore it, or prepare the data set anew.") from error
+        reason = " ".join(str(error).split())  # Arrow's have several lines
+        raise OSError(f"{file} cannot be read ({reason}): restore it, or prepare the data set anew.") from error
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
@@ -119,7 +120,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self.runs = world_size * workers
         if len(rows) < self.runs:
             raise ValueError(
-                f"{len(rows)} rows are too few for {world_size} processes of {workers} workers: take fewer of them."
+                f"{len(rows)} rows are too few for {world_size} processes of {workers} workers: take fewer of them "
+                "(dataloader_num_workers)."
             )
         shortest, longest = len(rows) // self.runs, -(-len(rows) // self.runs)
         self.batches_per_run = min(-(-longest // batch_size), shortest)

@@ -11,15 +11,16 @@ from data.mixture import Member, mix, parse_mixture
 from data.refer import FEATURES
 
 
-def make_rows(image_ids: list[int], first_ref_id: int = 0) -> datasets.Dataset:
+def make_rows(image_ids: list[int], first_ref_id: int = 0, folder: str = "images") -> datasets.Dataset:
     """Two phrases an object, three where its ref_id is divisible by 3; only ids matter to a mixture."""
     count = len(image_ids)
     columns = {
         "image_id": list(map(int, image_ids)),
+        "image": [{"path": f"{folder}/{image_id}.jpg", "bytes": None} for image_id in image_ids],
         "ref_id": list(range(first_ref_id, first_ref_id + count)),
         "sentences": [["one", "two", "three"][: 3 if ref_id % 3 == 0 else 2] for ref_id in range(count)],
     }
-    features = datasets.Features({name: FEATURES[name] for name in columns})
+    features = datasets.Features({name: FEATURES[name] for name in columns} | {"image": datasets.Image(decode=False)})
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -71,6 +72,21 @@ def test_with_the_published_splits_the_counts_add_up():
     assert [leak.objects for leak in leaks] == [0, 0, sum(objects[image] for image in shared["testA"][:283])]
     tested = {i for parts in splits.values() for split in parts if split != "train" for i in parts[split]["image_id"]}
     assert not tested & set(rows["image_id"])
+
+
+def test_images_are_told_by_file_or_by_number_and_name():
+    """Everybody's own images are numbered from 0, and cameras name them alike."""
+    ours = datasets.DatasetDict(train=make_rows(range(10), folder="/ours"), val=make_rows([20], folder="/ours"))
+    other = make_rows(range(10), folder="/theirs").map(
+        lambda row: {"image": {"path": row["image"]["path"].replace("/theirs/", "/theirs/IMG_"), "bytes": None}}
+    )
+    splits = {"ours": ours, "theirs": datasets.DatasetDict(train=make_rows([50], folder="/theirs"), val=other)}
+    members = parse_mixture("ours + theirs", "train")
+    assert [leak.objects for leak in mix(members, splits)[1]] == [0, 0]
+    copied = make_rows(range(3), folder="/copies")  # of COCO's images, say: numbers and names are those of the others
+    assert [leak.objects for leak in mix(members, splits, [copied])[1]] == [3, 0]
+    renumbered = ours["train"].select([4]).map(lambda row: {"image_id": 77})
+    assert [leak.objects for leak in mix(members, splits, [renumbered])[1]] == [1, 0]
 
 
 def test_weights_repeat_rows():

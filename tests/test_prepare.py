@@ -686,7 +686,7 @@ def test_a_pickle_with_code_ends_it_before_it_begins(tmp_path):
         folder.write()
         (folder.root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(place(Code(tmp_path / "ran"))))
         arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
-        with pytest.raises(ValueError, match=r"posix.mkdir.*nothing in it was run"):
+        with pytest.raises(SystemExit, match=r"posix.mkdir.*nothing in it was run"):
             prepare.main(arguments)
         assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
 

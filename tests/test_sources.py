@@ -471,7 +471,7 @@ NESTED = b'{"file_name": "a.jpg", "sentences": ["x"], "mask": ' + b"[" * 50_000
         (LINE | {"mask": {"size": [HEIGHT, WIDTH], "counts": None}}, "a field is missing or not"),
         (LINE | {"mask": {"size": HEIGHT, "counts": [1200]}}, "a field is missing or not"),
         (LINE | {"sentences": "a cat"}, "sentences is 'a cat'; give a list"),
-        (LINE | {"sentences": []}, "is empty"),
+        (LINE | {"sentences": []}, "there are no phrases"),
         (LINE | {"sentences": ["a cat", " \t"]}, "is empty"),
         (LINE | {"sentences": [None]}, "a phrase is None"),
         (LINE | {"sentences": ["x" * 10**7]}, "a phrase has 10,000,000 characters"),

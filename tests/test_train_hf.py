@@ -28,7 +28,7 @@ from data import prepare
 from data.refer import RleMask
 from data.shapes import load_shapes
 from data.sources import open_records
-from data.streaming import StreamedRows, parquet_files
+from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
@@ -170,7 +170,7 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"model_config": {"decoder_width": 8}}, "decoder_width"),
         ({"model_name_or_path": "elsewhere"}, "either model_name_or_path"),
         ({"model_config": [1]}, "model_config"),
-        ({"test_splits": ["val", "refcoco:val"]}, "'refcoco:val'.*'refcoco\\+:unc:testA'"),
+        ({"test_splits": ["val", "a:b:c:val"]}, "'a:b:c:val'.*'refcoco\\+:unc:testA'"),
         ({"test_splits": "val"}, "test_splits is 'val': give a list"),
         ({"max_eval_samples": 0}, "max_eval_samples is 0: give 1 or more"),
         ({"max_train_samples": -1}, "max_train_samples is -1: give 1 or more"),
@@ -369,7 +369,16 @@ def test_a_missing_or_broken_image_is_named_with_its_row(tmp_path, name, content
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(OSError, match=rf"{name}.*ref_id 17"):
-        read_image({"image": {"path": str(path), "bytes": None}, "ref_id": 17})
+        read_image({"image": {"path": str(path), "bytes": None}, "mask": np.zeros((50, 60)), "ref_id": 17})
+
+
+def test_an_image_of_another_size_than_its_mask_is_named(tmp_path):
+    for name in ("other.jpg", "other.png"):
+        Image.new("RGB", (60, 50)).save(tmp_path / name)
+        row = {"image": {"path": str(tmp_path / name), "bytes": None}, "ref_id": 17}
+        for mask in (np.zeros((60, 50)), {"size": [50, 61], "counts": ""}):
+            with pytest.raises(OSError, match=rf"{name}.*ref_id 17.*50 x 60 pixels, .* but its mask"):
+                read_image(row | {"mask": mask})
 
 
 JPEGS = {
@@ -400,11 +409,9 @@ def test_jpegs_are_read_as_pillow_reads_them(tmp_path, kind, embedded, size):
     path = tmp_path / "image.jpg"
     smooth.convert(mode).save(path, **options)
     image = {"path": None if embedded else str(path), "bytes": path.read_bytes() if embedded else None}
-    read = read_image({"image": image, "ref_id": 0})
-    assert np.array_equal(
-        np.asarray(Image.fromarray(read) if isinstance(read, np.ndarray) else read.convert("RGB")),
-        np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")),
-    )
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    read = read_image({"image": image, "mask": np.zeros(expected.shape[:2]), "ref_id": 0})
+    assert np.array_equal(read if isinstance(read, np.ndarray) else np.asarray(read.convert("RGB")), expected)
     assert isinstance(read, np.ndarray) == (kind not in ("CMYK", "turned") and min(smooth.size) > 4)
 
 
@@ -950,6 +957,60 @@ def test_two_processes_stream_in_step(config_file, prepared, tmp_path):
     assert 0 <= json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_mean_iou"] <= 1
 
 
+def test_a_streamed_run_is_not_resumed_by_another_number_of_workers(make_trainer, prepared, tmp_path):
+    options = {"rows": StreamedRows(parquet_files(str(prepared))["train"]), "save_strategy": "steps", "save_steps": 2}
+    make_trainer(max_steps=2, **options).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    make_trainer(max_steps=3, dataloader_num_workers=1, **options).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="had 1 workers .*, this one has 2"):
+        make_trainer(max_steps=3, dataloader_num_workers=2, **options).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "all missing", "broken", "broken rows"])
+def test_a_damaged_prepared_folder_is_refused(prepared, tmp_path, damage, streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    files = sorted(folder.glob("train-*.parquet"))
+    for file in files if damage == "all missing" else files[1:2]:
+        content = file.read_bytes()
+        file.unlink()
+        if damage == "broken":
+            file.write_bytes(content[:-9])
+        elif damage == "broken rows":
+            file.write_bytes(content[:4] + bytes(3000) + content[3004:])
+    missing = "lacks 3 of its 4 files" if damage == "all missing" else "lacks 1 of its 4 files, such as train-00001-of"
+    message = missing if "missing" in damage else "cannot be read .*anew"
+    with pytest.raises(OSError, match=message):
+        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False)
+        list(StreamedBatches(train_rows, 4, 0, 1, 1, 0))  # only then are rows streamed
+
+
+def test_what_is_no_prepared_folder_is_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="neither by data.prepare nor by save_to_disk.*data.prepare <kind>"):
+        load_splits(str(tmp_path), DataArguments())
+    with pytest.raises(OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub"):
+        load_splits("prepared/nosuch", DataArguments())
+
+
+def test_folders_may_be_called_like_mixtures_and_tested_on_by_name(prepared, tmp_path):
+    for name in ("val + x", "v:1", "2*x"):
+        folder = shutil.copytree(prepared, tmp_path / name)
+        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder)), True, False, False)
+        assert len(train_rows) == 38
+    args = DataArguments(dataset="shapes", shapes_config={"sizes": SIZES}, test_splits=[f"{prepared}:val"])
+    assert len(load_rows(args, False, False, True)[2][f"{prepared}:val"]) == 3
+
+
+def test_images_of_a_split_tested_on_leave_a_single_sets_training_too(two_sets, caplog):
+    rows, images, _ = two_sets
+    args = DataArguments(dataset="refcoco+/unc", data_root="unused", test_splits=["refcocog:umd:val"])
+    train, _, _ = load_rows(args, do_train=True, do_eval=False, do_predict=True)
+    assert list(train["ref_id"]) == [rows[index]["ref_id"] for letter in "bcd" for index in images[letter]]
+    assert "leave training" in caplog.text and train.info.description in caplog.text
+
+
 def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):
     """The other splits are read as always, the training split not even if its files are unreadable."""
     arguments = DataArguments(dataset=str(prepared), streaming=True, test_splits=["val"], shuffle_buffer_size=3)
@@ -976,10 +1037,11 @@ def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):
         ({"eval_split": "vall"}, "'vall' does not exist"),
         ({"max_train_samples": 3}, "leave max_train_samples out"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size is 0"),
+        ({"dataset": "prepared/nosuch"}, "no folder here, nor to be had from the Hub"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(prepared, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         load_rows(DataArguments(**{"dataset": str(prepared), "streaming": True} | changes), True, True, False)
 
 
