@@ -4,7 +4,7 @@
     python -m benchmarks.data --output scratch --stage loader    # one of the measurements again
 
 A synthetic set in the REFER layout is written to `<output>/refer` once; each measurement then runs in a process of its
-own. Needs Linux (`/proc`), 500 MB of disk and about seven minutes.
+own. Needs Linux, 500 MB of disk and about seven minutes.
 """
 
 import argparse
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import datasets
 import numpy as np
+import psutil
 import torch
 from datasets.utils import tqdm
 from PIL import Image
@@ -145,12 +147,11 @@ def measure_prepare(output: Path) -> dict[str, str]:
     shutil.rmtree(output / "prepared.partial", ignore_errors=True)
     command = [sys.executable, "-m", "data.prepare", "refer", str(output / "refer"), "--name", NAME]
     start, resident, proportional = time.perf_counter(), 0, 0
-    process = subprocess.Popen([*command, "--output", str(prepared)], start_new_session=True)
+    process = psutil.Popen([*command, "--output", str(prepared)])
     while process.poll() is None:
-        group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == process.pid]
-        figures = [memory_of(pid) for pid in group]
-        resident = max(resident, sum(memory.get("Rss", 0) for memory in figures))
-        proportional = max(proportional, sum(memory.get("Pss", 0) for memory in figures))
+        figures = [memory_of(one) for one in (process, *process.children(recursive=True))]
+        resident = max(resident, sum(memory.rss for memory in figures if memory))
+        proportional = max(proportional, sum(memory.pss for memory in figures if memory))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - start
     if process.returncode:
@@ -164,20 +165,12 @@ def measure_prepare(output: Path) -> dict[str, str]:
     }
 
 
-def _group_of(pid: int) -> int | None:
+def memory_of(process: psutil.Process) -> Any:
+    """Its bytes as `rss`, `pss` (shared pages counted in parts) and `uss` (pages of its own); None if it has ended."""
     try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
+        return process.memory_full_info()
+    except psutil.Error:
         return None
-
-
-def memory_of(pid: int) -> dict[str, int]:
-    """Fields of `/proc/<pid>/smaps_rollup` in bytes; none if the process has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return {}
-    return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
 
 
 def measure_first_batch(output: Path) -> dict[str, str]:
@@ -282,7 +275,7 @@ def measure_workers(output: Path) -> dict[str, str]:
 
 def _private_memory(others: set[int]) -> dict[int, int]:
     workers = {process.pid for process in multiprocessing.active_children()} - others
-    return {pid: (memory := memory_of(pid))["Private_Clean"] + memory["Private_Dirty"] for pid in sorted(workers)}
+    return {pid: memory_of(psutil.Process(pid)).uss for pid in sorted(workers)}
 
 
 STAGES = {
