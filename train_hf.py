@@ -410,6 +410,8 @@ def load_rows(
         foreign = any(":" in name for name in args.test_splits)
         if streamed:
             train_rows = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
+            if foreign:
+                logger.warning("Streamed rows stay in training even if their images are in a split that is tested on.")
         elif len(members) == 1 and members[0].weight == 1 and not foreign:
             train_rows = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
         else:
@@ -489,10 +491,11 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         with Image.open(io.BytesIO(content)) as header:
             colours = header.format == "JPEG" and header.mode in ("L", "RGB")
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        pixels = None
         # OpenCV does not say that a file is cut short, and as an array so thin an image could be channels first.
         if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
-        else:
+        if pixels is None:
             pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
         size = header.size[::-1] if upright else pixels.size[::-1]
         mask_size = tuple(row["mask"]["size"]) if isinstance(row["mask"], dict) else row["mask"].shape
@@ -997,8 +1000,8 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
             f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}."
         )
-        if isinstance(trainer.train_dataset, datasets.Dataset):  # a mixture's tells what has left
-            origin += f" {trainer.train_dataset.info.description}".rstrip()
+        if "repetition" in getattr(trainer.train_dataset, "column_names", []):  # a mixture, which says what has left
+            origin += f" {trainer.train_dataset.info.description}"
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
         trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only
