@@ -458,7 +458,7 @@ def _mix(
     for name in args.test_splits:
         dataset, split = _dataset_and_split(name, "")
         if dataset:  # other splits than training's leave in any case
-            tested.append(select_split(splits_of(dataset), split, None))
+            tested.append((dataset, select_split(splits_of(dataset), split, None)))
     rows, leaks = mix(members, splits, tested, args.keep_leaks)
     what = "STAY in training, although" if args.keep_leaks else "leave training, for"
     rows = rows.take(min(args.max_train_samples or len(rows), len(rows)))
@@ -469,7 +469,7 @@ def _mix(
             for leak in leaks
             if leak.objects
         )
-        or "No image is in a split that is tested on."
+        or "No image was found, by its file or its number in COCO, in a split that is tested on."
     )
     logger.warning(rows.info.description)
     return rows
@@ -556,16 +556,17 @@ class TrainingCollator(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         """Keep in the checkpoints among how many workers streamed rows are divided, which must stay as it is."""
-        if not isinstance(train_dataloader.dataset, StreamedBatches):
-            return
-        runs, before = train_dataloader.dataset.runs, [e[RUNS] for e in state.log_history if RUNS in e]
-        if not before:
-            state.log_history.append({"step": state.global_step, RUNS: runs})
-        elif before != [runs]:
+        rows = train_dataloader.dataset
+        runs = rows.runs if isinstance(rows, StreamedBatches) else 0
+        before = next((entry[RUNS] for entry in state.log_history if RUNS in entry), 0 if state.global_step else runs)
+        if runs != before:
             raise ValueError(
-                f"The streamed run to resume had {before[0]} workers in all its processes, this one has {runs}, which "
-                "would read rows twice or not at all: give as many processes times dataloader_num_workers."
+                f"The run to resume streamed its rows to {before} workers in all processes, this one does to {runs}, "
+                "which would read rows twice or not at all: give the same streaming, number of processes and "
+                "dataloader_num_workers."
             )
+        if runs and not state.global_step:
+            state.log_history.append({"step": 0, RUNS: runs})
 
     def draw_phrase(self, row: dict) -> str:
         draw = [self.seed, int(self.epoch), row["ref_id"]]
@@ -963,10 +964,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= _report(trainer, name, output.metrics)
         figures = {key: output.metrics[f"{name}_{key}"] for key in METRIC_NAMES if f"{name}_{key}" in output.metrics}
-        line = {"split": split, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
+        dataset, split_name = _dataset_and_split(split, "")
+        label = f"{_name_of(dataset)}:{split_name}" if Path(dataset).is_absolute() else split
+        line = {"split": label, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
-        dataset, split_name = _dataset_and_split(split, own_set)
-        result = {"dataset": _name_of(dataset), "split": split_name + first_objects}
+        result = {"dataset": _name_of(dataset) or own_set, "split": split_name + first_objects}
         if not any(result.items() <= other.items() for other in results):  # or do_eval has run over it, too
             results.append(result | figures)
         if trainer.is_world_process_zero():
@@ -1002,6 +1004,8 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
         )
         if "repetition" in getattr(trainer.train_dataset, "column_names", []):  # a mixture, which says what has left
             origin += f" {trainer.train_dataset.info.description}"
+        elif {result["dataset"] for result in results} - {_name_of(members[0].name)}:
+            origin += " Its training images were not compared with those of the other data sets it is tested on."
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
         trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only

@@ -15,6 +15,7 @@ import pyarrow.compute
 
 SEPARATOR = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
+COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")  # all of COCO's releases number alike
 # RefCOCOg's two splits divide the same images, google's even shares images between train and val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 
@@ -69,7 +70,7 @@ def parse_mixture(mixture: str, train_split: str) -> list[Member]:
 def mix(
     members: list[Member],
     splits: dict[str, datasets.DatasetDict],
-    tested: Iterable[datasets.Dataset] = (),
+    tested: Iterable[tuple[str, datasets.Dataset]] = (),
     keep_leaks: bool = False,
 ) -> tuple[datasets.Dataset, list[Leak]]:
     """
@@ -78,9 +79,10 @@ def mix(
     Args:
         members: what to mix.
         splits: all splits of each member, by its name.
-        tested: further rows that are tested on.
+        tested: further rows that are tested on, each with its data set's name.
         keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. Two rows show
-            the same image if it is the same file, or has the same `image_id` and file name.
+            the same image if it is the same file, is called by the same number of COCO's, or has the same `image_id`
+            in the same data set.
 
     Returns:
         The rows, with a column `repetition` that tells those apart which a weight above 1 repeats (with 1.5 half of
@@ -89,17 +91,17 @@ def mix(
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
     """
-    held_out = {key for rows in tested for keys in _image_keys(rows) for key in keys}
+    held_out = {key for name, rows in tested for keys in _image_keys(name, rows) for key in keys}
     for member in members:
         if member.split not in splits[member.name]:
             raise ValueError(f"{member.name} has no split {member.split!r}: it has {list(splits[member.name])}.")
         for split, rows in splits[member.name].items():
             if split != member.split:
-                held_out.update(key for keys in _image_keys(rows) for key in keys)
+                held_out.update(key for keys in _image_keys(member.name, rows) for key in keys)
     training, leaks = [], []
     for member in members:
         rows = splits[member.name][member.split]
-        leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(rows)]
+        leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(member.name, rows)]
         phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
         kept = [index for index, leaks_out in enumerate(leaking) if keep_leaks or not leaks_out]
@@ -117,14 +119,20 @@ def mix(
     return datasets.concatenate_datasets(training), leaks
 
 
-def _image_keys(rows: datasets.Dataset) -> list[tuple]:
-    """For each row what tells its image from those of any data set: its file, and its number together with its name.
+def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:
+    """For each row what its image is known by: its number in this data set, its file, its number among COCO's images.
 
-    Numbers alone would not do, since everybody's own images are numbered from 0, nor would names.
+    Numbers and names of other images mean nothing in other data sets: everybody's own are numbered from 0.
     """
     table = rows.select_columns(["image_id", "image"]).with_format("arrow")[:]
-    paths = pa.compute.struct_field(table["image"], "path").to_pylist()
-    return [
-        (path, (image_id, os.path.basename(path))) if path else ((image_id, None),)
-        for image_id, path in zip(table["image_id"].to_pylist(), paths)
-    ]
+    found = []
+    for image_id, path in zip(
+        table["image_id"].to_pylist(), pa.compute.struct_field(table["image"], "path").to_pylist()
+    ):
+        keys = [(name, image_id)]
+        if path and os.path.isabs(path):
+            keys.append(("file", path))
+        if match := COCO_FILE.fullmatch(os.path.basename(path or "")):
+            keys.append(("COCO", int(match[1])))
+        found.append(keys)
+    return found

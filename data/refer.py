@@ -449,7 +449,9 @@ def make_row(
         raise ValueError("there are no phrases; write at least one.")
     if not all(phrases):
         raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
-    if not re.fullmatch(r"\w{1,64}", split):  # it becomes a folder's name when the rows are saved
+    if not isinstance(split, str) or not re.fullmatch(
+        r"\w{1,64}", split
+    ):  # it becomes a folder's name when the rows are saved
         raise ValueError(f"{short(split)} cannot name a split; use letters and digits.")
     for name, number in (("ref_id", ref_id), ("ann_id", ann_id), ("image_id", image_id)):
         if not is_int64(number):
@@ -590,6 +592,9 @@ def opened_image(
             yield file, image
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist; {layout}.") from None
+    except PIL.UnidentifiedImageError as error:
+        reason = f"it is no {' or '.join(formats)}"
+        raise OSError(f"{what} {path} cannot be read ({reason}); copy or download it again.") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise OSError(f"{what} {path} cannot be read ({cut(error)}); copy or download it again.") from error
 
@@ -632,7 +637,10 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
         if isinstance(part, dict):
             runs.append(_checked_runs(part, size, name))
             continue
-        corners = np.asarray(part, dtype=np.float64)
+        try:
+            corners = np.asarray(part, dtype=np.float64)
+        except (ValueError, TypeError):  # said below
+            corners = np.empty(0)
         # Corners may lie outside the image by its own size. Two corners would be taken for a box.
         if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
             raise ValueError(f"{name}: {short(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")

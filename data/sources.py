@@ -279,7 +279,12 @@ class FolderRecords(Records):
     def read(self, index: int) -> tuple[str, dict]:
         file, number, line = self._lines[index]
         with naming(f"{file}, line {number}", METADATA):
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"it is not JSON in UTF-8 ({error}); write one object a line.") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"it holds {short(record)}; write one JSON object a line, {{...}}.")
             image = file_inside(file.parent, record["file_name"], self.images)
             size = image_size(image, self.layout)
             mask, sentences = record["mask"], record["sentences"]

@@ -120,8 +120,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self.runs = world_size * workers
         if len(rows) < self.runs:
             raise ValueError(
-                f"{len(rows)} rows are too few for {world_size} processes of {workers} workers: take fewer of them "
-                "(dataloader_num_workers)."
+                f"{len(rows)} rows are too few for {world_size} processes of {workers} workers: take fewer processes, "
+                "or a smaller dataloader_num_workers."
             )
         shortest, longest = len(rows) // self.runs, -(-len(rows) // self.runs)
         self.batches_per_run = min(-(-longest // batch_size), shortest)

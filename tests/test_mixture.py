@@ -11,7 +11,7 @@ from data.mixture import Member, mix, parse_mixture
 from data.refer import FEATURES
 
 
-def make_rows(image_ids: list[int], first_ref_id: int = 0, folder: str = "images") -> datasets.Dataset:
+def make_rows(image_ids: list[int], first_ref_id: int = 0, folder: str = "/images") -> datasets.Dataset:
     """Two phrases an object, three where its ref_id is divisible by 3; only ids matter to a mixture."""
     count = len(image_ids)
     columns = {
@@ -36,7 +36,7 @@ def test_of_750_test_images_exactly_the_283_that_are_trained_on_leave():
         "other": datasets.DatasetDict(train=make_rows(second_train, 10_000), val=make_rows(clean[-200:], 20_000)),
     }
     members = parse_mixture("one + other", "train")
-    rows, leaks = mix(members, splits, tested=[make_rows(tested, 30_000)])
+    rows, leaks = mix(members, splits, tested=[("third", make_rows(tested, 30_000))])
 
     expected = [image for image in first_train if image not in set(tested)]
     expected += [image for image in second_train if image not in set(tested)]
@@ -46,7 +46,7 @@ def test_of_750_test_images_exactly_the_283_that_are_trained_on_leave():
         gone = [index for index, image in enumerate(train) if image in set(tested)]
         assert (leak.objects, leak.of_objects) == (len(gone), len(train))
         assert leak.phrases == sum(3 if index % 3 == 0 else 2 for index in gone)
-    kept, same = mix(members, splits, tested=[make_rows(tested, 30_000)], keep_leaks=True)
+    kept, same = mix(members, splits, tested=[("third", make_rows(tested, 30_000))], keep_leaks=True)
     assert list(kept["image_id"]) == [*first_train, *second_train] and same == leaks
 
 
@@ -74,19 +74,27 @@ def test_with_the_published_splits_the_counts_add_up():
     assert not tested & set(rows["image_id"])
 
 
-def test_images_are_told_by_file_or_by_number_and_name():
+def renamed(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+    return rows.map(lambda row: {"image": {"path": name.format(row["image_id"]), "bytes": None}})
+
+
+def test_images_are_told_by_file_by_coco_number_or_within_a_set_by_number():
     """Everybody's own images are numbered from 0, and cameras name them alike."""
-    ours = datasets.DatasetDict(train=make_rows(range(10), folder="/ours"), val=make_rows([20], folder="/ours"))
-    other = make_rows(range(10), folder="/theirs").map(
-        lambda row: {"image": {"path": row["image"]["path"].replace("/theirs/", "/theirs/IMG_"), "bytes": None}}
-    )
-    splits = {"ours": ours, "theirs": datasets.DatasetDict(train=make_rows([50], folder="/theirs"), val=other)}
+    ours = datasets.DatasetDict(train=make_rows(range(10), folder="/ours"), val=make_rows([20, 4], folder="/ours"))
+    splits = {"ours": ours, "theirs": datasets.DatasetDict(train=make_rows([50]), val=make_rows(range(10)))}
     members = parse_mixture("ours + theirs", "train")
-    assert [leak.objects for leak in mix(members, splits)[1]] == [0, 0]
-    copied = make_rows(range(3), folder="/copies")  # of COCO's images, say: numbers and names are those of the others
-    assert [leak.objects for leak in mix(members, splits, [copied])[1]] == [3, 0]
-    renumbered = ours["train"].select([4]).map(lambda row: {"image_id": 77})
-    assert [leak.objects for leak in mix(members, splits, [renumbered])[1]] == [1, 0]
+
+    def leaking(*tested: tuple[str, datasets.Dataset]) -> list[int]:
+        return [leak.objects for leak in mix(members, splits, tested)[1]]
+
+    assert leaking() == [1, 0]  # of image 4, which is in val too
+    same_file = renamed(make_rows([77]), "/ours/5.jpg")
+    assert leaking(("other", same_file)) == [2, 0]
+    assert leaking(("other", renamed(make_rows(range(10)), "{}.jpg"))) == [1, 0]  # embedded: the name alone is known
+    assert leaking(("ours", renamed(make_rows([7]), "anywhere.jpg"))) == [2, 0]
+    ours["train"] = renamed(ours["train"], "/copies/COCO_train2014_{:012d}.jpg")
+    assert leaking(("other", renamed(make_rows([8, 9]), "{:012d}.jpg"))) == [3, 0]
+    assert leaking(("other", renamed(make_rows([8, 9]), "{:06d}.jpg"))) == [1, 0]
 
 
 def test_weights_repeat_rows():

@@ -340,7 +340,7 @@ def cut(path, kept):
         (lambda path: cut(path, -200), OSError, r"cannot be read \(.*truncated.*\); copy or download it again"),
         (lambda path: cut(path, 300), OSError, "cannot be read"),
         (lambda path: cut(path, 0), OSError, "cannot be read"),
-        (lambda path: path.write_text("404: not found"), OSError, r"cannot be read \(cannot identify"),
+        (lambda path: path.write_text("404: not found"), OSError, r"cannot be read \(it is no JPEG or PNG"),
         (
             lambda path: PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(path),
             ValueError,

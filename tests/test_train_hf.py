@@ -279,7 +279,9 @@ def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
 @pytest.fixture
 def two_sets(shapes, monkeypatch):
     """Makes two data sets over the images a … f of the synthetic set, and gives their names as they are read."""
-    rows = shapes["train"]
+    rows = shapes["train"].map(
+        lambda row: {"image": row["image"] | {"path": f"COCO_train2014_{row['image_id']:012d}.jpg"}}
+    )
     numbers = dict(zip(dict.fromkeys(rows["image_id"]), "abcdef"))
     images = {
         letter: [index for index, image_id in enumerate(rows["image_id"]) if numbers.get(image_id) == letter]
@@ -962,8 +964,10 @@ def test_a_streamed_run_is_not_resumed_by_another_number_of_workers(make_trainer
     make_trainer(max_steps=2, **options).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     make_trainer(max_steps=3, dataloader_num_workers=1, **options).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="had 1 workers .*, this one has 2"):
+    with pytest.raises(ValueError, match="to 1 workers in all processes, this one does to 2"):
         make_trainer(max_steps=3, dataloader_num_workers=2, **options).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="to 1 workers in all processes, this one does to 0"):
+        make_trainer(max_steps=3).train(resume_from_checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
