@@ -289,15 +289,15 @@ class DetrisImageProcessor(BaseImageProcessor):
         labels = np.zeros((len(maps), side, side), np.float32)
         for i, owner in enumerate(range(len(sizes)) if shared else image_index):
             name, given = f"segmentation_maps[{i}]", maps[i]
-            boxed = given if isinstance(given, BoxedMask) else BoxedMask(given, 0, 0, (0, 0))
-            mask = _as_mask(boxed.values, name)
-            size = boxed.size if boxed is given else mask.shape
-            if tuple(size) != sizes[owner]:
+            values, top, left, size = given if isinstance(given, BoxedMask) else (given, 0, 0, None)
+            mask = _as_mask(values, name)
+            size = tuple(size or mask.shape)
+            if size != sizes[owner]:
                 raise ValueError(
-                    f"{name} has (height, width) {tuple(size)}, but its image, images[{owner}], has {sizes[owner]} "
+                    f"{name} has (height, width) {size}, but its image, images[{owner}], has {sizes[owner]} "
                     "when upright: give a map of the image's size."
                 )
-            warped, rows, columns = _letterbox(mask, boxed.top, boxed.left, size, side, cv2.INTER_LINEAR, 0)
+            warped, rows, columns = _letterbox(mask, top, left, size, side, cv2.INTER_LINEAR, 0)
             np.divide(warped, np.float32(255), out=labels[i, rows, columns])
         return labels[image_index] if shared else labels
 

@@ -20,7 +20,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import evaluate
 import huggingface_hub
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 import yaml
 from accelerate.data_loader import prepare_data_loader
@@ -55,7 +57,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import SUMMARY, require_whole
-from data.refer import END_OF_JPEG, FEATURES, SOURCES, RleMask, load_refer, run_lengths
+from data.refer import END_OF_JPEG, SOURCES, RleMask, load_refer, require_columns, run_lengths
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from gallery import Sample, draw_sample
@@ -342,29 +344,29 @@ def _is_prepared(name: str, args: DataArguments) -> bool:
 def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; or the splits of which the files are given."""
     try:
-        for paths in (files or _parquet_files(name)).values():
-            StreamedRows(paths)  # says which file is broken, as `datasets` does not
-        return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
-    except datasets.exceptions.DatasetGenerationError as error:
+        with _finding_prepared(name):
+            return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
+        for paths in (files or parquet_files(name)).values():
+            StreamedRows(paths)  # says which file's footer is broken, as `datasets` does not
         reason = " ".join(str(error.__cause__ or error).split())  # Arrow's have several lines
         raise OSError(f"{name} cannot be read ({reason}): prepare the data set anew.") from error
 
 
-def _parquet_files(name: str) -> dict[str, list[str]]:
-    """The files of each split of a folder made by data.prepare, or of a Hub id."""
+@contextmanager
+def _finding_prepared(name: str) -> Iterator[None]:
+    """Say plainly that a folder made by data.prepare is not whole, or that there is no such folder or Hub id."""
     if Path(name).is_dir():
         require_whole(name)
     try:
-        return parquet_files(name)
+        yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise OSError(f"{name!r} is no folder here, nor to be had from the Hub ({error}): check its name.") from error
 
 
 def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
     for split, rows in splits.items():
-        missing = FEATURES.keys() - set(rows.column_names)
-        if missing:
-            raise ValueError(f"Split {split!r} of {name} has no columns {sorted(missing)}: see data/README.md.")
+        require_columns(f"Split {split!r} of {name}", rows.column_names)
     return splits.cast_column("image", datasets.Image(decode=False))
 
 
@@ -444,7 +446,8 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
-    files = _parquet_files(name)
+    with _finding_prepared(name):
+        files = parquet_files(name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
     return files

@@ -15,7 +15,8 @@ import pyarrow.compute
 
 SEPARATOR = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
-COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")  # all of COCO's releases number alike
+# Twelve digits, unlike what `sources.py` takes for COCO's: six may be a camera's. All of COCO's releases number alike.
+PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
 # RefCOCOg's two splits divide the same images, google's even shares images between train and val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 
@@ -132,7 +133,7 @@ def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:
         keys = [(name, image_id)]
         if path and os.path.isabs(path):
             keys.append(("file", path))
-        if match := COCO_FILE.fullmatch(os.path.basename(path or "")):
+        if match := PUBLISHED_BY_COCO.fullmatch(os.path.basename(path or "")):
             keys.append(("COCO", int(match[1])))
         found.append(keys)
     return found

@@ -110,6 +110,12 @@ FEATURES = datasets.Features(
 )
 
 
+def require_columns(where: str, names: Iterable[str]) -> None:
+    """Refuse rows that lack a column of `FEATURES` with a ValueError that begins with `where`."""
+    if missing := FEATURES.keys() - set(names):
+        raise ValueError(f"{where} has no columns {sorted(missing)}: see data/README.md.")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Builds containers, strings and numbers; refuses by name everything a pickle would have to import."""
 

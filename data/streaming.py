@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .refer import FEATURES
+from .refer import FEATURES, require_columns
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
@@ -55,8 +55,7 @@ class StreamedRows:
         for file in files:
             with _opened(file) as parquet:
                 metadata = parquet.metadata
-            if missing := FEATURES.keys() - set(metadata.schema.to_arrow_schema().names):
-                raise ValueError(f"{file} has no columns {sorted(missing)}: see data/README.md.")
+            require_columns(file, metadata.schema.to_arrow_schema().names)
             self.groups += [
                 RowGroup(file, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)
             ]

@@ -134,7 +134,7 @@ class ReferringIou(evaluate.Metric):
         has_prediction = union - reference_area + intersection > 0  # (N,)
         figures["giou"] = float(np.where(union == 0, 1, intersection / np.maximum(union, 1)).mean())
         if union.any():
-            figures["ciou"] = float(intersection.sum() / union.sum())
+            figures["ciou"] = figures["overall_iou"]
         figures["n_acc"] = float((~has_prediction[~has_target]).mean())
         if has_target.any():
             figures["t_acc"] = float(has_prediction[has_target].mean())
