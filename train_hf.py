@@ -518,12 +518,18 @@ def read_mask(row: dict) -> BoxedMask | np.ndarray:
     rle = row["mask"]
     if not isinstance(rle, dict):
         return rle
+    try:
+        lengths = run_lengths(rle)
+    except ValueError as error:
+        raise ValueError(
+            f"The row with ref_id {row['ref_id']} cannot be read ({error}): get or prepare its data set again."
+        ) from error
     left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
     if not width:  # an empty mask has no box
         return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
     rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
     start, stop = left * rows, (left + width) * rows
-    ends = run_lengths(rle["counts"].encode("ascii")).cumsum().clip(start, stop)
+    ends = lengths.cumsum().clip(start, stop)
     values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
     return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
 

@@ -48,6 +48,7 @@ NO_TARGET = -1  # gRefCOCO's ann_id of a phrase that nothing in the image answer
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # for some others Pillow starts programs (EPS)
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
+MAX_OUTLINE = 2_000_000  # pixels; pycocotools keeps some 100 bytes for each
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_NAME = 10_000, 4_096  # characters of a phrase; of a category or file name
 MAX_MESSAGE = 1_000  # characters
@@ -59,7 +60,8 @@ class RleMask:
     """Feature type of a binary mask: stored as COCO RLE (a few hundred bytes), read as an array.
 
     Takes an array (H, W), zero outside the object, or an RLE `{"size": [H, W], "counts": str, bytes or list of int}`;
-    gives a uint8 array (H, W) of 0 and 1, or the stored RLE when `decode=False`.
+    gives a uint8 array (H, W) of 0 and 1, or the stored RLE when `decode=False`. What `run_lengths` refuses raises its
+    ValueError: a list of counts when it is stored, compressed counts when they are decoded.
     """
 
     decode: bool = True
@@ -75,7 +77,7 @@ class RleMask:
         if not isinstance(value, dict):
             value = coco_mask.encode(np.asfortranarray(np.asarray(value) != 0, dtype=np.uint8))
         elif isinstance(value["counts"], list):
-            value = coco_mask.frPyObjects(value, *value["size"])
+            value = _compressed(run_lengths(value), value["size"])
         counts = value["counts"]
         return {
             "size": [int(side) for side in value["size"]],
@@ -83,7 +85,10 @@ class RleMask:
         }
 
     def decode_example(self, value: np.ndarray | dict, token_per_repo_id: dict | None = None) -> np.ndarray:
-        return coco_mask.decode(value) if isinstance(value, dict) else value  # (H, W)
+        if not isinstance(value, dict):
+            return value  # (H, W)
+        run_lengths(value)
+        return coco_mask.decode(value)  # (H, W)
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
         if pa.types.is_list(storage.type):  # `Dataset.map` hands back the arrays it decoded as nested lists
@@ -633,8 +638,8 @@ def _parts(segmentation: list | dict) -> list:
 def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
     """The union of COCO's polygons, RLEs and compressed RLEs as one compressed RLE of (height, width).
 
-    pycocotools trusts its input: corners far away or not finite crash it, runs that end early leave pixels undefined,
-    and it reads on behind compressed runs that are cut off. So all of these are refused here.
+    pycocotools trusts its input: corners far away or not finite crash it, and so does an outline for whose points
+    there is no memory. All of these are refused here.
     """
     if not (parts := _parts(segmentation)):
         raise ValueError(f"{name} has no mask; give polygons or RLE.")
@@ -650,6 +655,9 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
         # Corners may lie outside the image by its own size. Two corners would be taken for a box.
         if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
             raise ValueError(f"{name}: {short(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
+        sides = np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1)  # (N - 1,)
+        if sides.sum() > MAX_OUTLINE:
+            raise ValueError(f"{name}: the outline of {short(part)} is over {MAX_OUTLINE:,} pixels long; none is.")
         runs += coco_mask.frPyObjects([corners.tolist()], *size)
     return RleMask().encode_example(coco_mask.merge(runs))
 
@@ -660,19 +668,49 @@ def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
         raise ValueError(
             f"{name}: the mask is {short(rle['size'])}, but its image is {[height, width]} (height, width)."
         )
-    rle = RleMask().encode_example(rle)
-    lengths = run_lengths(rle["counts"].encode("ascii"))
-    if lengths is None or (lengths < 0).any():
-        raise ValueError(f"{name}: the mask's runs {short(rle['counts'])} are not COCO's compressed counts.")
-    if (total := int(lengths.sum())) != height * width:
+    with naming(name):
+        lengths = run_lengths(rle)
+    filled = np.flatnonzero(lengths)  # `merge` writes behind its memory where runs of no length outnumber the pixels
+    values = filled % 2
+    starts = np.flatnonzero(np.diff(values, prepend=1 - values[0]))
+    lengths = np.add.reduceat(lengths[filled], starts)
+    return _compressed(lengths if values[0] == 0 else np.concatenate(([0], lengths)), size)
+
+
+def _compressed(lengths: np.ndarray, size: Sequence[int]) -> dict:
+    return coco_mask.frPyObjects({"size": size, "counts": lengths.tolist()}, *size)
+
+
+def run_lengths(rle: dict) -> np.ndarray:
+    """How many pixels of 0 and of 1 follow each other by turns, down the columns, in COCO's RLE, compressed or not.
+
+    No RLE of strangers may reach pycocotools before it was here: pycocotools reads on behind compressed runs that are
+    cut off, writes behind its memory for runs of over 30 bits, divides by sides of 0, and leaves pixels undefined
+    that no run covers.
+
+    Raises:
+        ValueError: the size is none, or the counts are none or not as many as the size has pixels.
+    """
+    size, counts = rle["size"], rle["counts"]
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"the mask's size is {short(size)}; give its height and width in pixels.")
+    if isinstance(counts, list):
+        if not all(type(length) is int and 0 <= length <= MAX_PIXELS for length in counts):
+            raise ValueError(f"the mask's runs {short(counts)} are no numbers of pixels.")
+        lengths = np.asarray(counts, dtype=np.int64)
+    else:
+        lengths = _decompressed(counts if isinstance(counts, bytes) else counts.encode())
+        if lengths is None or (lengths < 0).any():
+            raise ValueError(f"the mask's runs {short(counts)} are not COCO's compressed counts.")
+    total, pixels = int(lengths.sum()), size[0] * size[1]
+    if total != pixels:
         raise ValueError(
-            f"{name}: the mask's runs are {'more' if total > height * width else 'fewer'} than {height} x {width} "
-            "pixels."
+            f"the mask's runs are {'more' if total > pixels else 'fewer'} than {size[0]} x {size[1]} pixels."
         )
-    return rle
+    return lengths
 
 
-def run_lengths(counts: bytes) -> np.ndarray | None:
+def _decompressed(counts: bytes) -> np.ndarray | None:
     """Run lengths that COCO compressed (cocoapi, `maskApi.c`, `rleToString`); None if these are not any.
 
     Each is a signed number, 5 bits a character and the lowest first; from the fourth on, what it adds to the one two

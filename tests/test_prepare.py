@@ -521,6 +521,9 @@ BAD_RLES = st.one_of(
     st.lists(st.integers(0, 300), max_size=9)
     .filter(lambda runs: sum(runs) != HEIGHT * WIDTH)
     .map(lambda runs: {"size": [HEIGHT, WIDTH], "counts": runs}),
+    st.lists(st.integers(0, 2**33), min_size=1, max_size=99).map(
+        lambda runs: {"size": [HEIGHT, WIDTH], "counts": [*runs, HEIGHT * WIDTH + 1]}
+    ),
     st.tuples(st.integers(1, 2**40), st.integers(0, 10**6)).map(
         lambda it: {"size": [HEIGHT, WIDTH], "counts": [-it[0], HEIGHT * WIDTH + it[0], it[1] + 1]}
     ),

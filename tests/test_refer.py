@@ -399,7 +399,12 @@ def set_segmentation(value):
         (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1199]}), "runs are fewer than 30 x 40 pixels"),
         (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1201]}), "runs are more than 30 x 40 pixels"),
         (set_segmentation({"size": [HEIGHT, WIDTH], "counts": "oooooooo"}), "are not COCO's compressed counts"),
-        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1, -2, 1201]}), "ref_id 110: "),
+        (set_segmentation({"size": [HEIGHT, WIDTH], "counts": [1, -2, 1201]}), "110: .* are no numbers of pixels"),
+        (
+            set_segmentation({"size": [HEIGHT, WIDTH], "counts": [2**32 - 1, 2**32 - 1, 0, 0] * 1000}),
+            "ref_id 110: ann_id 10: .* are no numbers of pixels",
+        ),
+        (set_segmentation([[1, 1, 40, 30] * 10**5]), "the outline of .* is over 2,000,000 pixels long"),
         (set_segmentation({"counts": [1200]}), "ref_id 110: a field is missing .*'size'"),
         (
             lambda _, instances: instances["images"][0].update(height=10**9),
@@ -426,8 +431,44 @@ def test_compressed_runs_are_read_as_cocos_own():
     for _ in range(200):
         height, width = random.integers(1, 400), random.integers(1, 50)
         mask = (np.cumsum(random.random(height * width) < random.random() ** 3) % 2).reshape(width, height).T
-        counts = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]
-        assert run_lengths(counts).tolist() == runs(mask)
+        compressed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        assert run_lengths({"size": [int(height), int(width)], "counts": compressed["counts"]}).tolist() == runs(mask)
+
+
+@pytest.mark.parametrize("size, start", [((1, 1), []), ((HEIGHT, WIDTH), [0, 5])])
+def test_runs_of_no_length_do_not_reach_cocos_merge(refer, size, start):
+    """There they would be written behind the memory for one run a pixel."""
+    height, width = size
+    PIL.Image.new("RGB", (width, height)).save(refer.images / "first.jpg")
+    refer.instances["images"][0].update(height=height, width=width)
+    counts = [*start, *[0] * 5000, height * width - sum(start)]
+    parts = [{"size": [height, width], "counts": counts}, {"size": [height, width], "counts": [height * width]}]
+    refer.instances["annotations"][0].update(segmentation=parts, bbox=[0, 0, 1, 1])
+    refer.refs = refer.refs[:1]
+    (row,) = refer.load()["train"]
+    ones = np.arange(len(counts)) % 2
+    np.testing.assert_array_equal(row["mask"], np.repeat(ones, counts).reshape(width, height).T)
+
+
+HOSTILE_RLES = [  # in rows of strangers; each crashes pycocotools or makes it read or write behind its memory
+    ({"size": [10, 10], "counts": "~~~~~"}, "not COCO's compressed counts"),
+    ({"size": [10, 10], "counts": "1" * 1000}, "runs are more than 10 x 10 pixels"),
+    ({"size": [10, 10], "counts": "1"}, "runs are fewer than 10 x 10 pixels"),
+    ({"size": [0, 0], "counts": "00"}, r"the mask's size is \[0, 0\]"),
+    ({"size": [-10, -10], "counts": "T3"}, r"the mask's size is \[-10, -10\]"),
+    ({"size": [2**31 - 1, 2**31 - 1], "counts": "T3"}, r"the mask's size is \[2147483647, 2147483647\]"),
+    ({"size": [100], "counts": "T3"}, r"the mask's size is \[100\]"),
+    ({"size": [10, 10], "counts": ""}, "not COCO's compressed counts"),
+]
+
+
+@pytest.mark.parametrize("mask, message", HOSTILE_RLES)
+def test_stored_masks_of_strangers_are_checked_before_they_are_decoded(mask, message):
+    plain = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
+    rows = datasets.Dataset.from_list([{"mask": mask}], datasets.Features({"mask": plain}))
+    rows = rows.cast(datasets.Features({"mask": RleMask()}))
+    with pytest.raises(ValueError, match=message):
+        rows[0]
 
 
 def test_importing_warns_of_nothing():

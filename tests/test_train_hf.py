@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
-from test_refer import ReferFolder
+from test_refer import HOSTILE_RLES, ReferFolder
 from transformers import BitsAndBytesConfig
 
 import train_hf
@@ -1148,3 +1148,9 @@ def test_masks_are_decoded_in_their_boxes(kind):
     assert np.array_equal(pasted, mask)
     assert height * width <= (1 if kind in ("empty", "one") else mask.size)
     assert read_mask({"mask": mask}) is mask
+
+
+@pytest.mark.parametrize("mask, message", HOSTILE_RLES)
+def test_stored_masks_of_strangers_are_checked_before_their_boxes_are_read(mask, message):
+    with pytest.raises(ValueError, match=f"ref_id 7 cannot be read .*{message}"):
+        read_mask({"mask": mask, "ref_id": 7})
