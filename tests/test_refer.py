@@ -295,6 +295,12 @@ def test_broken_pickles_are_named(refer, tmp_path):
             load_plain_pickle(path)
 
 
+def test_numbers_given_to_objects_take_no_memory(tmp_path):
+    """C's unpickler would make room for 4 billion objects, twice."""
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02]r\xff\xff\xff\xff.")
+    assert load_plain_pickle(tmp_path / "refs.p") == []
+
+
 def test_a_pickle_of_something_else_is_named(refer):
     refer.refs = refer.refs[0]
     with pytest.raises(ValueError, match=r"refs\(unc\)\.p holds a dict, not a list of refs"):
