@@ -835,6 +835,7 @@ def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingAr
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
+        "fused": True,  # one call for all parameters: a tenth of the time of a call for each
     }
 
 
