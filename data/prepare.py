@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import datasets
@@ -32,14 +33,15 @@ from huggingface_hub import DatasetCardData
 from pycocotools import mask as coco_mask
 
 from .check import PUBLISHED
-from .refer import FEATURES, RleMask
+from .refer import FEATURES, RleMask, cut
 from .sources import KINDS, Records, open_records
 
 RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
 ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # a file's rows are in memory at once
 RESERVED = "all"  # what `datasets` calls all splits together
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
-WHOLE = "whole"  # what becomes the output, inside of the folder of work
+JOB, CHUNK = "job", "chunk-"  # in the folder of work: what is done there, and what has been read
+WHOLE = "whole"  # what becomes the output, in the same folder
 STORED = datasets.Features(FEATURES | {"image": datasets.Image(decode=False), "mask": RleMask(decode=False)})
 
 CARD = """---
@@ -98,8 +100,10 @@ def prepare(
 
 def _begin(work: Path, job: str) -> None:
     """Go on in a folder that an interrupted run of the same job has left, or make it."""
-    path = work / "job"
-    if work.exists() and not (path.exists() and path.read_text() == job):
+    path = work / JOB
+    if work.exists() and not all(entry.name.startswith((JOB, CHUNK, WHOLE)) for entry in work.iterdir()):
+        raise FileExistsError(f"{work} is in the way and was not made here: move it, or name another output.")
+    if work.exists() and not (path.is_file() and path.read_text() == job):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     _write(path, job)
@@ -129,8 +133,14 @@ def _read_chunks(records: Records, work: Path, num_proc: int, strict: bool) -> N
         progress.update(len(records) - sum(min(RECORDS_PER_CHUNK, len(records) - start) for start in missing))
         futures = [pool.submit(_read_chunk, work, start, strict) for start in missing]
         try:
-            for future in futures:
-                progress.update(future.result())
+            for start, future in zip(missing, futures):
+                try:
+                    progress.update(future.result())
+                except BrokenProcessPool as error:
+                    raise OSError(
+                        f"A process that read {records.refs} from entry {start:,} on was ended, likely for want of "
+                        "memory: give fewer --num_proc; the same command goes on from here."
+                    ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -151,7 +161,7 @@ def _is_done(problems_file: Path, strict: bool) -> bool:
 
 
 def _chunk_files(work: Path, start: int) -> tuple[Path, Path]:
-    return work / f"chunk-{start:09d}.parquet", work / f"chunk-{start:09d}.jsonl"
+    return work / f"{CHUNK}{start:09d}.parquet", work / f"{CHUNK}{start:09d}.jsonl"
 
 
 def _read_chunk(work: Path, start: int, strict: bool) -> int:
@@ -169,6 +179,11 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
             if strict:
                 raise
             problems.append({"record": index, "reason": str(error)})
+        except Exception as error:  # no reader foresees all that a stranger's file can make a library raise
+            reason = f"{_records.refs}, entry {index}: it cannot be read ({cut(repr(error))})."
+            if strict:
+                raise ValueError(reason) from error
+            problems.append({"record": index, "reason": reason})
     columns = [*STORED.arrow_schema, pa.field("split", pa.string()), pa.field("record", pa.int64())]
     table = pa.Table.from_pylist(rows, schema=pa.schema(columns))
     rows_file, problems_file = _chunk_files(work, start)

@@ -48,9 +48,11 @@ NO_TARGET = -1  # gRefCOCO's ann_id of a phrase that nothing in the image answer
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # for some others Pillow starts programs (EPS)
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
-MAX_OUTLINE = 2_000_000  # pixels; pycocotools keeps some 100 bytes for each
+MAX_SIDE = 32_766  # pixels; OpenCV warps no larger images
+MAX_OUTLINE = 2_000_000  # pixels around an object; pycocotools keeps some 100 bytes for each
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
-MAX_PHRASE, MAX_NAME = 10_000, 4_096  # characters of a phrase; of a category or file name
+MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of a phrase; of all of an object
+MAX_NAME, MAX_SPLIT = 4_096, 200  # characters of a category or file name; bytes of a split's name
 MAX_MESSAGE = 1_000  # characters
 RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
 
@@ -121,34 +123,49 @@ def require_columns(where: str, names: Iterable[str]) -> None:
         raise ValueError(f"{where} has no columns {sorted(missing)}: see data/README.md.")
 
 
+PLAIN_OPCODES = set(
+    "PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE "
+    "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS "
+    # These ask for what is refused by its name.
+    "GLOBAL STACK_GLOBAL INST EXT1 EXT2 EXT4 PERSID BINPERSID".split()
+)
+
+
 class _PlainUnpickler(pickle._Unpickler):
     """Builds containers, strings and numbers; refuses by name everything a pickle would have to import.
 
     It is Python's own and not C's, which makes room for as many objects as the largest number that a pickle gives one:
-    20 bytes could take gigabytes. RefCOCO's refs take 3 seconds.
+    20 bytes could take gigabytes. RefCOCO's refs take 3 seconds. Tuples, of which refs have none, are refused as well:
+    hashing those in one another overflows the stack, or takes for ever.
     """
+
+    dispatch = {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for name, code in vars(pickle).items() if name in PLAIN_OPCODES
+    }
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it asks for {module}.{name}")
 
     def persistent_load(self, key: Any):
-        raise ValueError(f"it asks for the external object {key!r}")
+        raise ValueError(f"it asks for the external object {short(key)}")
 
 
 def load_plain_pickle(path: str | os.PathLike) -> Any:
     """Read a pickle from strangers, Python 2's included, without running anything in it.
 
     Raises:
-        ValueError: the file is broken, or holds anything but plain containers, strings and numbers.
+        ValueError: the file is broken, or holds anything but lists, dictionaries, strings and numbers.
     """
     copyreg.clear_extension_cache()  # objects cached there would be handed out without asking `find_class`
     with open(path, "rb") as file:
         try:
             return _PlainUnpickler(file, encoding="latin1").load()
         except Exception as error:  # a broken pickle raises whatever its broken part means
+            reason = "it holds something else" if isinstance(error, KeyError) else cut(error)  # of opcodes
             raise ValueError(
-                f"{path} is not a pickle of plain containers, strings and numbers ({error}); nothing in it was run, "
-                "get the file again from where the data set was published."
+                f"{path} is not a pickle of lists, dictionaries, strings and numbers ({reason}); nothing in it was "
+                "run, get the file again from where the data set was published."
             ) from error
 
 
@@ -330,6 +347,8 @@ def file_inside(folder: Path, name: str, *homes: Path) -> str:
     parts = Path(checked_text(name, "the file name", MAX_NAME)).parts
     if not parts or os.path.isabs(name) or ".." in parts:
         raise ValueError(f"{short(name)} is not inside {folder}.")
+    if "::" in name or "://" in name:  # `datasets` opens only what stands before or behind
+        raise ValueError(f"{short(name)} would be taken for an address; rename it without '::' and '://'.")
     path = os.fspath(folder)
     for part in parts:
         path = os.path.join(path, part)
@@ -462,22 +481,26 @@ def make_row(
     phrases = [checked_text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
     if not phrases:
         raise ValueError("there are no phrases; write at least one.")
+    if sum(map(len, phrases)) > MAX_PHRASES:
+        raise ValueError(f"the phrases have over {MAX_PHRASES:,} characters in all; leave some out.")
     if not all(phrases):
         raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
-    if not isinstance(split, str) or not re.fullmatch(
-        r"\w{1,64}", split
-    ):  # it becomes a folder's name when the rows are saved
+    # It becomes a folder's name when the rows are saved.
+    if not isinstance(split, str) or not re.fullmatch(r"\w{1,64}", split) or len(split.encode()) > MAX_SPLIT:
         raise ValueError(f"{short(split)} cannot name a split; use letters and digits.")
     for name, number in (("ref_id", ref_id), ("ann_id", ann_id), ("image_id", image_id)):
         if not is_int64(number):
             raise ValueError(f"{name} is {short(number)}; give a whole number of 64 bits.")
-    if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"image_id {image_id} is recorded as {short(size[0])} x {short(size[1])} pixels; none is.")
+    if not all(type(side) is int and 0 < side <= MAX_SIDE for side in size) or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"image_id {image_id} is recorded as {short(size[0])} x {short(size[1])} pixels; a side has at most "
+            f"{MAX_SIDE:,} and an image {MAX_PIXELS:,}."
+        )
     if mask is None:
         mask = {"size": list(size), "counts": [size[0] * size[1]]}
     rle = _rle(mask, size, f"ann_id {ann_id}")
     row = {
-        "image": image,
+        "image": checked_text(image, "the image's path", 2 * MAX_NAME),
         "mask": rle,
         "sentences": phrases,
         "ref_id": ref_id,
@@ -547,7 +570,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 def cut(message: Any) -> str:
     """A message that can be printed, at most `MAX_MESSAGE` characters of it."""
-    message = str(message).encode("utf-8", "backslashreplace").decode()
+    message = str(message)[: MAX_MESSAGE + 1].encode("utf-8", "backslashreplace").decode()
+    message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], message)
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
 
 
@@ -626,7 +650,10 @@ def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = Fals
     """
     with opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
         width, height = image.size
-        if image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels have the mode {image.mode}, 32 bits; write 8 bits a channel")
+        # Pillow turns a TIFF's size itself.
+        if image.format != "TIFF" and image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS:
             width, height = height, width
         if whole:
             file.seek(-len(END_OF_PNG), os.SEEK_END)
@@ -647,7 +674,7 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
     """
     if not (parts := _parts(segmentation)):
         raise ValueError(f"{name} has no mask; give polygons or RLE.")
-    runs = []
+    runs, outline = [], 0.0
     for part in parts:
         if isinstance(part, dict):
             runs.append(_checked_runs(part, size, name))
@@ -659,9 +686,9 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
         # Corners may lie outside the image by its own size. Two corners would be taken for a box.
         if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
             raise ValueError(f"{name}: {short(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
-        sides = np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1)  # (N - 1,)
-        if sides.sum() > MAX_OUTLINE:
-            raise ValueError(f"{name}: the outline of {short(part)} is over {MAX_OUTLINE:,} pixels long; none is.")
+        outline += np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1).sum()
+        if outline > MAX_OUTLINE:
+            raise ValueError(f"{name}: the outline of {short(parts)} is over {MAX_OUTLINE:,} pixels long; none is.")
         runs += coco_mask.frPyObjects([corners.tolist()], *size)
     return RleMask().encode_example(coco_mask.merge(runs))
 

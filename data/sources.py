@@ -193,7 +193,11 @@ class HubTableRecords(Records):
         files = sorted(root.rglob("*.parquet"), key=_by_split)
         if not files:
             raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there.")
-        table = pa.concat_tables([self._read_table(file, root) for file in files], promote_options="default")
+        tables = [self._read_table(file, root) for file in files]
+        try:
+            table = pa.concat_tables(tables, promote_options="default")
+        except pa.ArrowException as error:
+            raise ValueError(f"{root}: its tables are not of one kind ({cut(error)}); download them again.") from error
         self._rows = datasets.Dataset(table.replace_schema_metadata(None))
         super().__init__(name, root, images, files)
         self._categories = {number: {"name": category} for number, category in COCO_CATEGORIES.items()}

@@ -224,6 +224,41 @@ def test_killed_and_started_again(tmp_path, monkeypatch, reads):
         assert (output / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes(), name
 
 
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "photographs").write_text("mine")
+    with pytest.raises(FileExistsError, match="out.partial is in the way and was not made here"):
+        prepare.prepare(large_set(tmp_path / "refer", 2), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "photographs").read_text() == "mine"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_no_reader_foresees_is_listed(tmp_path, monkeypatch, strict):
+    records = large_set(tmp_path / "refer", 5)
+    read = type(records).read
+
+    def fail(self, index):
+        if index == 3:
+            raise ZeroDivisionError("\x1b[2J")
+        return read(self, index)
+
+    monkeypatch.setattr(type(records), "read", fail)
+    if strict:
+        with pytest.raises(ValueError, match="entry 3: it cannot be read"):
+            prepare.prepare(records, tmp_path / "out", strict=True)
+        return
+    prepare.prepare(records, tmp_path / "out")
+    reason = problems_of(tmp_path / "out")[3]
+    assert "entry 3: it cannot be read (ZeroDivisionError(" in reason and "\x1b" not in reason
+
+
+def test_a_reader_that_is_killed_is_told(tmp_path, monkeypatch):
+    records = large_set(tmp_path / "refer", 5)
+    monkeypatch.setattr(type(records), "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(OSError, match="from entry 0 on was ended, likely for want of memory"):
+        prepare.prepare(records, tmp_path / "out")
+
+
 def test_killed_while_the_files_are_written(tmp_path, monkeypatch, reads):
     records = large_set(tmp_path / "refer", 20)
     expected = prepare.prepare(records, tmp_path / "uninterrupted")

@@ -291,7 +291,7 @@ def test_broken_pickles_are_named(refer, tmp_path):
         b"0.",
     ):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="refs.p is not a pickle of plain"):
+        with pytest.raises(ValueError, match="refs.p is not a pickle of lists"):
             load_plain_pickle(path)
 
 
@@ -299,6 +299,23 @@ def test_numbers_given_to_objects_take_no_memory(tmp_path):
     """C's unpickler would make room for 4 billion objects, twice."""
     (tmp_path / "refs.p").write_bytes(b"\x80\x02]r\xff\xff\xff\xff.")
     assert load_plain_pickle(tmp_path / "refs.p") == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x05]})" + b"\x85" * 2_000_000 + b"K\x01sa.",  # a key that is a tuple in a tuple in a tuple …
+        b"\x80\x05})" + b"2\x86" * 64 + b"K\x01s.",  # one whose hash takes 2 ** 64 steps
+        b"\x80\x05(t" + b"2\x86" * 28 + b"Q.",  # an external object that would be printed so often
+        b"\x80\x05\x96" + (3 << 30).to_bytes(8, "little") + b".",  # bytes that are not there
+        b"c" + b"A" * 5_000_000 + b"\nfoo\n.",
+    ],
+)
+def test_small_pickles_of_great_things_are_refused(tmp_path, content):
+    (tmp_path / "refs.p").write_bytes(content)
+    with pytest.raises(ValueError, match="refs.p is not a pickle of lists") as error:
+        load_plain_pickle(tmp_path / "refs.p")
+    assert len(str(error.value)) < 2000
 
 
 def test_a_pickle_of_something_else_is_named(refer):
@@ -410,7 +427,7 @@ def set_segmentation(value):
             set_segmentation({"size": [HEIGHT, WIDTH], "counts": [2**32 - 1, 2**32 - 1, 0, 0] * 1000}),
             "ref_id 110: ann_id 10: .* are no numbers of pixels",
         ),
-        (set_segmentation([[1, 1, 40, 30] * 10**5]), "the outline of .* is over 2,000,000 pixels long"),
+        (set_segmentation([[1, 1, 40, 30] * 100] * 10**3), "the outline of .* is over 2,000,000 pixels long"),
         (set_segmentation({"counts": [1200]}), "ref_id 110: a field is missing .*'size'"),
         (
             lambda _, instances: instances["images"][0].update(height=10**9),
@@ -423,6 +440,14 @@ def set_segmentation(value):
         (lambda _, instances: instances["images"][0].update(width=0), "ref_id 110: image_id 1 is recorded as 30 x 0"),
         (lambda _, instances: instances["images"][0].update(file_name="../train2014/first.jpg"), "is not inside"),
         (lambda _, instances: instances["images"][0].update(file_name="/etc/passwd"), "'/etc/passwd' is not inside"),
+        (lambda _, instances: instances["images"][0].update(file_name="a.jpg::first.jpg"), "taken for an address"),
+        (lambda _, instances: instances["images"][0].update(file_name="file://first.jpg"), "taken for an address"),
+        (
+            lambda _, instances: instances["images"][0].update(width=32_767),
+            "recorded as 30 x 32767 pixels; a side has",
+        ),
+        (lambda refs, _: refs[0].update(sentences=[{"sent": "x" * 10_000}] * 11), "have over 100,000 characters"),
+        (lambda refs, _: refs[0].update(split="\U00020000" * 64), "cannot name a split"),
     ],
 )
 def test_bad_rows_are_named(refer, change, message):
