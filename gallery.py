@@ -13,6 +13,7 @@ TINT, DIM = 0.2, 0.5  # how much of the color the object takes on, how much of t
 SAMPLE_SIDE, PANEL_SIDE = 400, 200  # pixels of an image's longer side at least, and exactly
 MARGIN = 14
 TEXT_SIZE, TITLE_SIZE = 17, 22
+MAX_CAPTION = 300  # characters of a phrase
 
 
 class Sample(NamedTuple):
@@ -87,7 +88,8 @@ def _line_height() -> int:
 
 def _caption_lines(sample: Sample, width: int) -> list[str]:
     font = ImageFont.load_default(TEXT_SIZE)
-    return _wrap(f"“{sample.sentence}”", font, width - round(font.getlength("IoU 0.00")) - MARGIN)
+    sentence = sample.sentence if len(sample.sentence) <= MAX_CAPTION else sample.sentence[:MAX_CAPTION] + " …"
+    return _wrap(f"“{sentence}”", font, width - round(font.getlength("IoU 0.00")) - MARGIN)
 
 
 def draw_sample(sample: Sample) -> Image.Image:

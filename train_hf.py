@@ -56,8 +56,19 @@ from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
-from data.prepare import SUMMARY, require_whole
-from data.refer import END_OF_JPEG, SOURCES, RleMask, load_refer, require_columns, run_lengths
+from data.prepare import STORED, SUMMARY, require_whole
+from data.refer import (
+    END_OF_JPEG,
+    IMAGE_FORMATS,
+    SOURCES,
+    RleMask,
+    cut,
+    is_int64,
+    load_refer,
+    require_columns,
+    run_lengths,
+    short,
+)
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from gallery import Sample, draw_sample
@@ -324,6 +335,11 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
         splits = datasets.load_from_disk(name)
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
+        try:
+            for rows in splits.values():
+                rows.data.validate(full=True)  # Arrow itself follows offsets out of its memory
+        except pa.ArrowException as error:
+            raise OSError(f"{name} is broken ({cut(error)}): save or copy it again.") from error
     elif args.data_root is None:
         raise ValueError(
             f"The data set {name!r} is neither 'shapes' nor a folder: for a REFER data set such as 'refcoco/unc', "
@@ -365,9 +381,21 @@ def _finding_prepared(name: str) -> Iterator[None]:
 
 
 def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """The splits with images and masks as they are stored: the collators decode them, and name the row that fails."""
+    undecoded = datasets.DatasetDict()
     for split, rows in splits.items():
         require_columns(f"Split {split!r} of {name}", rows.column_names)
-    return splits.cast_column("image", datasets.Image(decode=False))
+        for column, feature in STORED.items():
+            if rows.features[column] != feature:
+                try:
+                    rows = rows.cast_column(column, feature)
+                except (pa.ArrowException, TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"Column {column!r} in split {split!r} of {name} is not what data/README.md describes "
+                        f"({cut(error)}): prepare the data set anew."
+                    ) from error
+        undecoded[split] = rows
+    return undecoded
 
 
 def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
@@ -490,8 +518,13 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
     """
     image = row["image"]
     try:
-        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-        with Image.open(io.BytesIO(content)) as header:
+        content = image["bytes"]
+        if content is None:
+            file = Path(image["path"])
+            if file.exists() and not file.is_file():  # a pipe would be waited for
+                raise OSError("it is no regular file")
+            content = file.read_bytes()
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
             colours = header.format == "JPEG" and header.mode in ("L", "RGB")
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
         pixels = None
@@ -505,33 +538,58 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         if size != mask_size:
             raise ValueError(f"it is {size[0]} x {size[1]} pixels, height x width, but its mask {mask_size}")
         return pixels
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
-        name = image["path"] or "embedded in the data set"
+    except Exception as error:  # Pillow's decoders raise many types
+        name = (image or {}).get("path") or "embedded in the data set"
         raise OSError(
-            f"Image {name} of the row with ref_id {row['ref_id']} cannot be read ({error}): restore the file or leave "
-            "the row out."
+            f"Image {name} of the row with ref_id {row['ref_id']} cannot be read ({cut(error)}): restore the file or "
+            "leave the row out."
         ) from error
+
+
+@contextmanager
+def _naming(row: dict) -> Iterator[None]:
+    """Name the row in what its broken parts raise, which becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:  # strangers' rows can make libraries raise anything
+        raise ValueError(
+            f"The row with ref_id {short(row['ref_id'])} cannot be read ({cut(error)}): get or prepare its data set "
+            "again, or leave the row out."
+        ) from error
+
+
+def read_phrases(row: dict) -> list[str]:
+    """A row's phrases; raises ValueError if there are none, or one is empty."""
+    with _naming(row):
+        phrases = row["sentences"]
+        if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
+            raise ValueError(f"its phrases are {short(phrases)}")
+        if not is_int64(row["ref_id"]):
+            raise ValueError("its ref_id is no whole number")
+        return phrases
 
 
 def read_mask(row: dict) -> BoxedMask | np.ndarray:
     """A row's mask, decoded in its box alone if it is still COCO's RLE."""
     rle = row["mask"]
-    if not isinstance(rle, dict):
+    if isinstance(rle, np.ndarray):
         return rle
-    try:
+    with _naming(row):
         lengths = run_lengths(rle)
-    except ValueError as error:
-        raise ValueError(
-            f"The row with ref_id {row['ref_id']} cannot be read ({error}): get or prepare its data set again."
-        ) from error
-    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    if not width:  # an empty mask has no box
-        return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
+        if not lengths[1::2].any():  # an empty mask has no box
+            return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
+        left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
     rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
     start, stop = left * rows, (left + width) * rows
     ends = lengths.cumsum().clip(start, stop)
     values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
     return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
+
+
+def read_whole_mask(row: dict) -> np.ndarray:
+    """A row's mask (H, W)."""
+    with _naming(row):
+        return RleMask().decode_example(row["mask"])
 
 
 class ReadWhenAsked(Sequence):
@@ -581,7 +639,7 @@ class TrainingCollator(TrainerCallback):
         draw = [self.seed, int(self.epoch), row["ref_id"]]
         if "repetition" in row:  # of a mixture, whose weights repeat rows
             draw.append(row["repetition"])
-        return random.Random("/".join(map(str, draw))).choice(row["sentences"])
+        return random.Random("/".join(map(str, draw))).choice(read_phrases(row))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self.processor(
@@ -600,10 +658,11 @@ class EvaluationCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        sentences = [row["sentences"] for row in rows]
+        sentences = [read_phrases(row) for row in rows]
         inputs = self.processor(images=ReadWhenAsked(read_image, rows), text=sentences, return_tensors="pt")
+        masks, ref_ids = [read_whole_mask(row) for row in rows], torch.tensor([row["ref_id"] for row in rows])
         # `pixel_values` comes first: Trainer takes the first tensor's length for the number of rows.
-        return {**inputs, "masks": [row["mask"] for row in rows], "ref_ids": torch.tensor([r["ref_id"] for r in rows])}
+        return {**inputs, "masks": masks, "ref_ids": ref_ids}
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -881,7 +940,7 @@ def write_predictions(
                     mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
                     result["mask"] = f"masks/{name}.png"
                     Image.fromarray(mask * 255).save(folder / result["mask"])
-                    picture = draw_sample(Sample(image, sentence, row["mask"], mask, result["iou"]))
+                    picture = draw_sample(Sample(image, sentence, read_whole_mask(row), mask, result["iou"]))
                     picture.save(folder / "overlays" / f"{name}.jpg")
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
 

@@ -33,7 +33,7 @@ from huggingface_hub import DatasetCardData
 from pycocotools import mask as coco_mask
 
 from .check import PUBLISHED
-from .refer import FEATURES, RleMask, cut
+from .refer import FEATURES, RleMask, cut, load_json
 from .sources import KINDS, Records, open_records
 
 RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
@@ -273,9 +273,13 @@ def require_whole(folder: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: names the first that is missing.
+        ValueError: its `summary.json` is none.
     """
-    files = json.loads(Path(folder, SUMMARY).read_text(encoding="utf-8"))["files"]
-    missing = [name for name in files if not Path(folder, name).exists()]
+    try:
+        files = load_json(Path(folder, SUMMARY))["files"]
+        missing = [name for name in files if not Path(folder, name).exists()]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{Path(folder, SUMMARY)} does not say which files belong to it: prepare it anew.") from error
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of its {len(files)} files, such as {missing[0]}: copy them there, or "

@@ -74,7 +74,8 @@ class StreamedRows:
             first, last = max(start - position, 0), min(stop - position, group.rows)
             if first < last:
                 with _opened(group.file) as parquet:
-                    rows = parquet.read_row_group(group.index, columns=list(FEATURES))
+                    rows = parquet.read_row_group(group.index, columns=list(FEATURES)).select(list(FEATURES))
+                    rows = rows.cast(FEATURES.arrow_schema)
                 yield from rows.slice(first, last - first).to_pylist()
             position += group.rows
 

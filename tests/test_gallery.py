@@ -35,6 +35,7 @@ def test_sample_is_enlarged_and_a_long_phrase_takes_more_lines():
     short, long = draw_sample(sample()), draw_sample(sample(sentence="the grey box " * 20))
     assert short.width >= 400 and long.width == short.width
     assert long.height > short.height > 400 * 40 // 60
+    assert draw_sample(sample(sentence="the grey box " * 1000)).height < 2 * long.height
 
 
 def test_gallery_has_room_for_every_sample():

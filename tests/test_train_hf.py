@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,7 +27,7 @@ from transformers import BitsAndBytesConfig
 import train_hf
 from convert_detris_checkpoint import from_official
 from data import prepare
-from data.refer import RleMask
+from data.refer import RleMask, check_image
 from data.shapes import load_shapes
 from data.sources import open_records
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
@@ -34,6 +36,7 @@ from train_hf import (
     DataArguments,
     DetrisTrainer,
     DetrisTrainingArguments,
+    EvaluationCollator,
     ModelArguments,
     TrainingCollator,
     build_model,
@@ -43,6 +46,7 @@ from train_hf import (
     parse_arguments,
     read_image,
     read_mask,
+    read_whole_mask,
     select_split,
 )
 
@@ -355,7 +359,7 @@ def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
     _, val, tests = load_rows(DataArguments(**arguments, eval_first_phrase_only=True), False, True, True)
     expected = [rows[index] for index in images["a"]]
     assert val["sentences"] == [row["sentences"][:1] for row in expected]
-    assert all(np.array_equal(ours["mask"], row["mask"]) for ours, row in zip(val, expected, strict=True))
+    assert all(np.array_equal(read_whole_mask(ours), row["mask"]) for ours, row in zip(val, expected, strict=True))
     for every_phrase in (tests["val"], load_rows(DataArguments(**arguments), False, True, False)[1]):
         assert every_phrase["sentences"] == [row["sentences"] for row in expected] != val["sentences"]
 
@@ -415,6 +419,101 @@ def test_jpegs_are_read_as_pillow_reads_them(tmp_path, kind, embedded, size):
     read = read_image({"image": image, "mask": np.zeros(expected.shape[:2]), "ref_id": 0})
     assert np.array_equal(read if isinstance(read, np.ndarray) else np.asarray(read.convert("RGB")), expected)
     assert isinstance(read, np.ndarray) == (kind not in ("CMYK", "turned") and min(smooth.size) > 4)
+
+
+def png(mode="RGB", size=(64, 48)):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "PNG")
+    return file.getvalue()
+
+
+SOUND = {
+    "image": {"path": None, "bytes": png()},
+    "mask": {"size": [48, 64], "counts": RleMask().encode_example(np.eye(48, 64))["counts"]},
+    "sentences": ["a cat"],
+    "ref_id": 7,
+    "ann_id": 7,
+    "image_id": 7,
+    "category": "",
+    "bbox": [0.0, 0.0, 9.0, 9.0],
+}
+GREAT_HEADER = png()[:16] + (60_000).to_bytes(4, "big") * 2 + png()[24:]
+BAD_ROWS = [
+    ({"image": None}, OSError),
+    ({"image": {"path": None, "bytes": None}}, OSError),
+    ({"image": {"path": "/dev/zero", "bytes": None}}, OSError),
+    ({"image": {"path": None, "bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"}}, OSError),
+    ({"image": {"path": None, "bytes": GREAT_HEADER}}, OSError),
+    ({"mask": {"size": [48, 64], "counts": None}}, ValueError),
+    ({"mask": {"size": [48, 64], "counts": "~"}}, ValueError),
+    ({"sentences": []}, ValueError),
+    ({"sentences": None}, ValueError),
+    ({"sentences": [None]}, ValueError),
+    ({"sentences": [" "]}, ValueError),
+]
+
+
+@pytest.mark.parametrize("collator_class", [TrainingCollator, EvaluationCollator])
+@pytest.mark.parametrize("part, error", BAD_ROWS)
+def test_a_broken_row_of_a_stranger_is_named(make_trainer, monkeypatch, part, error, collator_class):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    processor = make_trainer().processing_class
+    collator = collator_class(processor, 0) if collator_class is TrainingCollator else collator_class(processor)
+    collator([SOUND])
+    with pytest.raises(error, match="row with ref_id 7 cannot be read"):
+        collator([SOUND | {"ref_id": 6}, SOUND | part])
+
+
+def test_a_row_without_a_number_is_named(make_trainer):
+    with pytest.raises(ValueError, match="row with ref_id None cannot be read .its ref_id is no whole number"):
+        EvaluationCollator(make_trainer().processing_class)([SOUND | {"ref_id": None}])
+
+
+def test_a_turned_tiff_has_the_size_that_it_is_checked_for(tmp_path):
+    """Pillow turns a TIFF while it reads it, so that the orientation must not turn it again."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "turned.tiff", exif=exif)
+    image = {"path": str(tmp_path / "turned.tiff"), "bytes": None}
+    check_image(image["path"], (64, 48))
+    assert read_image({"image": image, "mask": np.zeros((64, 48)), "ref_id": 0}).size == (48, 64)
+
+
+@pytest.mark.parametrize("column, values", [("sentences", ["a cat"]), ("ref_id", ["x"]), ("mask", ["x"])])
+def test_columns_of_other_types_are_refused(tmp_path, column, values):
+    table = pa.table({name: pa.array([value]) for name, value in SOUND.items()} | {column: pa.array(values)})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what data/README.md"):
+        load_splits(str(tmp_path / "saved"), DataArguments())
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(OSError, match="train.parquet cannot be read"):
+        list(StreamedRows([str(tmp_path / "train.parquet")]).read([0], 0, 1))
+
+
+def test_columns_of_plain_types_are_taken_for_what_they_are(tmp_path):
+    table = pa.table({name: pa.array([value]) for name, value in SOUND.items()})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    (row,) = load_splits(str(tmp_path / "saved"), DataArguments())["train"]
+    assert np.array_equal(read_whole_mask(row), np.eye(48, 64)) and read_image(row).size == (64, 48)
+
+
+def test_a_saved_folder_that_leads_arrow_out_of_its_memory_is_refused(tmp_path):
+    table = pa.table({name: pa.array([value] * 3) for name, value in SOUND.items()})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved" / "train").glob("*.arrow")
+    offsets = np.array([0, 5, 10, 15], np.int32).tobytes()  # of three phrases
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, np.array([0, 2**30, 2**30, 2**30], np.int32).tobytes()))
+    with pytest.raises(OSError, match="saved is broken .*save or copy it again"):
+        load_splits(str(tmp_path / "saved"), DataArguments())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
+def test_a_summary_that_is_none_is_named(prepared, tmp_path, content):
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match="summary.json (is not a JSON file|does not say)"):
+        load_splits(str(folder), DataArguments())
 
 
 def test_one_phrase_of_an_object_is_drawn_each_epoch_and_all_of_them_over_time():
@@ -1128,6 +1227,16 @@ def test_no_target_phrases_reach_figures_files_table_and_card(
     assert lines[0].split()[-4:] == list(heads) and lines[1].split()[-4:] == ["-"] * 4
     card = (run / "README.md").read_text()
     assert f"{100 * expected['giou']:.2f}" in card and "N-acc" in card
+
+
+@pytest.mark.parametrize("runs", [[20, 0], [5, 0, 15], [0, 0, 20], [0, 5, 0, 0, 15], [3, 0, 1, 2, 0, 4, 10, 0]])
+def test_runs_of_no_length_are_read(runs):
+    rle = {"size": [4, 5], "counts": runs}
+    boxed = read_mask({"mask": RleMask().encode_example(rle)})
+    pasted = np.zeros(boxed.size, np.uint8)
+    height, width = boxed.values.shape
+    pasted[boxed.top : boxed.top + height, boxed.left : boxed.left + width] = boxed.values
+    assert np.array_equal(pasted, np.repeat(np.arange(len(runs)) % 2, runs).reshape(5, 4).T)
 
 
 @pytest.mark.parametrize("kind", ["empty", "full", "one", "noise", "disc"])
