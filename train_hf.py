@@ -60,6 +60,7 @@ from data.prepare import STORED, SUMMARY, require_whole
 from data.refer import (
     END_OF_JPEG,
     IMAGE_FORMATS,
+    MAX_PHRASE,
     SOURCES,
     RleMask,
     cut,
@@ -559,10 +560,10 @@ def _naming(row: dict) -> Iterator[None]:
 
 
 def read_phrases(row: dict) -> list[str]:
-    """A row's phrases; raises ValueError if there are none, or one is empty."""
+    """A row's phrases; raises ValueError if there are none, or one is empty or far too long."""
     with _naming(row):
         phrases = row["sentences"]
-        if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
+        if not phrases or not all(phrase.strip() and len(phrase) <= MAX_PHRASE for phrase in phrases):
             raise ValueError(f"its phrases are {short(phrases)}")
         if not is_int64(row["ref_id"]):
             raise ValueError("its ref_id is no whole number")

@@ -478,11 +478,11 @@ def make_row(
     Raises:
         ValueError: names the first part that is wrong.
     """
+    if sum(len(sentence) for sentence in sentences if isinstance(sentence, str)) > MAX_PHRASES:
+        raise ValueError(f"the phrases have over {MAX_PHRASES:,} characters in all; leave some out.")
     phrases = [checked_text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
     if not phrases:
         raise ValueError("there are no phrases; write at least one.")
-    if sum(map(len, phrases)) > MAX_PHRASES:
-        raise ValueError(f"the phrases have over {MAX_PHRASES:,} characters in all; leave some out.")
     if not all(phrases):
         raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
     # It becomes a folder's name when the rows are saved.

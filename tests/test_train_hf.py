@@ -450,6 +450,7 @@ BAD_ROWS = [
     ({"sentences": None}, ValueError),
     ({"sentences": [None]}, ValueError),
     ({"sentences": [" "]}, ValueError),
+    ({"sentences": ["a cat", "x" * 10_001]}, ValueError),
 ]
 
 
