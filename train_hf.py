@@ -317,10 +317,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
 
 
 def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
-    """All splits of the data set `name`, images not yet decoded.
+    """All splits of the data set `name`, images and masks not yet decoded.
 
     Raises:
-        ValueError: there is no such data set.
+        ValueError: there is no such data set, or its columns are not those of `FEATURES`.
         OSError: a file is missing or broken, or the Hub has no such data set.
     """
     if name == "shapes":
