@@ -478,9 +478,9 @@ def make_row(
     Raises:
         ValueError: names the first part that is wrong.
     """
-    if sum(len(sentence) for sentence in sentences if isinstance(sentence, str)) > MAX_PHRASES:
+    if sum(len(checked_text(sentence, "a phrase", MAX_PHRASE)) for sentence in sentences) > MAX_PHRASES:
         raise ValueError(f"the phrases have over {MAX_PHRASES:,} characters in all; leave some out.")
-    phrases = [checked_text(sentence, "a phrase", MAX_PHRASE).strip() for sentence in sentences]
+    phrases = [sentence.strip() for sentence in sentences]
     if not phrases:
         raise ValueError("there are no phrases; write at least one.")
     if not all(phrases):
