@@ -925,7 +925,8 @@ def write_predictions(
         (folder / "overlays").mkdir()
     with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
         for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
-            image = None if masks is None else datasets.Image().decode_example(row["image"])
+            if masks is not None:
+                image, truth = datasets.Image().decode_example(row["image"]), read_whole_mask(row)
             for phrase, sentence in enumerate(row["sentences"]):
                 intersection, union, reference_area = row_counts[phrase]
                 result = {
@@ -941,7 +942,7 @@ def write_predictions(
                     mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
                     result["mask"] = f"masks/{name}.png"
                     Image.fromarray(mask * 255).save(folder / result["mask"])
-                    picture = draw_sample(Sample(image, sentence, read_whole_mask(row), mask, result["iou"]))
+                    picture = draw_sample(Sample(image, sentence, truth, mask, result["iou"]))
                     picture.save(folder / "overlays" / f"{name}.jpg")
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
 

@@ -175,15 +175,12 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
                 raise ValueError(f"{_records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
             _records.check(row)
             rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError):  # no reader foresees all that a stranger's file can raise
+                error = ValueError(f"{_records.refs}, entry {index}: it cannot be read ({cut(repr(error))}).")
             if strict:
-                raise
+                raise error
             problems.append({"record": index, "reason": str(error)})
-        except Exception as error:  # no reader foresees all that a stranger's file can make a library raise
-            reason = f"{_records.refs}, entry {index}: it cannot be read ({cut(repr(error))})."
-            if strict:
-                raise ValueError(reason) from error
-            problems.append({"record": index, "reason": reason})
     columns = [*STORED.arrow_schema, pa.field("split", pa.string()), pa.field("record", pa.int64())]
     table = pa.Table.from_pylist(rows, schema=pa.schema(columns))
     rows_file, problems_file = _chunk_files(work, start)
