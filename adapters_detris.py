@@ -5,10 +5,13 @@ Source: DETRIS, arXiv 2501.08580, section 3; official files `model/adapter.py`, 
 """
 
 import hashlib
+import json
 import math
+import os
+import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -20,12 +23,27 @@ from peft import LoraConfig, LoraModel, PeftConfig
 from peft.functional import delete_adapter, set_adapter
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+try:
+    from .configuration_detris import check_count, check_numbers, refusing
+except ImportError:
+    if __package__:
+        raise
+    from configuration_detris import check_count, check_numbers, refusing
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
 HEAD_MODULES = ("neck", "decoder", "mask_head")
@@ -35,6 +53,8 @@ ADAPTER_PARAMETER = re.compile(r"\.(detris_adapter|lora_\w+)\.")
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 DENSE_BLOCK_NORM_EPS = 1e-3
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 CANNOT_BE_MERGED = "DETRIS adapters are not linear, so they cannot be merged into their layers: keep them apart."
 
 
@@ -42,6 +62,9 @@ class PeftMethod(StrEnum):
     """Type of PEFT method, an enumeration as PEFT's own are: transformers asks for its `value`."""
 
     DETRIS = "DETRIS"
+
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 
 def holds_adapters(module: nn.Module) -> bool:
@@ -101,18 +124,102 @@ def discard_adapters(model: PreTrainedModel, names: list[str], active: list[str]
     return remaining
 
 
-def check_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors whose names and shapes are not those expected with a `ValueError`."""
-    wrong = sorted(
-        name
-        for name in given.keys() | expected.keys()
-        if name not in given or name not in expected or given[name].shape != expected[name].shape
-    )
+def check_shapes(given: Shapes, expected: Shapes) -> None:
+    """Refuse saved tensors whose names and shapes are not those that a configuration asks for with a `ValueError`."""
+    wrong = [name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name)]
     if wrong:
+        name = min(wrong)
         raise ValueError(
-            f"{len(wrong)} tensors are missing, too many or of another shape than the configuration of the adapters "
-            f"says, such as {wrong[0]}."
+            f"it does not fit the configuration: {len(wrong)} tensors are missing, too many or of another shape than "
+            f"that says, such as {name}, of which {given.get(name, 'nothing')} is saved and "
+            f"{expected.get(name, 'nothing')} is expected. Save or download it again."
         )
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that hold NaN or infinity with a `ValueError` that names the first of them."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
+    # One answer for all tensors: each that is asked for makes a GPU wait.
+    if floats and not torch.stack([tensor.isfinite().all().cpu() for tensor in floats.values()]).all():
+        name = next(name for name, tensor in floats.items() if not tensor.isfinite().all())
+        raise ValueError(f"the tensor {name} holds NaN or infinity: take weights of a run that did not diverge.")
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: Any) -> Shapes:
+    """
+    Read the names and shapes of saved tensors off the headers of their files, which takes no memory.
+
+    Args:
+        source: folder or Hub id.
+        names: files to look for; the first that is there counts. An index leads to its shards.
+        hub_kwargs: `revision`, `token` and so on for the Hub.
+
+    Returns:
+        `dict` from each tensor's name to its shape; empty where there is none of the files.
+
+    Raises:
+        OSError: if a file is damaged or no regular file.
+    """
+    for name in names:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if file is None:
+            continue
+        files = [file]
+        if name.endswith(".index.json"):
+            with refusing(f"{file} is no index of weights"), open(file, encoding="utf-8") as index:
+                shards = sorted(set(json.load(index)["weight_map"].values()))
+            files = [cached_file(source, shard, **hub_kwargs) for shard in shards]
+        return {tensor: shape for file in files for tensor, shape in _file_shapes(file).items()}
+    return {}
+
+
+def _file_shapes(file: str) -> Shapes:
+    if not os.path.isfile(file):  # a pipe would be waited for
+        raise OSError(f"{file} is no regular file: save or download it again.")
+    try:
+        if not file.endswith(".safetensors"):
+            return shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=True))
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        raise OSError(f"{file} is cut short or damaged ({error}): save or download it again.") from error
+
+
+def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    """A model whose tensors have names and shapes, and take no memory; ValueError if the configuration cannot be."""
+    with refusing("No model can be built from its configuration"), torch.device("meta"):
+        return model_class(config)
+
+
+def is_bare(config: PeftConfig) -> bool:
+    """Whether it stands for no adapters, but for a model that trains its own head alone."""
+    return config.peft_type == PeftMethod.DETRIS and config.peft_method == "none" and not config.modules_to_save
+
+
+class AdapterConfigs(dict):
+    """The configurations of a model's adapters by name, in which PEFT enters those that it adds.
+
+    Raises:
+        ValueError: if adapters of PEFT's other methods are to stand beside those of DETRIS. PEFT would train both and
+            save its own alone.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        for other in self.values():
+            if other.peft_type != config.peft_type and not is_bare(other):
+                raise ValueError(
+                    f"The model has adapters of type {other.peft_type}, so none of type {config.peft_type} can be "
+                    "added: build it with peft_method='detris+lora' to train both, or delete_adapter first."
+                )
+        super().__setitem__(name, config)
+
+    def update(self, configs: dict[str, PeftConfig]) -> None:
+        for name, config in configs.items():
+            self[name] = config
 
 
 def fields_of(config: PreTrainedConfig | PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:
@@ -335,7 +442,10 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> None:
         weight = next(parameter for parameter in self.base_layer.parameters() if parameter.is_floating_point())
-        self.detris_adapter[adapter_name] = self.make_adapter(config, model_config).to(weight.device, weight.dtype)
+        adapter = self.make_adapter(config, model_config).to(weight.dtype)
+        if not any(parameter.is_meta for parameter in adapter.parameters()):  # PEFT fills low_cpu_mem_usage's later
+            adapter = adapter.to(weight.device)
+        self.detris_adapter[adapter_name] = adapter
         self.scale[adapter_name] = config.adapter_scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -439,6 +549,29 @@ class DetrisAdapterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftMethod.DETRIS
+        self.saved_shapes: Shapes | None = None  # of the tensors in the folder that it was read from
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs
+    ) -> "DetrisAdapterConfig":
+        """Read `adapter_config.json` as PEFT does, and the shapes of the tensors beside it, to compare them later.
+
+        Raises:
+            OSError: if a file is missing or damaged.
+            ValueError: if the configuration is none.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        with refusing(f"The {CONFIG_NAME} of {source} cannot be read"):
+            config = super().from_pretrained(source, subfolder, **kwargs)
+            check_numbers({field.name: getattr(config, field.name) for field in fields(config)})
+        if config.peft_type != PeftMethod.DETRIS:
+            return config
+        hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+        shapes = saved_shapes(source, [SAFETENSORS_WEIGHTS_NAME], subfolder=subfolder or "", **hub_kwargs)
+        if shapes:  # or else who loads the tensors says that the file is missing
+            config.saved_shapes = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
+        return config
 
     @property
     def has_lora(self) -> bool:
@@ -450,20 +583,20 @@ class DetrisAdapterConfig(PeftConfig):
         dense = "detris" in self.peft_method
         return (self.vision_adapter_layers, self.text_adapter_layers) if dense else ([], [])
 
-    def _check_fields(self, model: PreTrainedModel) -> None:
-        type(model.config)(**model.config.to_dict() | fields_of(self, ADAPTER_FIELDS))
+    def _check_fields(self, model_config: PreTrainedConfig) -> PreTrainedConfig:
+        """The model's configuration with the fields of these adapters; ValueError if they cannot be."""
+        return type(model_config)(**model_config.to_dict() | fields_of(self, ADAPTER_FIELDS))
 
-    def check_sizes(self, model: PreTrainedModel, sizes: set[int]) -> None:
-        """Refuse widths that none of the saved tensors' `sizes` has with a `ValueError`, before memory is taken."""
-        self._check_fields(model)
-        vision_layers, text_layers = self.dense_layers
-        for name, used in (
-            ("vision_adapter_dim", vision_layers),
-            ("text_adapter_dim", text_layers),
-            ("lora_rank", self.has_lora),
-        ):
-            if used and getattr(self, name) not in sizes:
-                raise ValueError(f"its configuration has {name} {getattr(self, name)}, but none of its tensors has.")
+    def check_saved_shapes(self, model_class: type[PreTrainedModel], model_config: PreTrainedConfig) -> None:
+        """Refuse fields that cannot be with a `ValueError`, or saved tensors that do not fit them and the model.
+
+        This takes no memory: sizes that a stranger wrote are compared before anything is built of them.
+        """
+        model_config = self._check_fields(model_config)
+        if self.saved_shapes is None:
+            return
+        check_count("decoder_layers", model_config.decoder_layers, len(self.saved_shapes))
+        check_shapes(self.saved_shapes, shapes_of(skeleton(model_class, model_config).get_adapter_state_dict()))
 
     def check_model(self, model: PreTrainedModel) -> None:
         """
@@ -473,7 +606,7 @@ class DetrisAdapterConfig(PeftConfig):
             ValueError: if they differ, or a field has a value that cannot work; the message names both sides, or field
                 and value.
         """
-        self._check_fields(model)
+        self._check_fields(model.config)
         for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
             linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
             own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]
@@ -525,6 +658,7 @@ class DetrisTuner(BaseTuner):
     def inject_adapter(self, model: PreTrainedModel, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
         config.check_model(model)
+        config.check_saved_shapes(type(model), model.config)
         if config.model_fields is None:
             config.model_fields = fields_of(model.config, MODEL_FIELDS)
         layers = [module for module in model.modules() if holds_adapters(module)]
@@ -647,7 +781,8 @@ class DetrisTuner(BaseTuner):
             # Without PeftModel around it, a model may load its own head.
             if own.search(f".{name}.") or (name in state_dict and name.startswith(HEAD_MODULES))
         }
-        check_tensors(state_dict, expected)
+        check_shapes(shapes_of(state_dict), shapes_of(expected))
+        check_finite(state_dict)
         return state_dict
 
 

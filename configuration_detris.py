@@ -1,7 +1,11 @@
 """Configuration of DETRIS: two frozen backbones, the adapters inside them and the head behind them."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import wraps
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,6 +14,58 @@ from transformers.configuration_utils import SubConfigSpec
 # A dense block splits its width d into branches as narrow as d / 16 (official `model/adapter.py`).
 ADAPTER_DIM_DIVISOR = 16
 PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
+MAX_IMAGE_SIZE = 4096  # pixels; the attention of DINOv2 grows with the fourth power of it
+MAX_LORA_ALPHA = 1_000_000
+MAX_LABELS = 1000  # transformers makes a dictionary of so many names, and DETRIS has none
+MAX_MESSAGE = 300  # characters of another library's message
+
+
+@contextmanager
+def refusing(what: str):
+    """Turn whatever a broken input makes libraries raise inside into one ValueError that begins with `what`.
+
+    OSError and plain ValueError speak for themselves and go through. So does lack of memory, which says nothing of the
+    input.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+            raise
+        reason = " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
+        raise ValueError(f"{what}: {reason}") from error
+
+
+def check_numbers(values: Any, name: str = "") -> None:
+    """Refuse numbers that no configuration can have with a `ValueError` that names the field.
+
+    Args:
+        values: what a JSON file holds; mappings and lists are searched.
+        name: of the field that holds `values`.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_numbers(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_numbers(value, name)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{name} is {values}: give a finite number.")
+    elif name.rpartition(".")[2] == "num_labels" and isinstance(values, int) and values > MAX_LABELS:
+        raise ValueError(f"{name} is {values}: DETRIS has no labels, so leave it out.")
+
+
+def _with_value_errors(init: Callable) -> Callable:
+    """Let `__init__` raise ValueError, as users expect, where a field has a value of another type."""
+
+    @wraps(init)
+    def __init__(self, *args, **kwargs):
+        with refusing("The configuration cannot be used"):
+            init(self, *args, **kwargs)
+
+    return __init__
 
 
 @strict
@@ -137,8 +193,17 @@ class DetrisConfig(PreTrainedConfig):
     text_backbone_revision: str | None = None
 
     def __post_init__(self, **kwargs):
+        for name in ("vision_config", "text_config"):
+            check_numbers(getattr(self, name), name)
+        check_numbers(kwargs)
         super().__post_init__(**kwargs)
         self.check_fields()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `config.json` as `PreTrainedConfig` does, and refuse with a ValueError what is no configuration."""
+        with refusing(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
     def grid_size(self) -> int:
@@ -160,6 +225,7 @@ class DetrisConfig(PreTrainedConfig):
     def check_fields(self) -> None:
         """Refuse values that cannot work with a `ValueError`, also where fields were set one by one."""
         vision, text = self.vision_config, self.text_config
+        check_numbers({field.name: getattr(self, field.name) for field in fields(self)})
         if vision.model_type not in ("dinov2", "dinov2_with_registers"):
             raise ValueError(
                 f"vision_config.model_type is {vision.model_type!r}: give a config of 'dinov2' or "
@@ -220,8 +286,28 @@ class DetrisConfig(PreTrainedConfig):
             )
         if not 0 < self.mask_threshold < 1:
             raise ValueError(f"mask_threshold is {self.mask_threshold}: it is a probability between 0 and 1.")
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {self.image_size}: it must be at most {MAX_IMAGE_SIZE} pixels.")
+        if self.lora_alpha > MAX_LORA_ALPHA:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: it must be at most {MAX_LORA_ALPHA}.")
+
+    def check_counts(self, tensors: int) -> None:
+        """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
+        for name, count in (
+            ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
+            ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
+            ("decoder_layers", self.decoder_layers),
+        ):
+            check_count(name, count, tensors)
 
 
+def check_count(name: str, count: int, tensors: int) -> None:
+    """Refuse a number of layers that cannot be held by so many saved `tensors` with a `ValueError`."""
+    if count > tensors:
+        raise ValueError(f"{name} is {count}, but only {tensors} tensors are saved: get the files again.")
+
+
+DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
 DetrisConfig.register_for_auto_class()
 
 __all__ = ["DetrisConfig"]

@@ -9,12 +9,14 @@ with `R` registers, `D` vision width, `C` text width, `S` width of the sentence 
 import copy
 import math
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from json import JSONDecodeError
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -26,14 +28,23 @@ from peft.functional import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     ModelOutput,
     cached_file,
     find_adapter_config_file,
@@ -48,18 +59,26 @@ try:
         ADAPTER_PARAMETER,
         BACKBONE_MODULES,
         HEAD_MODULES,
+        HUB_KWARGS,
+        WEIGHT_FILES,
+        AdapterConfigs,
         BatchFirstAttention,
         ConvNormReLU,
         DetrisAdapterConfig,
         PeftMethod,
         activate_adapters,
-        check_tensors,
+        check_finite,
+        check_shapes,
         discard_adapters,
         fields_of,
         holds_adapters,
+        is_bare,
         remove_adapters,
+        saved_shapes,
+        shapes_of,
+        skeleton,
     )
-    from .configuration_detris import DetrisConfig
+    from .configuration_detris import DetrisConfig, check_count, check_numbers, refusing
 except ImportError:
     if __package__:
         raise
@@ -68,18 +87,26 @@ except ImportError:
         ADAPTER_PARAMETER,
         BACKBONE_MODULES,
         HEAD_MODULES,
+        HUB_KWARGS,
+        WEIGHT_FILES,
+        AdapterConfigs,
         BatchFirstAttention,
         ConvNormReLU,
         DetrisAdapterConfig,
         PeftMethod,
         activate_adapters,
-        check_tensors,
+        check_finite,
+        check_shapes,
         discard_adapters,
         fields_of,
         holds_adapters,
+        is_bare,
         remove_adapters,
+        saved_shapes,
+        shapes_of,
+        skeleton,
     )
-    from configuration_detris import DetrisConfig
+    from configuration_detris import DetrisConfig, check_count, check_numbers, refusing
 
 
 # Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
@@ -94,7 +121,20 @@ BACKBONE_SOURCES = (
     "text_backbone",
     "text_backbone_revision",
 )
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What else `from_pretrained` takes for adapters without a backbone of their own: hints, and what `AutoModel` hands on.
+HINTS = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only", "_commit_hash", "_from_auto")
+# Weights that may lie in a folder from an earlier saving: whole, in shards or of adapters; {} is for a variant.
+WEIGHT_PATTERNS = (
+    "model{}.safetensors",
+    "model{}-*-of-*.safetensors",
+    "model.safetensors.index{}.json",
+    "pytorch_model{}.bin",
+    "pytorch_model{}-*-of-*.bin",
+    "pytorch_model.bin.index{}.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+SCRATCH_PREFIX = ".saving-"  # of the folder in which what is being saved lies until it is whole
 
 logger = logging.get_logger(__name__)
 
@@ -162,6 +202,11 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
+def _are_masks(labels: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers lie in [0, 1], as a tensor of shape `()`, so that nobody must wait for a GPU."""
+    return ((labels >= 0) & (labels <= 1)).all()
+
+
 def _commit_of(source: str, revision: str | None) -> str | None:
     """The commit that a Hub id stands for at the moment."""
     if os.path.exists(source):
@@ -173,10 +218,75 @@ def _place_of(source: str | os.PathLike) -> str:
     return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
 
 
+@contextmanager
+def _naming(source: str | os.PathLike | None) -> Iterator[None]:
+    """Begin what a broken folder raises inside with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _require_folder(source: str | os.PathLike | None) -> None:
+    """Refuse a file with a ValueError, and a folder with pipes or devices, which would be waited for, with OSError."""
+    if source is None or not os.path.exists(source):
+        return  # None, or a Hub id
+    if not os.path.isdir(source):
+        raise ValueError(
+            f"{source} is a file: give a folder or a Hub id. A checkpoint of the official code is converted first, by "
+            f"`python convert_detris_checkpoint.py {source} <folder>`."
+        )
+    for entry in os.scandir(source):
+        if not (entry.is_file() or entry.is_dir()):
+            raise OSError(f"{entry.path} is neither a file nor a folder: save or download {source} again.")
+
+
+@contextmanager
+def _saving(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
+    """Give a folder to save into, whose files then take the place of what was saved in `folder` before.
+
+    An error or the end of the process leaves the old files, or for a moment a folder that no loader takes: the
+    configurations leave it first and come back last.
+
+    Args:
+        replaced: patterns of the files that the new ones replace, besides those of the same name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{SCRATCH_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
+        yield Path(scratch)
+        configurations = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+        for pattern in (*configurations, *replaced):
+            for file in folder.glob(pattern):
+                file.unlink()
+        for entry in sorted(Path(scratch).iterdir(), key=lambda entry: entry.name in configurations):
+            entry.replace(folder / entry.name)
+
+
+def _refuse_several_devices(device_map: Any) -> None:
+    """Refuse with a ValueError to divide a model: what its parts share is on one device."""
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
+        raise ValueError(
+            f"device_map puts parts of the model on {sorted(set(map(str, device_map.values())))}: DETRIS runs on one "
+            "device, so name that, as device_map='cuda:0' does."
+        )
+
+
 class _TextTower(CLIPTextModelWithProjection):
     """CLIP's text half, read from a whole CLIP without a list of all that is left there."""
 
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", "^logit_scale$"]
+
+
+# By model type: the classes of a backbone's configuration and model.
+BACKBONE_CLASSES = {
+    "vision": {
+        "dinov2": (Dinov2Config, Dinov2Model),
+        "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
+    },
+    "text": {"clip": (CLIPTextConfig, _TextTower), "clip_text_model": (CLIPTextConfig, _TextTower)},
+}
 
 
 class _GateLinear(nn.Linear):
@@ -363,7 +473,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
     ):
         super().__init__(config)
         config.check_fields()  # loading may have changed some
-        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
+        vision_class = BACKBONE_CLASSES["vision"][config.vision_config.model_type][1]
+        self.vision_model = vision_model or vision_class(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
         self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
         self.neck = DetrisNeck(config)
@@ -374,8 +485,30 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         adapter_config = DetrisAdapterConfig(**fields_of(config, ADAPTER_FIELDS))
         adapter_config.modules_to_save = None  # the head is the model's own
         inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
-        self._hf_peft_config_loaded = True  # what transformers' adapter methods ask for
+        self._hf_peft_config_loaded = True  # what transformers asks for
         self._set_trainable()
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configurations of the adapters, by name."""
+        return self._adapter_configs
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, PeftConfig]) -> None:
+        self._adapter_configs = configs if isinstance(configs, AdapterConfigs) else AdapterConfigs(configs)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        # PEFT deletes it when it has merged or removed its own adapters.
+        self._adapter_configs = AdapterConfigs()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of the phrases' tokens."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embeddings of the phrases' tokens."""
+        self.text_model.set_input_embeddings(value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -419,23 +552,43 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         )
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args, save_original_format: bool = False, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        **kwargs,
     ) -> None:
         """Save as [`PreTrainedModel.save_pretrained`] does, but by the names of `state_dict` and always whole.
 
         By default transformers would write DINOv2's tensors under the names of its version 4, which `Trainer` passes
-        over when it resumes, and of a model with adapters only these, which is what [`save_adapter`] does.
+        over when it resumes, and of a model with adapters only these, which is what [`save_adapter`] does. What the
+        folder held before stays until all is written.
 
         Raises:
-            ValueError: if the model holds further adapters or quantised backbones.
+            ValueError: if the model holds further adapters, quantised backbones, or NaN or infinity.
         """
         further = [
-            name for name, config in self.peft_config.items() if name != BUILT_IN_ADAPTER or config.modules_to_save
+            name
+            for name, config in self.peft_config.items()
+            if name != BUILT_IN_ADAPTER or config.peft_type != PeftMethod.DETRIS or config.modules_to_save
         ]
         if further:
-            raise ValueError(f"The model holds further adapters, {further}: save each of them by save_adapter.")
+            raise ValueError(
+                f"The model holds further adapters, {further}: save each of them by save_adapter, or by PeftModel if "
+                "they are of another method of PEFT, or merge them first."
+            )
         if not all(parameter.is_floating_point() for parameter in self.parameters()):
             raise ValueError("The backbones are quantised, so the model cannot be saved whole: use save_adapter.")
+        if kwargs.get("save_original_format"):
+            raise ValueError(
+                "save_original_format is True, but DETRIS is saved by the names of its state_dict: omit it."
+            )
+        if not is_main_process:
+            return
+        with _naming("The model cannot be saved"):
+            check_finite(self.state_dict() if state_dict is None else state_dict)
         self._enter_auto_map()
         kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
         has_adapters, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False
@@ -444,14 +597,20 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             # and wrong if they have been trained.
             if not self.config.freeze_backbones or os.path.exists(kept[name] or ""):
                 setattr(self.config, name, None)
+        upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in kwargs}
         try:
-            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+            with _saving(
+                Path(save_directory), [name.format(f".{variant}" if variant else "") for name in WEIGHT_PATTERNS]
+            ) as folder:
+                super().save_pretrained(
+                    folder, state_dict=state_dict, variant=variant, **kwargs | {"save_original_format": False}
+                )
         finally:
             self._hf_peft_config_loaded = has_adapters
             for name, value in kept.items():
                 setattr(self.config, name, value)
-        for name in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):  # of adapters that were saved there before
-            Path(save_directory, name).unlink(missing_ok=True)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, "token": kwargs.get("token")} | upload)
 
     def _enter_auto_map(self) -> None:
         # transformers enters a class under the last of the auto classes that it was registered for.
@@ -478,10 +637,15 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             repo_id (`str`, *optional*): the repository on the Hub that it is meant for.
 
         Raises:
-            ValueError: if there is no such adapter, the backbones have been trained too, or lie in that folder.
+            ValueError: if there is no such adapter, the backbones have been trained too, or lie in that folder, or a
+                tensor holds NaN or infinity.
         """
         self._check_known([adapter_name])
         self.check_adapter_target(save_directory)
+        if self.peft_config[adapter_name].peft_type != PeftMethod.DETRIS:
+            raise ValueError(
+                f"{adapter_name!r} is of type {self.peft_config[adapter_name].peft_type}: save it by PeftModel."
+            )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is {dtype!r}: give a floating-point type such as torch.bfloat16.")
         if push_to_hub and not repo_id:
@@ -491,39 +655,32 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 "freeze_backbones is False, so the backbones are not what they came from: save the whole model by "
                 "save_pretrained."
             )
-        tensors = self._adapter_state_dict(adapter_name)
+        tensors = self.get_adapter_state_dict(adapter_name)
         if dtype is not None:
             tensors = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
             }
+        with _naming("The adapters cannot be saved"):
+            check_finite(tensors)
         adapter_config = copy.copy(self.peft_config[adapter_name])
         adapter_config.modules_to_save = list(HEAD_MODULES)
         adapter_config.base_model_name_or_path = repo_id  # where AutoModel looks for configuration and code
         self._enter_auto_map()
         config = self._config_with_adapter(adapter_config, repo_id)
 
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f"{SAFETENSORS_WEIGHTS_NAME}.tmp"  # what was there stays until the new is whole
-        try:
+        with _saving(Path(save_directory), [name.format("") for name in WEIGHT_PATTERNS]) as folder:
             save_file(
                 {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
-                scratch,
+                folder / SAFETENSORS_WEIGHTS_NAME,
                 metadata={"format": "pt"},
             )
-            scratch.replace(folder / SAFETENSORS_WEIGHTS_NAME)
-        finally:
-            scratch.unlink(missing_ok=True)
-        custom_object_save(self, folder, config)
-        config.save_pretrained(folder)
-        adapter_config.save_pretrained(folder)
-        for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
-            for file in folder.glob(pattern):  # of a whole model that was saved here before
-                file.unlink()
+            custom_object_save(self, folder, config)
+            config.save_pretrained(folder)
+            adapter_config.save_pretrained(folder)
         if push_to_hub:
             huggingface_hub.create_repo(repo_id, exist_ok=True)
             huggingface_hub.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload adapters and head"
+                repo_id=repo_id, folder_path=save_directory, commit_message="Upload adapters and head"
             )
 
     def check_adapter_target(self, save_directory: str | os.PathLike) -> None:
@@ -533,16 +690,30 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 if find_adapter_config_file(source) is None:  # adapters of its own may be saved over
                     raise ValueError(f"{save_directory} holds the backbones: save the adapters to another folder.")
 
-    def _adapter_state_dict(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """Tensors of an adapter and its head, by the names that PEFT saves them under."""
-        tensors = get_peft_model_state_dict(self, adapter_name=adapter_name)
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Return the tensors of an adapter and its head, by the names that PEFT saves them under.
+
+        Args:
+            adapter_name (`str`, *optional*): which of the model's adapters; by default the active one.
+            state_dict (`dict`, *optional*): the model's, if it was gathered from several devices.
+        """
+        adapter_name = adapter_name or self.active_adapters()[0]
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        tensors = get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=adapter_name)
         for part in HEAD_MODULES:
-            module = getattr(self, part)
+            module, prefix = getattr(self, part), f"{part}."
             if isinstance(module, ModulesToSaveWrapper):
                 if adapter_name in module.modules_to_save:
                     continue  # PEFT has taken it already
-                module = module.original_module
-            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+                prefix += "original_module."
+            tensors |= {
+                f"{part}.{name.removeprefix(prefix)}": tensor
+                for name, tensor in state_dict.items()
+                if name.startswith(prefix)
+            }
         return tensors
 
     def _config_with_adapter(self, adapter_config: DetrisAdapterConfig, repo_id: str | None) -> DetrisConfig:
@@ -576,42 +747,81 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 adapters were trained in other backbones.
         """
         source = pretrained_model_name_or_path
-        # Where AutoModel comes from adapters that PEFT has saved to the model that they name as theirs.
+        _require_folder(source)
+        # Given a folder of adapters without a config.json, AutoModel loads the model that their adapter_config.json
+        # names, and hands on the folder here.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
         if adapter is not None and os.fspath(adapter) != os.fspath(source):
             model = cls.from_pretrained(source, *args, **kwargs)
             model.delete_adapter(BUILT_IN_ADAPTER)
             model.load_adapter(adapter, is_trainable=True, adapter_kwargs=adapter_kwargs)
-            return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        if source is not None and find_adapter_config_file(source, **hub_kwargs) is not None:
+        elif source is not None and find_adapter_config_file(source, **hub_kwargs) is not None:
             model = cls._from_adapter(source, hub_kwargs, kwargs)
-            return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
-        model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
-        if missing or unexpected:
-            raise ValueError(
-                f"{source} does not fit the configuration: {len(missing)} tensors are missing "
-                f"({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} are too many "
-                f"({', '.join(unexpected[:3]) or 'none'}). Load it with the configuration that it was saved with."
-            )
+        else:
+            model = cls._from_whole(source, args, hub_kwargs, kwargs)
+        return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
+
+    @classmethod
+    def _read_config(cls, source: str | None, hub_kwargs: dict, kwargs: dict) -> DetrisConfig:
+        """The configuration of a folder or Hub id; takes `config` and the fields to be changed out of `kwargs`."""
+        config = kwargs.pop("config", None)
+        if isinstance(config, PreTrainedConfig):
+            return copy.deepcopy(config)
+        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+        changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
+
+    @classmethod
+    def _from_whole(cls, source: str | None, args: tuple, hub_kwargs: dict, kwargs: dict):
+        _refuse_several_devices(kwargs.get("device_map"))
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False: a DETRIS is saved as safetensors alone, so leave it out.")
+        config = cls._read_config(source, hub_kwargs, kwargs)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{source}: quantization_config is set, but a DETRIS is saved unquantised: remove it.")
+        variant = kwargs.get("variant")
+        names = [name for name in WEIGHT_FILES if name.endswith(".safetensors") or "safetensors.index" in name]
+        if variant:
+            names = [f".{variant}.".join(name.rsplit(".", 1)) for name in names]
+        # Before memory is taken for what the configuration says.
+        shapes = shapes_of(kwargs.get("state_dict") or {})
+        shapes = shapes or (saved_shapes(source, names, **hub_kwargs) if source is not None else {})
+        if shapes:  # or else transformers says which file is missing
+            with _naming(source):
+                config.check_counts(len(shapes))
+                check_shapes(shapes, shapes_of(skeleton(cls, config).state_dict()))
+        model = super().from_pretrained(source, *args, config=config, **kwargs)
+        _refuse_several_devices(getattr(model, "hf_device_map", None))
         _align(model)
+        with _naming(source):
+            check_finite(model.state_dict())
         # Loading makes every parameter trainable.
         model._set_trainable()
-        return (model, loading_info) if output_loading_info else model
+        return model
 
     @classmethod
     def _from_adapter(cls, source: str, hub_kwargs: dict, kwargs: dict) -> "DetrisForReferringSegmentation":
         for part in ("vision", "text"):
             if f"{part}_backbone" in kwargs:  # the revision is that of another repository
                 kwargs.setdefault(f"{part}_backbone_revision", None)
+        config = cls._read_config(source, hub_kwargs, kwargs)
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        config = kwargs.pop("config", None)
-        if config is None:
-            config = DetrisConfig.from_pretrained(source, **kwargs)
+        device, attention = kwargs.pop("device_map", None), kwargs.pop("attn_implementation", None)
+        quantization_config = kwargs.pop("quantization_config", None)
+        _refuse_several_devices(device)
+        device = next(iter(device.values())) if isinstance(device, dict) else device
+        if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *HINTS}
+        if unknown:
+            raise TypeError(
+                f"from_pretrained takes no {', '.join(sorted(unknown))} for {source}, which holds adapters: leave it "
+                "out, or load a whole model."
+            )
         for part in ("vision", "text"):
             if getattr(config, f"{part}_backbone") == os.fspath(source):
                 raise ValueError(f"{source} holds adapters and names itself as its {part} backbone: get it anew.")
@@ -626,19 +836,34 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 config.text_backbone,
                 config.vision_backbone_revision,
                 config.text_backbone_revision,
-                kwargs.get("quantization_config"),
+                quantization_config,
+                # A revision or subfolder is that of the adapters.
+                **{name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")},
             )
         except OSError as error:
             raise OSError(
                 f"The backbones of {source}, {config.vision_backbone} and {config.text_backbone}, cannot be read: if "
                 f"they lie elsewhere, give vision_backbone= and text_backbone=. ({error})"
             ) from error
+        with _naming(source):
+            config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
+            # Before memory is taken for what the configurations say.
+            cls._read_adapter_config(source, hub_kwargs).check_saved_shapes(cls, config)
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
         model.load_adapter(source, is_trainable=True, **hub_kwargs)
-        if "attn_implementation" in kwargs:
-            model.set_attn_implementation(kwargs["attn_implementation"])
-        return model.to(dtype or torch.float32).eval()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        model = model.to(dtype or torch.float32).eval()
+        return model if device is None else model.to(device)
+
+    @staticmethod
+    def _backbone_configs(vision_model: PreTrainedModel, text_model: PreTrainedModel) -> dict[str, dict]:
+        """Copies of the backbones' configurations, which have settled which attention they use."""
+        return {
+            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
+            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
+        }
 
     @classmethod
     def from_backbones(
@@ -677,10 +902,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         vision_model, text_model = cls._read_backbones(
             vision, text, vision_revision, text_revision, quantization_config
         )
-        # Copies of their configurations: the backbones have settled which attention they use.
         config_fields |= {
-            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
-            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
+            **cls._backbone_configs(vision_model, text_model),
             "vision_backbone": _place_of(vision),
             "vision_backbone_revision": _commit_of(vision, vision_revision),
             "text_backbone": _place_of(text),
@@ -691,39 +914,83 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
     @classmethod
     def _read_backbones(
-        cls, vision: str, text: str, vision_revision=None, text_revision=None, quantization_config=None
+        cls, vision: str, text: str, vision_revision=None, text_revision=None, quantization_config=None, **hub_kwargs
     ) -> tuple[PreTrainedModel, CLIPTextModelWithProjection]:
         return (
-            cls._read_backbone(vision, AutoModel, vision_revision, quantization_config),
-            cls._read_backbone(text, _TextTower, text_revision, quantization_config),
+            cls._read_backbone(vision, "vision", quantization_config, revision=vision_revision, **hub_kwargs),
+            cls._read_backbone(text, "text", quantization_config, revision=text_revision, **hub_kwargs),
         )
 
     @classmethod
-    def _read_backbone(cls, source: str, model_class: type, revision=None, quantization_config=None):
-        if os.path.isfile(source):
-            try:  # only those who build a new DETRIS need this, and have the repository
-                from convert_detris_checkpoint import read_clip_text, read_dinov2
-            except ModuleNotFoundError as error:
-                if error.name != "convert_detris_checkpoint":
-                    raise
-                raise ValueError(
-                    f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
-                    "convert_detris_checkpoint.py to read it."
-                ) from None
-            return _align((read_clip_text if model_class is _TextTower else read_dinov2)(source))
-        if PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type") == DetrisConfig.model_type:
-            whole = cls.from_pretrained(source, revision=revision)
-            remove_adapters(whole)
-            if model_class is AutoModel:
-                return whole.vision_model
-            with torch.device("meta"):
-                tower = _TextTower(whole.config.text_config)
-            tower.text_model, tower.text_projection = whole.text_model, whole.text_projection
-            return tower
+    def _read_backbone(cls, source: str, part: str, quantization_config=None, **hub_kwargs) -> PreTrainedModel:
+        if os.path.exists(source) and not os.path.isdir(source):
+            model = cls._read_original_backbone(source, part)
+        else:
+            _require_folder(source)
+            config = PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
+            if config.get("model_type") == DetrisConfig.model_type:
+                return cls._backbone_of_whole(source, part, hub_kwargs)
+            model = cls._read_saved_backbone(source, part, config, quantization_config, hub_kwargs)
+        with _naming(source):
+            check_finite(model.state_dict())
+        return model
+
+    @staticmethod
+    def _read_original_backbone(source: str, part: str) -> PreTrainedModel:
+        try:  # only those who build a new DETRIS need this, and have the repository
+            from convert_detris_checkpoint import read_clip_text, read_dinov2
+        except ModuleNotFoundError as error:
+            if error.name != "convert_detris_checkpoint":
+                raise
+            raise ValueError(
+                f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
+                "convert_detris_checkpoint.py to read it."
+            ) from None
+        return _align((read_clip_text if part == "text" else read_dinov2)(source))
+
+    @classmethod
+    def _backbone_of_whole(cls, source: str, part: str, hub_kwargs: dict) -> PreTrainedModel:
+        if find_adapter_config_file(source, **hub_kwargs) is not None:
+            raise ValueError(f"{source} holds adapters without backbones: name the backbones that they stand in.")
+        whole = cls.from_pretrained(source, **hub_kwargs)
+        remove_adapters(whole)
+        if part == "vision":
+            return whole.vision_model
+        with torch.device("meta"):
+            tower = _TextTower(whole.config.text_config)
+        tower.text_model, tower.text_projection = whole.text_model, whole.text_projection
+        return tower
+
+    @staticmethod
+    def _read_saved_backbone(
+        source: str, part: str, config: dict[str, Any], quantization_config, hub_kwargs: dict
+    ) -> PreTrainedModel:
+        classes = BACKBONE_CLASSES[part]
+        if config.get("model_type") not in classes:
+            raise ValueError(
+                f"{source} has the model_type {config.get('model_type')!r}: give a DINOv2 model for vision and a CLIP "
+                "model for text."
+            )
+        config_class, model_class = classes[config["model_type"]]
+        with refusing(f"The config.json of {source} cannot be used"):
+            check_numbers(config)
+            backbone_config = config_class.from_pretrained(source, **hub_kwargs)
+        # Before memory is taken for what the configuration says. Names may be those of older versions: transformers
+        # knows them, so only the numbers are compared here.
+        shapes = saved_shapes(source, WEIGHT_FILES, **hub_kwargs)
+        if shapes:
+            with _naming(source):
+                check_count("num_hidden_layers", backbone_config.num_hidden_layers, len(shapes))
+                asked = sum(map(math.prod, shapes_of(skeleton(model_class, backbone_config).state_dict()).values()))
+                held = sum(map(math.prod, shapes.values()))
+                if asked > 2 * held:  # what is a little too much, or missing, transformers tells by name
+                    raise ValueError(
+                        f"its configuration asks for {asked:,} numbers, but {held:,} are saved: download it again."
+                    )
         quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
         # In float32, whatever they are stored in: adapters and head are trained in it.
         model, info = model_class.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True, **quantized
+            source, config=backbone_config, dtype=torch.float32, output_loading_info=True, **hub_kwargs, **quantized
         )
         if info["missing_keys"]:
             raise ValueError(
@@ -738,6 +1005,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         adapter_name: str = BUILT_IN_ADAPTER,
         is_trainable: bool = False,
         adapter_kwargs: dict | None = None,
+        hotswap: bool | str = "auto",
+        low_cpu_mem_usage: bool = False,
         **kwargs,
     ) -> None:
         """
@@ -749,50 +1018,89 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             adapter_name (`str`, *optional*, defaults to `"default"`): what to call it here.
             is_trainable (`bool`, *optional*, defaults to `False`): whether a new adapter is to be trained.
             adapter_kwargs, kwargs: `revision`, `token` and so on for the Hub.
+            hotswap (`bool` or `"auto"`, *optional*): `True` asks for an adapter of that name to be replaced, `False`
+                for a new name; by default both are fine.
+            low_cpu_mem_usage (`bool`, *optional*): a hint of transformers, which nothing depends on here.
 
         Raises:
+            OSError: if a file is missing or damaged.
+            TypeError: if there are other arguments.
             ValueError: if the adapters do not fit the model, its backbones or the adapter that they replace; the model
                 stays as it was.
         """
-        hub_kwargs = {name: value for name, value in (kwargs | (adapter_kwargs or {})).items() if name in HUB_KWARGS}
-        try:
-            adapter_config = PeftConfig.from_pretrained(peft_model_id, **hub_kwargs)
-            if adapter_config.peft_type != PeftMethod.DETRIS:
-                raise ValueError(
-                    f"{peft_model_id} holds adapters of type {adapter_config.peft_type}: load them by PeftModel."
-                )
-            # Never PEFT's older, pickled file.
-            tensors = load_file(cached_file(peft_model_id, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
-        except (JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"{peft_model_id} cannot be read as adapters ({error}): save or download them anew."
-            ) from error
-        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        hub_kwargs = kwargs | (adapter_kwargs or {})
+        unknown = hub_kwargs.keys() - {*HUB_KWARGS, "subfolder"}
+        if unknown:
+            raise TypeError(f"load_adapter takes no {', '.join(sorted(unknown))}: leave it out.")
         present, active = self.peft_config.get(adapter_name), self.active_adapters()
+        if hotswap != "auto" and bool(hotswap) != (present is not None):
+            there = "already has" if present else "does not have"
+            raise ValueError(f"hotswap is {hotswap}, but the model {there} an adapter {adapter_name!r}.")
+        _require_folder(peft_model_id)
+        adapter_config = self._read_adapter_config(peft_model_id, hub_kwargs)
+        # Never PEFT's older, pickled file.
+        tensors = load_file(cached_file(peft_model_id, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
         try:
+            check_finite(tensors)
+            adapter_config.modules_to_save = list(HEAD_MODULES)  # or they would replace the model's own head
             if present is None:
-                parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
-                if adapter_name in parts | {NO_ADAPTER}:
-                    raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
-                sizes = {size for tensor in tensors.values() for size in tensor.shape}
-                adapter_config.check_sizes(self, sizes)
+                self._check_new_name(adapter_name, tensors)
                 adapter_config.inference_mode = not is_trainable
-                adapter_config.modules_to_save = list(HEAD_MODULES)  # or they would replace the model's own head
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
                     inject_adapter_in_model(adapter_config, self, adapter_name)
             else:
                 adapter_config.check_model(self)
                 self._check_same_adapters(present, adapter_config)
-            check_tensors(tensors, self._adapter_state_dict(adapter_name))
+                adapter_config.check_saved_shapes(type(self), self.config)
         except Exception as error:
             if present is None:
                 discard_adapters(self, [adapter_name], active)
-            raise ValueError(f"{peft_model_id}: {error}") from error
+            with _naming(peft_model_id), refusing("its adapters cannot be added"):
+                raise error
         set_peft_model_state_dict(self, tensors, adapter_name)
         self.train(self.training)  # new modules start in training mode
         self.enable_adapters()
         activate_adapters(self, [adapter_name], frozen=self.peft_config[adapter_name].inference_mode)
+
+    @staticmethod
+    def _read_adapter_config(source: str | os.PathLike, hub_kwargs: dict) -> DetrisAdapterConfig:
+        config = DetrisAdapterConfig.from_pretrained(source, **hub_kwargs)
+        if config.peft_type != PeftMethod.DETRIS:
+            raise ValueError(f"{source} holds adapters of type {config.peft_type}: load them by PeftModel.")
+        return config
+
+    def _check_new_name(self, adapter_name: str, tensors: Iterable[str] = ()) -> None:
+        parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
+        present = self.peft_config.get(adapter_name)
+        if (present is not None and not is_bare(present)) or adapter_name in parts | {NO_ADAPTER}:
+            raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
+
+    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = BUILT_IN_ADAPTER) -> None:
+        """
+        Add fresh adapters, with a head of their own if `modules_to_save` says so, and activate them.
+
+        Args:
+            adapter_config (`PeftConfig`): of DETRIS; or of another method of PEFT if the model has no adapters.
+            adapter_name (`str`, *optional*, defaults to `"default"`): what to call it.
+
+        Raises:
+            TypeError: if it is no configuration of adapters.
+            ValueError: if the name is taken, or the adapters do not fit the model, which then stays as it was.
+        """
+        if not isinstance(adapter_config, PeftConfig):
+            raise TypeError(f"adapter_config is of type {type(adapter_config).__name__}: give a PeftConfig.")
+        self._check_new_name(adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+            inject_adapter_in_model(adapter_config, self, adapter_name)
+        self.train(self.training)  # new modules start in training mode
+        self.set_adapter(adapter_name)
+
+    def enable_peft_hotswap(self, *args, **kwargs) -> None:
+        """Refuse what transformers has for LoRA: [`load_adapter`] replaces an adapter of the same name by itself."""
+        raise ValueError("Hotswapping needs no preparation here: load_adapter replaces an adapter of the same name.")
 
     @staticmethod
     def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
@@ -835,9 +1143,16 @@ class DetrisForReferringSegmentation(PreTrainedModel):
 
     def enable_adapters(self) -> None:
         """Undo [`disable_adapters`]; transformers' own would leave heads switched off."""
+        self._switch_adapters(True)
+
+    def disable_adapters(self) -> None:
+        """Let the bare backbones and the model's own head compute, until [`enable_adapters`]."""
+        self._switch_adapters(False)
+
+    def _switch_adapters(self, enabled: bool) -> None:
         for module in self.modules():
             if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-                module.enable_adapters(True)
+                module.enable_adapters(enabled)
 
     @contextmanager
     def _activated(self, adapter_name: str) -> Iterator[None]:
@@ -939,8 +1254,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 1 where the decoder may read a word. By default wherever `input_ids` is not 0.
             image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
                 The image that each phrase speaks of. By default phrase `n` speaks of image `n`.
-            labels (`torch.FloatTensor` of shape `(N, H, W)`, *optional*):
-                Masks warped as the images are, in [0, 1]; soft edges stay soft.
+            labels (`torch.FloatTensor` of shape `(N, image_size, image_size)`, *optional*):
+                Masks warped as the images are, in [0, 1]; soft edges stay soft. In training on a GPU, other numbers
+                make the loss NaN instead of raising an error, which would have to wait for the GPU.
             adapter_names (`list[str]` of length `N`, *optional*):
                 The adapter that each phrase is segmented with, `"__base__"` for none; not in training. By default the
                 active one.
@@ -962,6 +1278,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             # Nearest neighbour at the size of the logits, as officially.
             target = F.interpolate(labels[:, None].to(logits.dtype), size=logits.shape[1:], mode="nearest").squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, target)
+            # `_check_labels` does not read what lies on a GPU in training. There the loss tells, and stops the run.
+            loss = loss.masked_fill(~_are_masks(labels), math.nan)
         output = DetrisOutput(loss=loss, logits=logits)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
@@ -1030,10 +1348,23 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 f"image_index is {image_index.tolist()}, which is out of range: there are {len(pixel_values)} images, "
                 "counted from 0."
             )
-        if labels is not None and (labels.ndim != 3 or len(labels) != len(input_ids)):
+        if labels is not None:
+            self._check_labels(labels, len(input_ids))
+
+    def _check_labels(self, labels: torch.Tensor, phrases: int) -> None:
+        size = self.config.image_size
+        if labels.shape != (phrases, size, size):
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}: give one mask (height, width) for each of the "
-                f"{len(input_ids)} phrases."
+                f"labels has shape {tuple(labels.shape)}: give one mask ({size}, {size}), warped as its image is by "
+                f"the processor, for each of the {phrases} phrases."
+            )
+        if labels.is_complex():
+            raise ValueError(f"labels has the type {labels.dtype}: give numbers from 0 to 1.")
+        readable = not self.training or labels.device.type == "cpu"
+        if readable and not torch.compiler.is_compiling() and not _are_masks(labels):
+            raise ValueError(
+                f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
+                "outside, and numbers between them for soft edges."
             )
 
 
