@@ -39,11 +39,11 @@ from transformers.utils import (
 )
 
 try:
-    from .configuration_detris import check_count, check_numbers, refusing
+    from .configuration_detris import check_count, check_values, refusing
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import check_count, check_numbers, refusing
+    from configuration_detris import check_count, check_values, refusing
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
 HEAD_MODULES = ("neck", "decoder", "mask_head")
@@ -564,7 +564,7 @@ class DetrisAdapterConfig(PeftConfig):
         source = os.fspath(pretrained_model_name_or_path)
         with refusing(f"The {CONFIG_NAME} of {source} cannot be read"):
             config = super().from_pretrained(source, subfolder, **kwargs)
-            check_numbers({field.name: getattr(config, field.name) for field in fields(config)})
+            check_values({field.name: getattr(config, field.name) for field in fields(config)})
         if config.peft_type != PeftMethod.DETRIS:
             return config
         hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}

@@ -13,10 +13,15 @@ from transformers.configuration_utils import SubConfigSpec
 
 # A dense block splits its width d into branches as narrow as d / 16 (official `model/adapter.py`).
 ADAPTER_DIM_DIVISOR = 16
+MODEL_TYPES = {
+    "vision_config": ("dinov2", "dinov2_with_registers"),
+    "text_config": ("clip_text_model",),
+}
 PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
 MAX_IMAGE_SIZE = 4096  # pixels; the attention of DINOv2 grows with the fourth power of it
 MAX_LORA_ALPHA = 1_000_000
 MAX_LABELS = 1000  # transformers makes a dictionary of so many names, and DETRIS has none
+MAX_TEXT = 1000  # characters of a name or path
 MAX_MESSAGE = 300  # characters of another library's message
 
 
@@ -38,8 +43,8 @@ def refusing(what: str):
         raise ValueError(f"{what}: {reason}") from error
 
 
-def check_numbers(values: Any, name: str = "") -> None:
-    """Refuse numbers that no configuration can have with a `ValueError` that names the field.
+def check_values(values: Any, name: str = "") -> None:
+    """Refuse what no configuration can hold with a `ValueError` that names the field.
 
     Args:
         values: what a JSON file holds; mappings and lists are searched.
@@ -47,12 +52,18 @@ def check_numbers(values: Any, name: str = "") -> None:
     """
     if isinstance(values, Mapping):
         for key, value in values.items():
-            check_numbers(value, f"{name}.{key}" if name else str(key))
+            if callable(getattr(PreTrainedConfig, str(key), None)):  # it would take the place of a method
+                raise ValueError(f"{key} is no field of a configuration: leave it out.")
+            check_values(value, f"{name}.{key}" if name else str(key))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            check_numbers(value, name)
+            check_values(value, name)
     elif isinstance(values, float) and not math.isfinite(values):
         raise ValueError(f"{name} is {values}: give a finite number.")
+    elif isinstance(values, str) and len(values) > MAX_TEXT:
+        raise ValueError(f"{name} has {len(values)} characters: give at most {MAX_TEXT}.")
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise ValueError(f"{name} is a number of over 64 bits: give a smaller one.")
     elif name.rpartition(".")[2] == "num_labels" and isinstance(values, int) and values > MAX_LABELS:
         raise ValueError(f"{name} is {values}: DETRIS has no labels, so leave it out.")
 
@@ -194,8 +205,11 @@ class DetrisConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in ("vision_config", "text_config"):
-            check_numbers(getattr(self, name), name)
-        check_numbers(kwargs)
+            values = getattr(self, name)
+            check_values(values, name)
+            if isinstance(values, dict) and "model_type" in values:
+                self._check_model_type(name, values["model_type"])
+        check_values(kwargs)
         super().__post_init__(**kwargs)
         self.check_fields()
 
@@ -225,14 +239,9 @@ class DetrisConfig(PreTrainedConfig):
     def check_fields(self) -> None:
         """Refuse values that cannot work with a `ValueError`, also where fields were set one by one."""
         vision, text = self.vision_config, self.text_config
-        check_numbers({field.name: getattr(self, field.name) for field in fields(self)})
-        if vision.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise ValueError(
-                f"vision_config.model_type is {vision.model_type!r}: give a config of 'dinov2' or "
-                "'dinov2_with_registers'."
-            )
-        if text.model_type != "clip_text_model":
-            raise ValueError(f"text_config.model_type is {text.model_type!r}: give a config of 'clip_text_model'.")
+        check_values({field.name: getattr(self, field.name) for field in fields(self)})
+        self._check_model_type("vision_config", vision.model_type)
+        self._check_model_type("text_config", text.model_type)
         for field, depth in (
             ("vision_adapter_layers", vision.num_hidden_layers),
             ("text_adapter_layers", text.num_hidden_layers),
@@ -290,6 +299,12 @@ class DetrisConfig(PreTrainedConfig):
             raise ValueError(f"image_size is {self.image_size}: it must be at most {MAX_IMAGE_SIZE} pixels.")
         if self.lora_alpha > MAX_LORA_ALPHA:
             raise ValueError(f"lora_alpha is {self.lora_alpha}: it must be at most {MAX_LORA_ALPHA}.")
+
+    @staticmethod
+    def _check_model_type(name: str, model_type: Any) -> None:
+        if model_type not in MODEL_TYPES[name]:
+            types = " or ".join(map(repr, MODEL_TYPES[name]))
+            raise ValueError(f"{name}.model_type is {model_type!r}: give a config of {types}.")
 
     def check_counts(self, tensors: int) -> None:
         """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""

@@ -78,7 +78,7 @@ try:
         shapes_of,
         skeleton,
     )
-    from .configuration_detris import DetrisConfig, check_count, check_numbers, refusing
+    from .configuration_detris import DetrisConfig, check_count, check_values, refusing
 except ImportError:
     if __package__:
         raise
@@ -106,7 +106,7 @@ except ImportError:
         shapes_of,
         skeleton,
     )
-    from configuration_detris import DetrisConfig, check_count, check_numbers, refusing
+    from configuration_detris import DetrisConfig, check_count, check_values, refusing
 
 
 # Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
@@ -771,7 +771,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             return copy.deepcopy(config)
         names = {field.name for field in fields(cls.config_class)} - {"dtype"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
+        with _naming(source), refusing("its configuration cannot be used"):
+            return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
 
     @classmethod
     def _from_whole(cls, source: str | None, args: tuple, hub_kwargs: dict, kwargs: dict):
@@ -779,8 +780,11 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False: a DETRIS is saved as safetensors alone, so leave it out.")
         config = cls._read_config(source, hub_kwargs, kwargs)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{source}: quantization_config is set, but a DETRIS is saved unquantised: remove it.")
+        for name in ("quantization_config", "fusion_config"):
+            if getattr(config, name, None) is not None:
+                raise ValueError(
+                    f"{source}: its configuration has a {name}, which a DETRIS is saved without: remove it."
+                )
         variant = kwargs.get("variant")
         names = [name for name in WEIGHT_FILES if name.endswith(".safetensors") or "safetensors.index" in name]
         if variant:
@@ -792,7 +796,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             with _naming(source):
                 config.check_counts(len(shapes))
                 check_shapes(shapes, shapes_of(skeleton(cls, config).state_dict()))
-        model = super().from_pretrained(source, *args, config=config, **kwargs)
+        with _naming(source), refusing("it cannot be loaded"):
+            model = super().from_pretrained(source, *args, config=config, **kwargs)
         _refuse_several_devices(getattr(model, "hf_device_map", None))
         _align(model)
         with _naming(source):
@@ -843,12 +848,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         except OSError as error:
             raise OSError(
                 f"The backbones of {source}, {config.vision_backbone} and {config.text_backbone}, cannot be read: if "
-                f"they lie elsewhere, give vision_backbone= and text_backbone=. ({error})"
+                f"they lie elsewhere, give vision_backbone= and text_backbone=. ({' '.join(str(error).split())})"
             ) from error
         with _naming(source):
             config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
             # Before memory is taken for what the configurations say.
-            cls._read_adapter_config(source, hub_kwargs).check_saved_shapes(cls, config)
+            adapter_config = cls._read_adapter_config(source, hub_kwargs)
+            cls._check_same_adapters(config, adapter_config)
+            adapter_config.check_saved_shapes(cls, config)
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
         model.load_adapter(source, is_trainable=True, **hub_kwargs)
@@ -973,7 +980,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             )
         config_class, model_class = classes[config["model_type"]]
         with refusing(f"The config.json of {source} cannot be used"):
-            check_numbers(config)
+            check_values(config)
             backbone_config = config_class.from_pretrained(source, **hub_kwargs)
         # Before memory is taken for what the configuration says. Names may be those of older versions: transformers
         # knows them, so only the numbers are compared here.
@@ -1103,7 +1110,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         raise ValueError("Hotswapping needs no preparation here: load_adapter replaces an adapter of the same name.")
 
     @staticmethod
-    def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
+    def _check_same_adapters(present: DetrisAdapterConfig | DetrisConfig, loaded: DetrisAdapterConfig) -> None:
         for name in ADAPTER_FIELDS:
             old, new = getattr(present, name), getattr(loaded, name)
             if old != new and not name.endswith("dropout"):
