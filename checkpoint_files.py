@@ -22,7 +22,7 @@ import torch
 
 from data.refer import PlainUnpickler, cut, short
 
-MAX_PICKLE = 2**22  # bytes; a large DETRIS with an optimizer for every tensor has 820,000
+MAX_PICKLE = 2**21  # bytes; a large DETRIS with an optimizer for every tensor has 820,000
 MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000 entries have 600,000
 MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
 MAX_DEPTH, MAX_MODULES = 64, 100_000  # of a TorchScript's modules in one another, and of all of them

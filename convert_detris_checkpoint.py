@@ -106,19 +106,15 @@ def _plain(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
-def _check_depths(depths: Mapping[str, int], tensors: Mapping[str, Any]) -> None:
+def _check_depths(config: DetrisConfig, tensors: Mapping[str, Any]) -> None:
     """Refuse more layers than there are tensors, before a name is made up for each."""
-    for field, depth in depths.items():
+    for field, depth in (
+        ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
+        ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
+        ("decoder_layers", config.decoder_layers),
+    ):
         if depth > len(tensors):
             raise ValueError(f"{field} is {short(depth)}, but there are only {len(tensors)} tensors: get both again.")
-
-
-def _depths(config: DetrisConfig) -> dict[str, int]:
-    return {
-        "vision_config.num_hidden_layers": config.vision_config.num_hidden_layers,
-        "text_config.num_hidden_layers": config.text_config.num_hidden_layers,
-        "decoder_layers": config.decoder_layers,
-    }
 
 
 def _checked(
@@ -159,13 +155,15 @@ def _checked(
             raise ValueError(f"{what}: {name} has numbers of type {given.dtype} instead of {tensor.dtype}. {remedy}")
         given = given.to(tensor.dtype).contiguous()
         if not given.is_meta:
-            if not all(torch.isfinite(extreme) for extreme in given.aminmax()):
+            lowest, highest = given.aminmax()
+            if not (torch.isfinite(lowest) and torch.isfinite(highest)):
                 raise ValueError(f"{what}: {name} holds numbers that are NaN or infinite. {remedy}")
+            if name.endswith("running_var") and lowest < 0:
+                raise ValueError(f"{what}: {name} holds variances below 0. {remedy}")
             storage = given.untyped_storage().data_ptr()
-            checked[name] = given.clone() if storage in storages else given
+            given = given.clone() if storage in storages else given
             storages.add(storage)
-        else:
-            checked[name] = given
+        checked[name] = given
     return checked
 
 
@@ -188,7 +186,7 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     """
     _require_official(config)
     official = _official_tensors(official)
-    _check_depths(_depths(config), official)
+    _check_depths(config, official)
     table = name_table(config)
     official = _checked(
         official,
@@ -228,7 +226,7 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
             infinite; the message names them.
     """
     _require_official(config)
-    _check_depths(_depths(config), state_dict)
+    _check_depths(config, state_dict)
     table = name_table(config)
     checked = _checked(
         _plain(state_dict),

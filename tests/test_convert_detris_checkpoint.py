@@ -632,9 +632,7 @@ def test_files_that_are_no_backbones_are_refused(tmp_path):
     dinov2, clip = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
     with pytest.raises(ValueError, match="clip.pth is no DINOv2 .* no tensor 'dinov2.patch_embed.proj.weight'. Give"):
         DetrisForReferringSegmentation.from_backbones(str(tmp_path / "clip.pth"), clip, **SMALL_FIELDS)
-    with pytest.raises(
-        ValueError, match="pretrain.pth is no CLIP by OpenAI: There is no tensor 'txt_back"
-    ):
+    with pytest.raises(ValueError, match="pretrain.pth is no CLIP by OpenAI: There is no tensor 'txt_back"):
         DetrisForReferringSegmentation.from_backbones(dinov2, dinov2, **SMALL_FIELDS)
     weights = torch.load(dinov2)
     torch.save(weights | {"head.weight": torch.zeros(1)}, dinov2)
