@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -80,6 +81,23 @@ def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> P
     """A model whose tensors have names and shapes, and take no memory."""
     with torch.device("meta"):
         return model_class(config)
+
+
+def _expected_tensors(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, table: Iterable[tuple]
+) -> dict[str, torch.Tensor]:
+    """Tensors of the model that has this configuration, without numbers, by our names in `table`."""
+    try:
+        tensors = _skeleton(model_class, config).state_dict()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        reason = cut(str(error).partition("\n")[0])
+        raise ValueError(f"No model can be made of this configuration ({reason}): look at its sizes.") from None
+    other = tensors.keys() ^ {name for _, names, _ in table for name in names}
+    if other:
+        raise ValueError(f"The official code has no model of this configuration: {min(other)} does not fit.")
+    return tensors
 
 
 def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -191,7 +209,7 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     official = _checked(
         official,
         [name for name, _, _ in table],
-        lambda: tensors_to_official(_skeleton(DetrisForReferringSegmentation, config).state_dict(), table),
+        lambda: tensors_to_official(_expected_tensors(DetrisForReferringSegmentation, config, table), table),
         "The official checkpoint does not fit the configuration",
         "Get the file again, or give the configuration (--recipe) that it was trained with.",
     )
@@ -231,7 +249,7 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
     checked = _checked(
         _plain(state_dict),
         [name for _, names, _ in table for name in names],
-        lambda: _skeleton(DetrisForReferringSegmentation, config).state_dict(),
+        lambda: _expected_tensors(DetrisForReferringSegmentation, config, table),
         "The weights do not fit the configuration",
         "Save or download them again.",
     )
@@ -345,20 +363,23 @@ def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConf
     known = {field.name for field in dataclasses.fields(config)}
     if not isinstance(fields, Mapping) or not fields.keys() <= known | {"model_type"}:
         raise ValueError(f"{name} is {short(fields)}: give a mapping of fields that {type(config).__name__} has.")
-    if fields.get("model_type", config.model_type) != config.model_type:
-        raise ValueError(
-            f"{name}.model_type is {short(fields['model_type'])}, but the checkpoint has a {config.model_type}."
-        )
+    for field in ("model_type", "num_hidden_layers"):
+        found = getattr(config, field)
+        if fields.get(field, found) != found:
+            raise ValueError(f"{name}.{field} is {short(fields[field])}, but the checkpoint has {found}.")
     return _made(type(config), name, config.to_dict() | fields)
 
 
 def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}.{field} is {value}: give a finite number.")
     try:
         return config_class(**fields)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:  # whatever a value of a wrong type means
-        if type(error) is ValueError:
-            raise
-        raise ValueError(f"{name} has a field of a wrong type: {' '.join(cut(error).split())}") from None
+    except ValueError:
+        raise
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{name} has a field of a wrong type: {cut(' '.join(str(error).split()))}") from None
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -417,7 +438,7 @@ def _build(
     official = _checked(
         official,
         [name for name, _, _ in table],
-        lambda: tensors_to_official(_skeleton(model_class, config).state_dict(), table),
+        lambda: tensors_to_official(_expected_tensors(model_class, config, table), table),
         what,
         remedy,
     )
