@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from checkpoint_files import bare_state_dict, read_tensors
+from convert_detris_checkpoint import read_clip_text
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
@@ -173,6 +174,14 @@ def test_torchscript_of_clip_gives_the_tensors_that_torch_loads(to_torchscript, 
     assert_equal(ours, torch.jit.load(tmp_path / "clip.pt").state_dict())
     assert_equal(ours, module.state_dict())  # without any `attn_mask`
     assert ours["transformer.resblocks.1.mlp.c_fc.weight"].dtype == dtype
+    text_tower, block = read_clip_text(tmp_path / "clip.pt").state_dict(), module.transformer.resblocks[1]
+    for name, tensor in (
+        ("text_projection.weight", module.text_projection.T),
+        ("text_model.embeddings.token_embedding.weight", module.token_embedding.weight),
+        ("text_model.encoder.layers.1.self_attn.k_proj.bias", block.attn.in_proj_bias[128:256]),
+        ("text_model.encoder.layers.1.mlp.fc1.weight", block.mlp.c_fc.weight),
+    ):
+        assert text_tower[name].dtype == torch.float32 and torch.equal(text_tower[name], tensor.float()), name
 
 
 def test_torchscript_gives_tensors_of_all_types_and_places_in_memory(to_torchscript, tmp_path):
