@@ -65,6 +65,7 @@ OTHER_MODELS = {
     "of DINOv2 alone": ("patch_embed.", "blocks."),
     "in the layout of this project already": ("vision_model.", "text_model."),
 }
+MAX_LAYERS = 256  # of a backbone or decoder; DINOv2's largest has 40, and each takes milliseconds to build
 MAX_RECIPE = 100_000  # bytes; those in configs/ have 2,000
 NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 BACKBONES = {
@@ -124,15 +125,15 @@ def _plain(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
-def _check_depths(config: DetrisConfig, tensors: Mapping[str, Any]) -> None:
-    """Refuse more layers than there are tensors, before a name is made up for each."""
+def _check_depths(config: DetrisConfig) -> None:
+    """Refuse more layers than a model has, before a name is made up for each and each is built."""
     for field, depth in (
         ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
         ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
         ("decoder_layers", config.decoder_layers),
     ):
-        if depth > len(tensors):
-            raise ValueError(f"{field} is {short(depth)}, but there are only {len(tensors)} tensors: get both again.")
+        if depth > MAX_LAYERS:
+            raise ValueError(f"{field} is {short(depth)}: no DETRIS has more than {MAX_LAYERS}.")
 
 
 def _checked(
@@ -204,7 +205,7 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     """
     _require_official(config)
     official = _official_tensors(official)
-    _check_depths(config, official)
+    _check_depths(config)
     table = name_table(config)
     official = _checked(
         official,
@@ -244,7 +245,7 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
             infinite; the message names them.
     """
     _require_official(config)
-    _check_depths(config, state_dict)
+    _check_depths(config)
     table = name_table(config)
     checked = _checked(
         _plain(state_dict),
@@ -267,6 +268,8 @@ def _numbers(names: Iterable[str], pattern: str) -> set[str]:
 def _depth(names: Iterable[str], modules: str) -> int:
     """How many modules there are, numbered from 0 as in a `ModuleList`; a number costs nothing, but a layer does."""
     numbers = _numbers(names, rf"{re.escape(modules)}\.(\d+)\.")
+    if len(numbers) > MAX_LAYERS:
+        raise ValueError(f"There are {len(numbers)} {modules}, but at most {MAX_LAYERS} in any model.")
     if numbers != {str(index) for index in range(len(numbers))}:
         raise ValueError(f"The {len(numbers)} {modules} are not numbered from 0 to {len(numbers) - 1}.")
     return len(numbers)
