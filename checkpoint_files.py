@@ -32,6 +32,7 @@ SHARING = 2
 ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
 KEYS = (str, int, float, bool, type(None))  # hashing tuples in one another takes for ever
+MAX_KEY = 2**60  # Python's hashes of integers below differ: a dictionary of equal ones takes for ever
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -107,8 +108,8 @@ def _dictionary(pairs: Iterable = ()) -> dict:
 
 def _fill(target: dict, pairs: Iterable) -> dict:
     for key, value in pairs:
-        if type(key) not in KEYS:
-            raise ValueError(f"it has a {type(key).__name__} as a dictionary's key")
+        if type(key) not in KEYS or type(key) is int and not -MAX_KEY < key < MAX_KEY:
+            raise ValueError(f"it has a {type(key).__name__} {short(key)} as a dictionary's key")
         target[key] = value
     return target
 
@@ -166,10 +167,14 @@ class _AskedFor(ValueError):
     """A pickle names what it may not."""
 
 
+# Of the oldest protocol, which torch has never written: their keys and numbers may be any, so that all hash alike.
+OLDEST = {code[0] for code in (pickle.DICT, pickle.PUT, pickle.GET)}
+
+
 class _TensorUnpickler(PlainUnpickler):
     """Builds containers, numbers, strings, and records of tensors that stay in the file."""
 
-    dispatch = {code: load for code, load in PlainUnpickler.dispatch.items() if code != pickle.DICT[0]} | {
+    dispatch = {code: load for code, load in PlainUnpickler.dispatch.items() if code not in OLDEST} | {
         code[0]: pickle._Unpickler.dispatch[code[0]]
         for code in (pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
     }

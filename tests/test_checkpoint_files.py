@@ -335,7 +335,15 @@ HOSTILE = {  # what is written, and what is said
     "deep": (b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", "holds no state dict"),
     "marks without end": (b"\x80\x02" + b"(" * (2**21 - 4), r"no PyTorch checkpoint|cut short"),
     "dictionaries without end": (b"\x80\x02" + b"}" * (2**21 - 4), "no PyTorch checkpoint|cut short"),
-    "tuples to be hashed": (b"\x80\x02}K\1" + b"\x85q\0h\0\x86" * 100 + b"K\1s.", "a tuple as a dictionary's key"),
+    "tuples to be hashed": (b"\x80\x02}K\1" + b"\x85q\0h\0\x86" * 100 + b"K\1s.", "a tuple .* as a dictionary's key"),
+    "keys that hash alike": (
+        b"\x80\x02}(" + b"".join(integer(index * (2**61 - 1)) + b"N" for index in range(1, 120_000)) + b"u.",
+        "as a dictionary's key",
+    ),
+    "memo numbers that hash alike": (
+        b"\x80\x02N" + b"".join(b"p%d\n" % (index * (2**61 - 1)) for index in range(1, 80_000)) + b".",
+        "no PyTorch checkpoint",
+    ),
     "memo of a large number": (b"\x80\x02Nr\xff\xff\xff\x7f.", "holds no state dict"),
     "text longer than the file": (b"\x80\x02X\xff\xff\xff\x7fa.", "cut short|no PyTorch checkpoint"),
     "long text": (b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"a.", "cut short|no PyTorch checkpoint"),
