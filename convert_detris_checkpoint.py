@@ -477,13 +477,12 @@ def from_official(
     official = read_tensors(checkpoint)
     try:
         config = recognize_config(official, **fields)
-        clip_tokenizer = _read_tokenizer(tokenizer, config)
+        processor = _make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     model = _skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
-    processor = DetrisProcessor.from_config(config, clip_tokenizer)
     origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
     card = make_model_card(config, output_dir.name, origin, dataset)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -495,15 +494,23 @@ def from_official(
         folder.rename(output_dir)
 
 
-def _read_tokenizer(name: str, config: DetrisConfig) -> CLIPTokenizer:
-    _require_regular_files(name)
-    tokenizer = CLIPTokenizer.from_pretrained(name)
+def _make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+    _require_regular_files(tokenizer_name)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)
+    except MemoryError:
+        raise
+    except Exception as error:  # `tokenizers` raises no other for broken files
+        reason = cut(" ".join(str(error).split()))
+        raise OSError(
+            f"The tokenizer {tokenizer_name} cannot be read ({reason}): give the Hub id or folder of CLIP's."
+        ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {name} has {len(tokenizer)} symbols, but the text backbone reads "
+            f"The tokenizer of {tokenizer_name} has {len(tokenizer)} symbols, but the text backbone reads "
             f"{config.text_config.vocab_size}: give the tokenizer that belongs to it."
         )
-    return tokenizer
+    return DetrisProcessor.from_config(config, tokenizer)
 
 
 def _require_regular_files(folder: str | os.PathLike) -> None:
@@ -587,6 +594,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default=CLIP_TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
     arguments = parser.parse_args(argv)
     if arguments.to_official:
+        for name in ("dataset", "max_text_length", "recipe", "image_size"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--{name} has no effect with --to-official, which takes all from the folder: leave it."
+                )
         to_official(arguments.source, arguments.output)
         return
     recipe = _read_recipe(Path(arguments.recipe)) if arguments.recipe else {}

@@ -623,6 +623,26 @@ def test_a_tokenizer_of_more_symbols_than_the_checkpoint_reads_is_refused(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "tokenizer"),
+        ({"tokenizer.json": "{"}, "The tokenizer .* cannot be read .*: give the Hub id or folder of CLIP's"),
+        ({"tokenizer_config.json": "{"}, "The tokenizer .* cannot be read .*: give the Hub id or folder of CLIP's"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "The tokenizer .* cannot be read .*: give the Hub id or folder"),
+        ({"tokenizer.json": '{"model": {"type": "BPE"}}'}, "The tokenizer .* cannot be read .*: give the Hub id or"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(official, convert_tiny, tmp_path, files, message):
+    torch.save(official, convert_tiny.checkpoint)
+    (tmp_path / "other").mkdir()
+    for name, text in files.items():
+        (tmp_path / "other" / name).write_text(text)
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        convert_tiny(arguments=["--tokenizer", str(tmp_path / "other")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
 def test_pipes_and_devices_are_not_read(official, convert_tiny, tmp_path, in_time):
     torch.save(official, convert_tiny.checkpoint)
     folder = convert_tiny()
@@ -700,6 +720,8 @@ def test_a_folder_that_is_no_whole_detris_is_refused_on_the_way_back(official, c
     refused(OSError, "model.safetensors is cut short or damaged")
     (folder / "model.safetensors").unlink()
     refused(OSError, "model.safetensors does not exist: give the path of a whole DETRIS")
+    with pytest.raises(ValueError, match="--dataset has no effect with --to-official"):
+        main([str(folder), out, "--to-official", "--dataset", "refcoco/unc"])
 
 
 def test_a_folder_in_bfloat16_goes_back_as_float32(official, convert_tiny, tmp_path):
