@@ -27,6 +27,7 @@ MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000
 MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
 MAX_DEPTH, MAX_MODULES = 64, 100_000  # of a TorchScript's modules in one another, and of all of them
 MAX_DIMENSIONS = 64  # torch has no more
+ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64, the older format does not
 # How many times its size a file's tensors may take, since some may share memory.
 SHARING = 2
 ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
@@ -119,6 +120,8 @@ def _tensor_v2(storage, offset, shape, stride, requires_grad=False, hooks=None, 
 
 
 def _tensor_v3(storage, offset, shape, stride, requires_grad, hooks, dtype, metadata=None):
+    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor has no storage")
     if metadata:
         return _Unread("a conjugated or negated tensor")
     if dtype in QUANTIZED:
@@ -364,7 +367,7 @@ class _LegacyFile:
             places[key] = begin, end
         if not keys <= places.keys():
             raise EOFError
-        return places
+        return {key: places[key] for key in keys}
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -491,13 +494,13 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             "not as views that repeat the same numbers."
         )
     whole = torch.UntypedStorage.from_file(os.fspath(path), False, size)
-    return {name: _mapped(tensor, whole, *places[tensor.storage.key]) for name, tensor in stored.items()}
+    storages = {}
+    for key, (begin, end) in places.items():
+        storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
+    return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
 
 
-def _mapped(stored: _StoredTensor, whole: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor:
-    storage = whole[begin:end]
-    if begin % stored.dtype.itemsize:  # in an archive that was packed again
-        storage = storage.clone()
+def _tensor(stored: _StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=stored.dtype, device="cpu").set_(storage, stored.offset, stored.shape, stored.stride)
 
 

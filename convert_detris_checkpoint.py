@@ -67,7 +67,11 @@ OTHER_MODELS = {
 }
 MAX_LAYERS = 256  # of a backbone or decoder; DINOv2's largest has 40, and each takes milliseconds to build
 MAX_RECIPE = 100_000  # bytes; those in configs/ have 2,000
-NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
+# What a model's tensors may be stored as; whatever is narrower than float16 needs scales that no checkpoint here has.
+STORED_AS = {
+    torch.float32: (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    torch.int64: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
 BACKBONES = {
     Dinov2Config: Dinov2Model,
     Dinov2WithRegistersConfig: Dinov2WithRegistersModel,
@@ -170,7 +174,7 @@ def _checked(
     checked, storages = {}, set()
     for name, tensor in expected.items():
         given = tensors[name]
-        if given.is_floating_point() != tensor.is_floating_point() or given.dtype in NO_NUMBERS:
+        if given.dtype not in STORED_AS[tensor.dtype]:
             raise ValueError(f"{what}: {name} has numbers of type {given.dtype} instead of {tensor.dtype}. {remedy}")
         given = given.to(tensor.dtype).contiguous()
         if not given.is_meta:

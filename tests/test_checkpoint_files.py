@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import pytest
@@ -361,6 +362,14 @@ HOSTILE = {  # what is written, and what is said
     "items of a list": (b"\x80\x02](K\0K\0u.", "sets items of a list"),
     "calls a dictionary": (b"\x80\x02})R.", "calls a dict"),
     "calls its own": (b"\x80\x02c__torch__\nA\n)\x81)R.", "calls a _ScriptObject"),
+    "a type that is none": (
+        state_dict(tensor().replace(b"_v2", b"_v3").replace(b"\x89}t", b"\x89}K\x01t")),
+        "a tensor has no storage",
+    ),
+    "a storage that is none": (
+        b"\x80\x02}(" + text("a") + b"ctorch._utils\n_rebuild_tensor_v3\n(NK\0))\x89}ctorch\nfloat32\ntRu.",
+        "a tensor has no storage",
+    ),
     "a name of torch": (b"\x80\x02ctorch\nload\n.", "asks for torch.load, which .* nothing in it was run"),
     "a name of many letters": (b"\x80\x02c" + b"a" * 10**6 + b"\nb\n.", "asks for aaaa"),
     "a name of two lines": (b"\x80\x04" + text("a\nb") + text("c") + b"\x93.", r"asks for a\\nb.c"),
@@ -587,3 +596,36 @@ def test_memory_that_runs_out_is_told_as_that(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint_files._TensorUnpickler.find_class", fail)
     with pytest.raises(MemoryError):
         read_tensors(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("kind", ["archive", "old", "torchscript"])
+def test_a_file_with_other_bytes_is_read_or_refused_and_nothing_else(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    if kind == "torchscript":
+        torch.jit.script(Odd()).save("whole")
+    else:
+        torch.save({"state_dict": Odd().state_dict()}, "whole", _use_new_zipfile_serialization=kind == "archive")
+    entries = {"whole": Path("whole").read_bytes()}
+    if kind != "old":
+        with zipfile.ZipFile("whole") as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+    random = Random(0)
+    refused = 0
+    for _ in range(300):
+        name = next(name for name in entries if name.endswith(("data.pkl", "whole")))
+        changed = bytearray(entries[name])
+        for _ in range(random.choice([1, 2, 5])):
+            changed[random.randrange(min(len(changed), 4000))] = random.randrange(256)
+        if kind == "old":
+            Path("changed").write_bytes(changed)
+        else:  # with checksums that are right again
+            with zipfile.ZipFile("changed", "w") as archive:
+                for other, data in entries.items():
+                    archive.writestr(other, changed if other == name else data)
+        try:
+            read_tensors("changed")
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1500
+    assert refused > 200
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "changed"}

@@ -184,6 +184,10 @@ def test_a_number_too_large_for_float32_is_refused(official):
         (lambda tensor: tensor[:, :0], "is an empty tensor"),
         (lambda tensor: tensor.to(torch.complex64), "has numbers of type torch.complex64 instead of torch.float32"),
         (lambda tensor: tensor.long(), "has numbers of type torch.int64 instead of torch.float32"),
+        (
+            lambda tensor: tensor.to(torch.float8_e5m2),
+            "has numbers of type torch.float8_e5m2 instead of torch.float32",
+        ),
         (lambda tensor: tensor > 0, "has numbers of type torch.bool instead of torch.float32"),
     ],
 )
