@@ -20,7 +20,7 @@ from checkpoint_files import bare_state_dict, read_tensors
 from convert_detris_checkpoint import read_clip_text
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # TorchScript
 
 SECONDS, BYTES = 5, 2**30  # that a hostile file may take
 
