@@ -44,8 +44,14 @@ from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from official_layout import (
     IGNORED,
+    MAX_LAYERS,
     NECK_LEVELS,
+    depth_of,
     name_table,
+    numbers_in,
+    read_text_config,
+    read_vision_config,
+    shape_of,
     tensors_to_official,
     tensors_to_ours,
     text_backbone_table,
@@ -53,9 +59,7 @@ from official_layout import (
 )
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
-# Attention heads leave no trace in a checkpoint. Those of all released DINOv2 and CLIP are so wide.
-HEAD_WIDTH = 64
-# Nor do the tokens of a phrase (official `config/<dataset>/*.yaml`, `word_len`).
+# The tokens of a phrase leave no trace in a checkpoint (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
 # What checkpoints that are often mistaken for an official DETRIS have in their names, the more special first.
 OTHER_MODELS = {
@@ -65,7 +69,6 @@ OTHER_MODELS = {
     "of DINOv2 alone": ("patch_embed.", "blocks."),
     "in the layout of this project already": ("vision_model.", "text_model."),
 }
-MAX_LAYERS = 256  # of a backbone or decoder; DINOv2's largest has 40, and each takes milliseconds to build
 MAX_RECIPE = 100_000  # bytes; those in configs/ have 2,000
 # What a model's tensors may be stored as; whatever is narrower than float16 needs scales that no checkpoint here has.
 STORED_AS = {
@@ -264,66 +267,6 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
 # --- recognition --------------------------------------------------------------------------------------------------
 
 
-def _numbers(names: Iterable[str], pattern: str) -> set[str]:
-    """The numbers that `pattern` finds in `names`, as they are written there."""
-    return {match[1] for match in map(re.compile(pattern).match, names) if match}
-
-
-def _depth(names: Iterable[str], modules: str) -> int:
-    """How many modules there are, numbered from 0 as in a `ModuleList`; a number costs nothing, but a layer does."""
-    numbers = _numbers(names, rf"{re.escape(modules)}\.(\d+)\.")
-    if len(numbers) > MAX_LAYERS:
-        raise ValueError(f"There are {len(numbers)} {modules}, but at most {MAX_LAYERS} in any model.")
-    if numbers != {str(index) for index in range(len(numbers))}:
-        raise ValueError(f"The {len(numbers)} {modules} are not numbered from 0 to {len(numbers) - 1}.")
-    return len(numbers)
-
-
-def _shape(tensors: Mapping[str, torch.Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of a tensor that sizes are read from."""
-    if name not in tensors:
-        raise ValueError(f"There is no tensor {name!r}.")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != dimensions:
-        raise ValueError(f"{name} has the shape {shape}, which tells no sizes.")
-    return shape
-
-
-def _vision_config(tensors: Mapping[str, torch.Tensor]) -> Dinov2Config | Dinov2WithRegistersConfig:
-    width, _, patch_size, _ = _shape(tensors, "dinov2.patch_embed.proj.weight", 4)
-    positions = _shape(tensors, "dinov2.pos_embed", 3)[1]
-    grid_size = math.isqrt(positions - 1)
-    if not 0 < grid_size**2 == positions - 1:
-        raise ValueError(f"dinov2.pos_embed has {positions} positions, not one and those of a square.")
-    fields = {
-        "hidden_size": width,
-        "num_hidden_layers": _depth(tensors, "dinov2.blocks"),
-        "num_attention_heads": max(width // HEAD_WIDTH, 1),
-        "mlp_ratio": _shape(tensors, "dinov2.blocks.0.mlp.fc1.weight", 2)[0] // width,
-        "image_size": grid_size * patch_size,
-        "patch_size": patch_size,
-    }
-    if "dinov2.register_tokens" not in tensors:
-        return Dinov2Config(**fields)
-    return Dinov2WithRegistersConfig(**fields, num_register_tokens=_shape(tensors, "dinov2.register_tokens", 3)[1])
-
-
-def _text_config(tensors: Mapping[str, torch.Tensor]) -> CLIPTextConfig:
-    vocabulary_size, width = _shape(tensors, "txt_backbone.token_embedding.weight", 2)
-    layers = "txt_backbone.transformer.resblocks"
-    return CLIPTextConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=width,
-        num_hidden_layers=_depth(tensors, layers),
-        intermediate_size=_shape(tensors, f"{layers}.0.mlp.c_fc.weight", 2)[0],
-        projection_dim=_shape(tensors, "txt_backbone.text_projection", 2)[1],
-        num_attention_heads=max(width // HEAD_WIDTH, 1),
-        max_position_embeddings=_shape(tensors, "txt_backbone.positional_embedding", 2)[0],
-        bos_token_id=vocabulary_size - 2,
-        eos_token_id=vocabulary_size - 1,
-    )
-
-
 def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
     """
     Read a configuration off an official state dict.
@@ -341,22 +284,22 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
     official = _official_tensors(official)
     vision, text = "dinov2.blocks", "txt_backbone.transformer.resblocks"
     try:
-        backbones = {"vision_config": _vision_config(official), "text_config": _text_config(official)}
+        backbones = {"vision_config": read_vision_config(official), "text_config": read_text_config(official)}
         depth = backbones["vision_config"].num_hidden_layers
         recognized = {
             "feature_layers": [depth // 3, 2 * depth // 3],  # as in all official recipes
-            "decoder_dim": _shape(official, "neck.txt_proj.weight", 2)[0],
-            "decoder_layers": _depth(official, "decoder.layers"),
-            "decoder_ffn_dim": _shape(official, "decoder.layers.0.ffn.0.weight", 2)[0],
+            "decoder_dim": shape_of(official, "neck.txt_proj.weight", 2)[0],
+            "decoder_layers": depth_of(official, "decoder.layers"),
+            "decoder_ffn_dim": shape_of(official, "decoder.layers.0.ffn.0.weight", 2)[0],
         }
         for side, layers in (("vision", vision), ("text", text)):
-            adapted = sorted(map(int, _numbers(official, rf"{re.escape(layers)}\.(\d+)\.adapter\.")))
+            adapted = sorted(map(int, numbers_in(official, rf"{re.escape(layers)}\.(\d+)\.adapter\.")))
             recognized[f"{side}_adapter_layers"] = adapted
             if adapted:
                 adapter = f"{layers}.{adapted[0]}.adapter"
-                recognized[f"{side}_adapter_dim"] = _shape(official, f"{adapter}.D_fc1.weight", 2)[0]
+                recognized[f"{side}_adapter_dim"] = shape_of(official, f"{adapter}.D_fc1.weight", 2)[0]
                 if side == "vision":
-                    width = _shape(official, f"{adapter}.cross.image_proj.weight", 2)[0]
+                    width = shape_of(official, f"{adapter}.cross.image_proj.weight", 2)[0]
                     recognized["aligner_attention_dim"] = width
     except ValueError as error:
         raise ValueError(f"{error} It is no whole official DETRIS: get the file again.") from None
@@ -405,7 +348,7 @@ def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersMod
         return vision_backbone_table(config.num_hidden_layers, isinstance(config, Dinov2WithRegistersConfig))
 
     tensors = {f"dinov2.{name}": tensor for name, tensor in read_tensors(path).items()}
-    return _build(tensors, _vision_config, table, f"{path} is no DINOv2 of size small, base or large")
+    return _build(tensors, read_vision_config, table, f"{path} is no DINOv2 of size small, base or large")
 
 
 def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
@@ -425,7 +368,7 @@ def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
     tensors = {
         f"txt_backbone.{name}": tensor for name, tensor in read_tensors(path).items() if not name.startswith(others)
     }
-    return _build(tensors, _text_config, table, f"{path} is no CLIP by OpenAI")
+    return _build(tensors, read_text_config, table, f"{path} is no CLIP by OpenAI")
 
 
 def _build(

@@ -1,8 +1,12 @@
-"""Every tensor of an official DETRIS checkpoint by its name there and by ours, and what happens to it on the way."""
+"""Every tensor of an official DETRIS checkpoint by its name there and by ours, what happens to it on the way, and the
+sizes that tensors tell."""
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from transformers import CLIPTextConfig, Dinov2Config, Dinov2WithRegistersConfig
 
 from configuration_detris import DetrisConfig
 
@@ -12,6 +16,9 @@ BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_trac
 NECK_LEVELS = (3, 4, 5)
 # A tensor without an effect on what the model computes; the way back writes a 0.
 IGNORED = "txt_backbone.logit_scale"
+# Attention heads leave no trace in a checkpoint. Those of all released DINOv2 and CLIP are so wide.
+HEAD_WIDTH = 64
+MAX_LAYERS = 256  # of a backbone or decoder; DINOv2's largest has 40, and each takes milliseconds to build
 
 
 def _tensors(official: str, ours: str, leaves: tuple[str, ...] = WEIGHT_AND_BIAS) -> Iterator[tuple]:
@@ -167,3 +174,68 @@ def tensors_to_ours(official: Mapping[str, torch.Tensor], table: Iterable[tuple]
 def tensors_to_official(ours: Mapping[str, torch.Tensor], table: Iterable[tuple]) -> dict[str, torch.Tensor]:
     """The official ones by name, from all of ours."""
     return {name: KINDS[kind][1]([ours[our_name] for our_name in our_names]) for name, our_names, kind in table}
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
+
+
+def numbers_in(names: Iterable[str], pattern: str) -> set[str]:
+    """The numbers that `pattern` finds in `names`, as they are written there."""
+    return {match[1] for match in map(re.compile(pattern).match, names) if match}
+
+
+def depth_of(names: Iterable[str], modules: str) -> int:
+    """How many modules there are, numbered from 0 as in a `ModuleList`; a number costs nothing, but a layer does."""
+    numbers = numbers_in(names, rf"{re.escape(modules)}\.(\d+)\.")
+    if len(numbers) > MAX_LAYERS:
+        raise ValueError(f"There are {len(numbers)} {modules}, but at most {MAX_LAYERS} in any model.")
+    if numbers != {str(index) for index in range(len(numbers))}:
+        raise ValueError(f"The {len(numbers)} {modules} are not numbered from 0 to {len(numbers) - 1}.")
+    return len(numbers)
+
+
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from."""
+    if name not in tensors:
+        raise ValueError(f"There is no tensor {name!r}.")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions:
+        raise ValueError(f"{name} has the shape {shape}, which tells no sizes.")
+    return shape
+
+
+def read_vision_config(tensors: Mapping[str, torch.Tensor]) -> Dinov2Config | Dinov2WithRegistersConfig:
+    """DINOv2's configuration from the tensors of an official DETRIS; ValueError if they tell none."""
+    width, _, patch_size, _ = shape_of(tensors, "dinov2.patch_embed.proj.weight", 4)
+    positions = shape_of(tensors, "dinov2.pos_embed", 3)[1]
+    grid_size = math.isqrt(positions - 1)
+    if not 0 < grid_size**2 == positions - 1:
+        raise ValueError(f"dinov2.pos_embed has {positions} positions, not one and those of a square.")
+    fields = {
+        "hidden_size": width,
+        "num_hidden_layers": depth_of(tensors, "dinov2.blocks"),
+        "num_attention_heads": max(width // HEAD_WIDTH, 1),
+        "mlp_ratio": shape_of(tensors, "dinov2.blocks.0.mlp.fc1.weight", 2)[0] // width,
+        "image_size": grid_size * patch_size,
+        "patch_size": patch_size,
+    }
+    if "dinov2.register_tokens" not in tensors:
+        return Dinov2Config(**fields)
+    return Dinov2WithRegistersConfig(**fields, num_register_tokens=shape_of(tensors, "dinov2.register_tokens", 3)[1])
+
+
+def read_text_config(tensors: Mapping[str, torch.Tensor]) -> CLIPTextConfig:
+    """The configuration of CLIP's text tower, likewise."""
+    vocabulary_size, width = shape_of(tensors, "txt_backbone.token_embedding.weight", 2)
+    layers = "txt_backbone.transformer.resblocks"
+    return CLIPTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=width,
+        num_hidden_layers=depth_of(tensors, layers),
+        intermediate_size=shape_of(tensors, f"{layers}.0.mlp.c_fc.weight", 2)[0],
+        projection_dim=shape_of(tensors, "txt_backbone.text_projection", 2)[1],
+        num_attention_heads=max(width // HEAD_WIDTH, 1),
+        max_position_embeddings=shape_of(tensors, "txt_backbone.positional_embedding", 2)[0],
+        bos_token_id=vocabulary_size - 2,
+        eos_token_id=vocabulary_size - 1,
+    )
