@@ -9,18 +9,20 @@ backbones, DINOv2's `.pth` and OpenAI's CLIP, are read here too, for `DetrisForR
 """
 
 import argparse
+import dataclasses
+import math
 import os
 import re
 import sys
 import tempfile
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     CLIPTextConfig,
@@ -35,21 +37,44 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from checkpoint_files import bare_state_dict, read_tensors, require_file
 from configuration_detris import DetrisConfig
+from data.refer import cut, short
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
+from official_layout import (
+    IGNORED,
+    MAX_LAYERS,
+    NECK_LEVELS,
+    depth_of,
+    name_table,
+    numbers_in,
+    read_text_config,
+    read_vision_config,
+    shape_of,
+    tensors_to_official,
+    tensors_to_ours,
+    text_backbone_table,
+    vision_backbone_table,
+)
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
-WEIGHT_AND_BIAS = ("weight", "bias")
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# The official neck numbers its feature maps like a pyramid's levels; the third one's 1x1 convolution is transposed.
-NECK_LEVELS = (3, 4, 5)
-# A tensor without an effect on what the model computes; the way back writes a 0.
-IGNORED = "txt_backbone.logit_scale"
-# Attention heads leave no trace in a checkpoint. Those of all released DINOv2 and CLIP are so wide.
-HEAD_WIDTH = 64
-# Nor do the tokens of a phrase (official `config/<dataset>/*.yaml`, `word_len`).
+# The tokens of a phrase leave no trace in a checkpoint (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
+# What checkpoints that are often mistaken for an official DETRIS have in their names, the more special first.
+OTHER_MODELS = {
+    "of ETRIS": ("backbone.", "bridger."),
+    "of CRIS": ("backbone.", "neck."),
+    "of CLIP alone": ("visual.", "token_embedding."),
+    "of DINOv2 alone": ("patch_embed.", "blocks."),
+    "in the layout of this project already": ("vision_model.", "text_model."),
+}
+MAX_RECIPE = 100_000  # bytes; those in configs/ have 2,000
+# What a model's tensors may be stored as; whatever is narrower than float16 needs scales that no checkpoint here has.
+STORED_AS = {
+    torch.float32: (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    torch.int64: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
 BACKBONES = {
     Dinov2Config: Dinov2Model,
     Dinov2WithRegistersConfig: Dinov2WithRegistersModel,
@@ -57,159 +82,7 @@ BACKBONES = {
 }
 
 
-# --- names --------------------------------------------------------------------------------------------------------
-
-
-def _tensors(official: str, ours: str, leaves: tuple[str, ...] = WEIGHT_AND_BIAS) -> Iterator[tuple]:
-    for leaf in leaves:
-        yield f"{official}.{leaf}", [f"{ours}.{leaf}"], "same"
-
-
-def _attention(official: str, ours: str) -> Iterator[tuple]:
-    for leaf in ("in_proj_weight", "in_proj_bias"):
-        yield f"{official}.{leaf}", [f"{ours}.{leaf}"], "same"
-    yield from _tensors(f"{official}.out_proj", f"{ours}.out_proj")
-
-
-def _split_attention(official_weight: str, official_bias: str, ours: str) -> Iterator[tuple]:
-    for official, leaf in ((official_weight, "weight"), (official_bias, "bias")):
-        yield official, [f"{ours}.{part}_proj.{leaf}" for part in "qkv"], "thirds"
-
-
-def _conv_norm(official_conv: str, official_norm: str, ours: str, bias: bool = False) -> Iterator[tuple]:
-    yield from _tensors(official_conv, f"{ours}.conv", WEIGHT_AND_BIAS if bias else ("weight",))
-    yield from _tensors(official_norm, f"{ours}.norm", BATCH_NORM)
-
-
-def _adapter(official: str, ours: str) -> Iterator[tuple]:
-    yield from _tensors(f"{official}.D_fc1", f"{ours}.down")
-    yield from _tensors(f"{official}.D_fc2", f"{ours}.up")
-    for branch in ("1", "2.0", "2.1", "3.0", "3.1"):
-        theirs, mine = f"{official}.dense_branch{branch}", f"{ours}.dense.branch{branch}"
-        yield from _conv_norm(f"{theirs}.conv", f"{theirs}.bn", mine, bias=True)
-
-
-def _text_backbone(depth: int, adapter_layers: Iterable[int] = ()) -> Iterator[tuple]:
-    yield "txt_backbone.token_embedding.weight", ["text_model.embeddings.token_embedding.weight"], "same"
-    yield "txt_backbone.positional_embedding", ["text_model.embeddings.position_embedding.weight"], "same"
-    yield "txt_backbone.text_projection", ["text_projection.weight"], "transposed"
-    yield from _tensors("txt_backbone.ln_final", "text_model.final_layer_norm")
-    for index in range(depth):
-        official, ours = f"txt_backbone.transformer.resblocks.{index}", f"text_model.encoder.layers.{index}"
-        if index in adapter_layers:
-            yield from _adapter(f"{official}.adapter", f"{ours}.detris_adapter.default")
-            ours = f"{ours}.base_layer"
-        attention = f"{official}.attn"
-        yield from _split_attention(f"{attention}.in_proj_weight", f"{attention}.in_proj_bias", f"{ours}.self_attn")
-        yield from _tensors(f"{attention}.out_proj", f"{ours}.self_attn.out_proj")
-        yield from _tensors(f"{official}.ln_1", f"{ours}.layer_norm1")
-        yield from _tensors(f"{official}.ln_2", f"{ours}.layer_norm2")
-        yield from _tensors(f"{official}.mlp.c_fc", f"{ours}.mlp.fc1")
-        yield from _tensors(f"{official}.mlp.c_proj", f"{ours}.mlp.fc2")
-
-
-def _vision_backbone(depth: int, registers: bool, adapter_layers: Iterable[int] = ()) -> Iterator[tuple]:
-    embeddings = "vision_model.embeddings"
-    yield "dinov2.cls_token", [f"{embeddings}.cls_token"], "same"
-    yield "dinov2.mask_token", [f"{embeddings}.mask_token"], "same"
-    yield "dinov2.pos_embed", [f"{embeddings}.position_embeddings"], "same"
-    if registers:
-        yield "dinov2.register_tokens", [f"{embeddings}.register_tokens"], "same"
-    yield from _tensors("dinov2.patch_embed.proj", f"{embeddings}.patch_embeddings.projection")
-    yield from _tensors("dinov2.norm", "vision_model.layernorm")
-    for index in range(depth):
-        official, ours = f"dinov2.blocks.{index}", f"vision_model.encoder.layer.{index}"
-        if index in adapter_layers:
-            adapter, aligner = f"{official}.adapter", f"{ours}.detris_adapter.default"
-            yield from _adapter(adapter, aligner)
-            yield from _attention(f"{adapter}.cross.multihead_attn", f"{aligner}.word_attention.attention")
-            yield from _tensors(f"{adapter}.cross.image_proj", f"{aligner}.word_attention.patch_projection")
-            yield from _tensors(f"{adapter}.cross.text_proj", f"{aligner}.word_attention.word_projection")
-            yield from _tensors(f"{adapter}.cross.back_proj", f"{aligner}.word_attention.output_projection")
-            ours = f"{ours}.base_layer"
-        yield from _split_attention(f"{official}.attn.qkv.weight", f"{official}.attn.qkv.bias", f"{ours}.attention")
-        yield from _tensors(f"{official}.attn.proj", f"{ours}.attention.o_proj")
-        yield from _tensors(f"{official}.norm1", f"{ours}.norm1")
-        yield from _tensors(f"{official}.norm2", f"{ours}.norm2")
-        yield from _tensors(f"{official}.mlp.fc1", f"{ours}.mlp.fc1")
-        yield from _tensors(f"{official}.mlp.fc2", f"{ours}.mlp.fc2")
-        yield f"{official}.ls1.gamma", [f"{ours}.layer_scale1.lambda1"], "same"
-        yield f"{official}.ls2.gamma", [f"{ours}.layer_scale2.lambda1"], "same"
-
-
-def _head(config: DetrisConfig) -> Iterator[tuple]:
-    yield from _tensors("neck.txt_proj", "neck.sentence_projection")
-    for index, level in enumerate(NECK_LEVELS):
-        projection, ours = f"neck.f{level}_proj", f"neck.map_projections.{index}"
-        kind = "transposed" if level == NECK_LEVELS[-1] else "same"
-        yield f"{projection}.0.weight", [f"{ours}.conv.weight"], kind
-        yield from _tensors(f"{projection}.1", f"{ours}.norm", BATCH_NORM)
-        fusion, gate = f"neck.fusion{level}.multihead_attn", f"neck.gates.{index}"
-        yield f"{fusion}.in_proj_weight", [f"{gate}.value.weight"], "last third"
-        yield f"{fusion}.in_proj_bias", [f"{gate}.value.bias"], "last third"
-        yield from _tensors(f"{fusion}.out_proj", f"{gate}.output")
-    yield from _conv_norm("neck.aggr.0", "neck.aggr.1", "neck.aggregation")
-    for official, ours in (("0.conv1", "0"), ("1", "1")):
-        official, ours = f"neck.coordconv.{official}", f"neck.coordinate_convolutions.{ours}"
-        yield from _conv_norm(f"{official}.0", f"{official}.1", ours)
-    for index in range(config.decoder_layers):
-        official = ours = f"decoder.layers.{index}"
-        yield from _attention(f"{official}.self_attn", f"{ours}.self_attention")
-        yield from _attention(f"{official}.multihead_attn", f"{ours}.word_attention")
-        for theirs, mine in (
-            ("norm1", "self_attention_norm"),
-            ("self_attn_norm", "self_attention_output_norm"),
-            ("norm2", "word_attention_norm"),
-            ("cross_attn_norm", "word_attention_output_norm"),
-            ("norm3", "feed_forward_norm"),
-            ("ffn.0", "feed_forward.0"),
-            ("ffn.3", "feed_forward.3"),
-            ("ffn.4", "feed_forward.4"),
-        ):
-            yield from _tensors(f"{official}.{theirs}", f"{ours}.{mine}")
-    yield from _tensors("decoder.norm", "decoder.norm")
-    yield from _conv_norm("proj.vis.1.0", "proj.vis.1.1", "mask_head.convolutions.1")
-    yield from _conv_norm("proj.vis.3.0", "proj.vis.3.1", "mask_head.convolutions.3")
-    yield from _tensors("proj.vis.4", "mask_head.output_projection")
-    yield from _tensors("proj.txt", "mask_head.kernel_projection")
-
-
-# How an official tensor becomes ours, which may be several, and how ours become the official one.
-KINDS = {
-    "same": (lambda tensor: [tensor], lambda ours: ours[0]),
-    "transposed": (  # in the first two axes
-        lambda tensor: [tensor.transpose(0, 1).contiguous()],
-        lambda ours: ours[0].transpose(0, 1).contiguous(),
-    ),
-    "thirds": (lambda tensor: tensor.chunk(3), torch.cat),  # query, key and value
-    "last third": (  # the value alone: query and key have no effect
-        lambda tensor: tensor.chunk(3)[2:],
-        lambda ours: torch.cat([torch.zeros_like(ours[0]), torch.zeros_like(ours[0]), ours[0]]),
-    ),
-}
-
-
-def name_table(config: DetrisConfig) -> list[tuple[str, list[str], str]]:
-    """List every tensor of an official checkpoint as `(official name, our names, kind)`; `KINDS` has the kinds."""
-    registers = config.vision_config.model_type == "dinov2_with_registers"
-    return [
-        *_text_backbone(config.text_config.num_hidden_layers, config.text_adapter_layers),
-        *_vision_backbone(config.vision_config.num_hidden_layers, registers, config.vision_adapter_layers),
-        *_head(config),
-    ]
-
-
-def _to_ours(official: Mapping[str, torch.Tensor], table: Iterable[tuple]) -> dict[str, torch.Tensor]:
-    """Ours by name; views of the official tensors where possible."""
-    return {
-        our_name: ours
-        for name, our_names, kind in table
-        for our_name, ours in zip(our_names, KINDS[kind][0](official[name]), strict=True)
-    }
-
-
-def _to_official(ours: Mapping[str, torch.Tensor], table: Iterable[tuple]) -> dict[str, torch.Tensor]:
-    return {name: KINDS[kind][1]([ours[our_name] for our_name in our_names]) for name, our_names, kind in table}
+# --- weights ------------------------------------------------------------------------------------------------------
 
 
 def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -218,27 +91,106 @@ def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> P
         return model_class(config)
 
 
-def _check(official: Mapping[str, Any], expected: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
-    """Refuse tensors whose names or shapes are not those expected."""
-    missing, unexpected = sorted(expected.keys() - official.keys()), sorted(official.keys() - expected.keys())
-    unexpected = [name for name in unexpected if name != IGNORED]
+def _expected_tensors(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, table: Iterable[tuple]
+) -> dict[str, torch.Tensor]:
+    """Tensors of the model that has this configuration, without numbers, by our names in `table`."""
+    try:
+        tensors = _skeleton(model_class, config).state_dict()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        reason = cut(str(error).partition("\n")[0])
+        raise ValueError(f"No model can be made of this configuration ({reason}): look at its sizes.") from None
+    other = tensors.keys() ^ {name for _, names, _ in table for name in names}
+    if other:
+        raise ValueError(f"The official code has no model of this configuration: {min(other)} does not fit.")
+    return tensors
+
+
+def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The bare state dict of a DETRIS checkpoint; refuses those of other models by their names."""
+    tensors = bare_state_dict(official)
+    for model, beginnings in OTHER_MODELS.items():
+        if all(any(name.startswith(beginning) for name in tensors) for beginning in beginnings):
+            raise ValueError(f"This is a checkpoint {model}, none of an official DETRIS: give one of those.")
+    return _plain(tensors)
+
+
+def _plain(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Refuse by name what no size can be read from."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            kind = f"a {type(tensor).__name__}"
+        elif tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = "a sparse, nested or quantised tensor"
+        elif tensor.numel() == 0:
+            kind = "an empty tensor"
+        else:
+            continue
+        raise ValueError(f"{short(name)} is {kind}: save the model's state_dict alone, dense and not quantised.")
+    return tensors
+
+
+def _check_depths(config: DetrisConfig) -> None:
+    """Refuse more layers than a model has, before a name is made up for each and each is built."""
+    for field, depth in (
+        ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
+        ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
+        ("decoder_layers", config.decoder_layers),
+    ):
+        if depth > MAX_LAYERS:
+            raise ValueError(f"{field} is {short(depth)}: no DETRIS has more than {MAX_LAYERS}.")
+
+
+def _checked(
+    tensors: Mapping[str, torch.Tensor],
+    names: Iterable[str],
+    make_expected: Callable[[], Mapping[str, torch.Tensor]],
+    what: str,
+    remedy: str,
+) -> dict[str, torch.Tensor]:
+    """
+    Refuse tensors whose names, shapes or kinds of numbers are not those expected, and numbers that are none.
+
+    Args:
+        names: those expected; looked at before `make_expected`, which takes time and gives the shapes.
+
+    Returns:
+        The tensors by name, of the type that the model has, none of which shares memory with another.
+    """
+    names = set(names)
+    missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names - {IGNORED})
     if missing or unexpected:
         raise ValueError(
             f"{what}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} "
-            f"are too many ({', '.join(map(str, unexpected[:3])) or 'none'}). {remedy}"
+            f"are too many ({cut(', '.join(unexpected[:3])) or 'none'}). {remedy}"
         )
-    wrong = [name for name, tensor in expected.items() if official[name].shape != tensor.shape]
+    expected = make_expected()
+    wrong = [name for name, tensor in expected.items() if tensors[name].shape != tensor.shape]
     if wrong:
         name = wrong[0]
         raise ValueError(
             f"{what}: {len(wrong)} tensors have another shape than expected, such as {name} with "
-            f"{tuple(official[name].shape)} instead of {tuple(expected[name].shape)}. {remedy}"
+            f"{tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}. {remedy}"
         )
-
-
-def _state_dict_of(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The bare state dict of a training checkpoint, without the `module.` of (Distributed)DataParallel."""
-    return {name.removeprefix("module."): tensor for name, tensor in official.get("state_dict", official).items()}
+    checked, storages = {}, set()
+    for name, tensor in expected.items():
+        given = tensors[name]
+        if given.dtype not in STORED_AS[tensor.dtype]:
+            raise ValueError(f"{what}: {name} has numbers of type {given.dtype} instead of {tensor.dtype}. {remedy}")
+        given = given.to(tensor.dtype).contiguous()
+        if not given.is_meta:
+            lowest, highest = given.aminmax()
+            if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+                raise ValueError(f"{what}: {name} holds numbers that are NaN or infinite. {remedy}")
+            if name.endswith("running_var") and lowest < 0:
+                raise ValueError(f"{what}: {name} holds variances below 0. {remedy}")
+            storage = given.untyped_storage().data_ptr()
+            given = given.clone() if storage in storages else given
+            storages.add(storage)
+        checked[name] = given
+    return checked
 
 
 def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dict[str, torch.Tensor]:
@@ -246,27 +198,40 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     Convert an official state dict to one that `DetrisForReferringSegmentation(config)` loads with `strict=True`.
 
     Args:
-        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`; names may carry
-            `module.` in front.
+        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`,
+            `"model_state_dict"` or `"model"`; names may carry `module.` and `_orig_mod.`.
         config: the configuration of the model to load.
 
     Returns:
-        `dict[str, torch.Tensor]` by our names. Tensors are views of the official ones where possible.
+        `dict[str, torch.Tensor]` by our names, in float32 whatever they were. Tensors are views of the official ones
+        where possible.
 
     Raises:
-        ValueError: if tensors are missing, too many or of another shape than in `config`; the message names them.
+        ValueError: if it is the checkpoint of another model, tensors are missing, too many, of another shape than in
+            `config` or not of plain numbers, or a number is NaN or infinite; the message names them.
     """
-    if len(config.feature_layers) + 1 != len(NECK_LEVELS):
-        raise ValueError(f"feature_layers is {config.feature_layers}: an official DETRIS has {len(NECK_LEVELS) - 1}.")
-    official, table = _state_dict_of(official), name_table(config)
-    expected = _to_official(_skeleton(DetrisForReferringSegmentation, config).state_dict(), table)
-    _check(
+    _require_official(config)
+    official = _official_tensors(official)
+    _check_depths(config)
+    table = name_table(config)
+    official = _checked(
         official,
-        expected,
+        [name for name, _, _ in table],
+        lambda: tensors_to_official(_expected_tensors(DetrisForReferringSegmentation, config, table), table),
         "The official checkpoint does not fit the configuration",
         "Get the file again, or give the configuration (--recipe) that it was trained with.",
     )
-    return _to_ours(official, table)
+    return tensors_to_ours(official, table)
+
+
+def _require_official(config: DetrisConfig) -> None:
+    """Refuse models of a kind that the official code does not have."""
+    if config.peft_method != "detris":
+        raise ValueError(f"peft_method is {config.peft_method}: the official code has adapters of DETRIS only.")
+    if len(config.feature_layers) + 1 != len(NECK_LEVELS):
+        raise ValueError(
+            f"feature_layers is {list(config.feature_layers)}: an official DETRIS has {len(NECK_LEVELS) - 1}."
+        )
 
 
 def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
@@ -280,49 +245,26 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
         config: its configuration.
 
     Returns:
-        `dict[str, torch.Tensor]` by official names, without `module.` in front.
+        `dict[str, torch.Tensor]` by official names, without `module.` in front, in float32.
+
+    Raises:
+        ValueError: if the official code has no such model, tensors do not fit `config`, or a number is NaN or
+            infinite; the message names them.
     """
-    return _to_official(state_dict, name_table(config)) | {IGNORED: torch.tensor(0.0)}
+    _require_official(config)
+    _check_depths(config)
+    table = name_table(config)
+    checked = _checked(
+        _plain(state_dict),
+        [name for _, names, _ in table for name in names],
+        lambda: _expected_tensors(DetrisForReferringSegmentation, config, table),
+        "The weights do not fit the configuration",
+        "Save or download them again.",
+    )
+    return tensors_to_official(checked, table) | {IGNORED: torch.tensor(0.0)}
 
 
 # --- recognition --------------------------------------------------------------------------------------------------
-
-
-def _layers(names: Iterable[str], pattern: str) -> list[int]:
-    """The numbers that `pattern` finds in `names`, each once, in order."""
-    return sorted({int(match[1]) for match in map(re.compile(pattern).match, names) if match})
-
-
-def _vision_config(tensors: Mapping[str, torch.Tensor]) -> Dinov2Config | Dinov2WithRegistersConfig:
-    width, _, patch_size, _ = tensors["dinov2.patch_embed.proj.weight"].shape
-    grid_size = round((tensors["dinov2.pos_embed"].shape[1] - 1) ** 0.5)
-    fields = {
-        "hidden_size": width,
-        "num_hidden_layers": len(_layers(tensors, r"dinov2\.blocks\.(\d+)\.")),
-        "num_attention_heads": max(width // HEAD_WIDTH, 1),
-        "mlp_ratio": tensors["dinov2.blocks.0.mlp.fc1.weight"].shape[0] // width,
-        "image_size": grid_size * patch_size,
-        "patch_size": patch_size,
-    }
-    registers = tensors.get("dinov2.register_tokens")
-    if registers is None:
-        return Dinov2Config(**fields)
-    return Dinov2WithRegistersConfig(**fields, num_register_tokens=registers.shape[1])
-
-
-def _text_config(tensors: Mapping[str, torch.Tensor]) -> CLIPTextConfig:
-    vocabulary_size, width = tensors["txt_backbone.token_embedding.weight"].shape
-    return CLIPTextConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=width,
-        intermediate_size=tensors["txt_backbone.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        projection_dim=tensors["txt_backbone.text_projection"].shape[1],
-        num_hidden_layers=len(_layers(tensors, r"txt_backbone\.transformer\.resblocks\.(\d+)\.")),
-        num_attention_heads=max(width // HEAD_WIDTH, 1),
-        max_position_embeddings=tensors["txt_backbone.positional_embedding"].shape[0],
-        bos_token_id=vocabulary_size - 2,
-        eos_token_id=vocabulary_size - 1,
-    )
 
 
 def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
@@ -335,140 +277,98 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
             `text_config` as mappings of the fields that differ.
 
     Raises:
-        ValueError: if a tensor is missing or misshapen that the configuration is read from, or its sizes cannot be.
+        ValueError: if it is the checkpoint of another model, a tensor is missing or misshapen that the configuration
+            is read from, or sizes or fields cannot be.
     """
     DetrisConfig.refuse_unknown(fields)
-    official = _state_dict_of(official)
-    vision_layer, text_layer = r"dinov2\.blocks\.(\d+)\.", r"txt_backbone\.transformer\.resblocks\.(\d+)\."
+    official = _official_tensors(official)
+    vision, text = "dinov2.blocks", "txt_backbone.transformer.resblocks"
     try:
-        backbones = {"vision_config": _vision_config(official), "text_config": _text_config(official)}
+        backbones = {"vision_config": read_vision_config(official), "text_config": read_text_config(official)}
         depth = backbones["vision_config"].num_hidden_layers
         recognized = {
-            "vision_adapter_layers": _layers(official, vision_layer + "adapter"),
-            "text_adapter_layers": _layers(official, text_layer + "adapter"),
             "feature_layers": [depth // 3, 2 * depth // 3],  # as in all official recipes
-            "decoder_dim": official["neck.txt_proj.weight"].shape[0],
-            "decoder_layers": len(_layers(official, r"decoder\.layers\.(\d+)\.")),
-            "decoder_ffn_dim": official["decoder.layers.0.ffn.0.weight"].shape[0],
+            "decoder_dim": shape_of(official, "neck.txt_proj.weight", 2)[0],
+            "decoder_layers": depth_of(official, "decoder.layers"),
+            "decoder_ffn_dim": shape_of(official, "decoder.layers.0.ffn.0.weight", 2)[0],
         }
-        if recognized["vision_adapter_layers"]:
-            adapter = f"dinov2.blocks.{recognized['vision_adapter_layers'][0]}.adapter"
-            recognized["vision_adapter_dim"] = official[f"{adapter}.D_fc1.weight"].shape[0]
-            recognized["aligner_attention_dim"] = official[f"{adapter}.cross.image_proj.weight"].shape[0]
-        if recognized["text_adapter_layers"]:
-            adapter = f"txt_backbone.transformer.resblocks.{recognized['text_adapter_layers'][0]}.adapter"
-            recognized["text_adapter_dim"] = official[f"{adapter}.D_fc1.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"There is no tensor {error}: it is no whole official DETRIS, get the file again.") from None
-    except (ValueError, IndexError):  # a shape has too few or too many sides to take sizes from
-        raise ValueError(
-            "Tensors that tell the sizes have no shape of an official DETRIS: get the file again."
-        ) from None
+        for side, layers in (("vision", vision), ("text", text)):
+            adapted = sorted(map(int, numbers_in(official, rf"{re.escape(layers)}\.(\d+)\.adapter\.")))
+            recognized[f"{side}_adapter_layers"] = adapted
+            if adapted:
+                adapter = f"{layers}.{adapted[0]}.adapter"
+                recognized[f"{side}_adapter_dim"] = shape_of(official, f"{adapter}.D_fc1.weight", 2)[0]
+                if side == "vision":
+                    width = shape_of(official, f"{adapter}.cross.image_proj.weight", 2)[0]
+                    recognized["aligner_attention_dim"] = width
+    except ValueError as error:
+        raise ValueError(f"{error} It is no whole official DETRIS: get the file again.") from None
     for name, config in backbones.items():
-        backbones[name] = type(config).from_dict(config.to_dict() | fields.pop(name, {}))
-    return DetrisConfig(**backbones, **recognized | fields)
+        backbones[name] = _changed(config, name, fields.pop(name, {}))
+    return _made(DetrisConfig, "model_config", backbones | recognized | fields)
+
+
+def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConfig:
+    """The configuration with some fields as a recipe has them."""
+    known = {field.name for field in dataclasses.fields(config)}
+    if not isinstance(fields, Mapping) or not fields.keys() <= known | {"model_type"}:
+        raise ValueError(f"{name} is {short(fields)}: give a mapping of fields that {type(config).__name__} has.")
+    for field in ("model_type", "num_hidden_layers"):
+        found = getattr(config, field)
+        if fields.get(field, found) != found:
+            raise ValueError(f"{name}.{field} is {short(fields[field])}, but the checkpoint has {found}.")
+    return _made(type(config), name, config.to_dict() | fields)
+
+
+def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}.{field} is {value}: give a finite number.")
+    try:
+        return config_class(**fields)
+    except ValueError:
+        raise
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{name} has a field of a wrong type: {cut(' '.join(str(error).split()))}") from None
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """
-    Read a PyTorch checkpoint from strangers: tensors, numbers, strings and plain containers, nothing that could run.
-
-    Returns:
-        The state dict, also out of a training checkpoint; tensors stay in the file until they are used.
-
-    Raises:
-        OSError: if the file is missing or damaged.
-        ValueError: if it is no PyTorch checkpoint or holds what could run.
-    """
-    path = Path(path)
-    whole = zipfile.is_zipfile(path)  # older checkpoints are no archives, and cannot be mapped
-    if whole:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch does not look at the checksums of what it maps
-                raise OSError(f"{path} is damaged: copy or download it again.")
-        if _is_torchscript(path):
-            raise ValueError(f"{path} is TorchScript, such as CLIP's original file, and no checkpoint of a DETRIS.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: give the path of a checkpoint.") from None
-    except Exception as error:  # whatever a broken part of the file means
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            raise ValueError(
-                f"{path} asks for {asked[1]}, which is neither a tensor nor a plain container; nothing in it was run: "
-                "get the file from those who published it, or save its state_dict alone."
-            ) from None
-        with open(path, "rb") as file:
-            archive = file.read(2) == b"PK"
-        if archive:
-            raise OSError(f"{path} is cut short or damaged: copy or download it again.") from None
-        raise ValueError(f"{path} is no PyTorch checkpoint: give a .pth file that torch.save wrote.") from None
-    tensors = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
-    ):
-        raise ValueError(
-            f"{path} holds no state dict, neither by itself nor as 'state_dict': give a model's checkpoint."
-        )
-    return _state_dict_of(tensors)
-
-
 def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersModel:
     """
-    Read a file of the DINOv2 release, such as `dinov2_vitb14_reg4_pretrain.pth`.
+    Read a file of the DINOv2 release, such as `dinov2_vitb14_reg4_pretrain.pth`, in float32; nothing in it is run.
 
     Raises:
-        OSError: if the file is missing or damaged.
-        ValueError: if it is no such file.
+        OSError: if the file is missing, no regular file or damaged.
+        ValueError: if it is no such file, or a number is NaN or infinite.
     """
 
     def table(config):
-        return _vision_backbone(config.num_hidden_layers, isinstance(config, Dinov2WithRegistersConfig))
+        return vision_backbone_table(config.num_hidden_layers, isinstance(config, Dinov2WithRegistersConfig))
 
-    tensors = {f"dinov2.{name}": tensor for name, tensor in read_checkpoint(path).items()}
-    return _build(tensors, _vision_config, table, f"{path} is no DINOv2 of size small, base or large")
+    tensors = {f"dinov2.{name}": tensor for name, tensor in read_tensors(path).items()}
+    return _build(tensors, read_vision_config, table, f"{path} is no DINOv2 of size small, base or large")
 
 
 def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
     """
-    Read the text tower of a CLIP by OpenAI, such as `ViT-B-16.pt`: TorchScript as published, or a state dict.
-
-    TorchScript may run code of its own when it is loaded: take such a file from OpenAI, not from strangers.
+    Read the text tower of a CLIP by OpenAI, such as `ViT-B-16.pt`, in float32: TorchScript as published, or a state
+    dict. Nothing in it is run.
 
     Raises:
-        OSError: if the file is missing or damaged.
-        ValueError: if it is no such file.
+        OSError: if the file is missing, no regular file or damaged.
+        ValueError: if it is no such file, or a number is NaN or infinite.
     """
 
     def table(config):
-        return _text_backbone(config.num_hidden_layers)
+        return text_backbone_table(config.num_hidden_layers)
 
-    tensors = _read_torchscript(path) if _is_torchscript(path) else read_checkpoint(path)
     others = ("visual.", "input_resolution", "context_length", "vocab_size")  # the image tower and loose numbers
     tensors = {
-        f"txt_backbone.{name}": tensor.float() for name, tensor in tensors.items() if not name.startswith(others)
+        f"txt_backbone.{name}": tensor for name, tensor in read_tensors(path).items() if not name.startswith(others)
     }
-    return _build(tensors, _text_config, table, f"{path} is no CLIP by OpenAI")
-
-
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_torchscript(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    with warnings.catch_warnings():  # TorchScript is deprecated, but it is what was published
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError:
-            raise OSError(f"{path} is damaged: copy or download it again.") from None
+    return _build(tensors, read_text_config, table, f"{path} is no CLIP by OpenAI")
 
 
 def _build(
@@ -477,16 +377,24 @@ def _build(
     """A backbone from tensors by their names in an official DETRIS."""
     remedy = "Give the file as its authors published it."
     try:
-        config = make_config(official)
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{what}: tensors that tell its sizes are missing or misshapen. {remedy}") from None
+        config = make_config(_plain(official))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error} {remedy}") from None
     model_class = BACKBONES[type(config)]
     table = [
         (name, [our_name.removeprefix("vision_model.") for our_name in our_names], kind)
         for name, our_names, kind in make_table(config)
     ]
-    _check(official, _to_official(_skeleton(model_class, config).state_dict(), table), what, remedy)
-    return model_class.from_pretrained(None, config=config, state_dict=_to_ours(official, table), dtype=torch.float32)
+    official = _checked(
+        official,
+        [name for name, _, _ in table],
+        lambda: tensors_to_official(_expected_tensors(model_class, config, table), table),
+        what,
+        remedy,
+    )
+    return model_class.from_pretrained(
+        None, config=config, state_dict=tensors_to_ours(official, table), dtype=torch.float32
+    )
 
 
 def from_official(
@@ -508,21 +416,21 @@ def from_official(
 
     Raises:
         OSError: if a file or folder is missing, damaged or in the way.
-        ValueError: if the checkpoint is not a whole official DETRIS.
+        ValueError: if the checkpoint is not a whole official DETRIS, or the tokenizer does not fit it.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
-    official = read_checkpoint(checkpoint)
+    official = read_tensors(checkpoint)
     try:
         config = recognize_config(official, **fields)
+        processor = _make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     model = _skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
-    processor = DetrisProcessor.from_config(config, CLIPTokenizer.from_pretrained(tokenizer))
-    origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout; no number was changed."
+    origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
     card = make_model_card(config, output_dir.name, origin, dataset)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
@@ -533,17 +441,46 @@ def from_official(
         folder.rename(output_dir)
 
 
+def _make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+    _require_regular_files(tokenizer_name)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)
+    except MemoryError:
+        raise
+    except Exception as error:  # `tokenizers` raises no other for broken files
+        reason = cut(" ".join(str(error).split()))
+        raise OSError(
+            f"The tokenizer {tokenizer_name} cannot be read ({reason}): give the Hub id or folder of CLIP's."
+        ) from error
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {tokenizer_name} has {len(tokenizer)} symbols, but the text backbone reads "
+            f"{config.text_config.vocab_size}: give the tokenizer that belongs to it."
+        )
+    return DetrisProcessor.from_config(config, tokenizer)
+
+
+def _require_regular_files(folder: str | os.PathLike) -> None:
+    """Refuse a folder with pipes or devices in it, which those who read it would open; a Hub id is left to them."""
+    for path in Path(folder).iterdir() if os.path.isdir(folder) else [Path(folder)]:
+        if os.path.exists(path) and not path.is_dir():
+            require_file(path, "a regular file in its place")
+
+
 def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> None:
     """
     Write a saved DETRIS as a checkpoint that the official test script loads; the file appears when it is whole.
 
     Raises:
         OSError: if the folder cannot be read, or the file is there already.
-        ValueError: if the model is of a kind that the official code does not have.
+        ValueError: if the model is of a kind that the official code does not have, or a number is NaN or infinite.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists: name a file that does not.")
+    weights = Path(folder) / SAFE_WEIGHTS_NAME
+    require_file(weights, "a whole DETRIS, saved as a folder in one piece")
+    _require_regular_files(folder)
     config = DetrisConfig.from_pretrained(folder)
     if "lora" in config.peft_method:
         raise ValueError(
@@ -556,10 +493,14 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
             f"{folder} has a backbone of type {config.vision_config.model_type} and {len(config.feature_layers)} "
             f"feature_layers: the official code has registers and {len(NECK_LEVELS) - 1} feature layers only."
         )
-    tensors = load_file(Path(folder) / SAFE_WEIGHTS_NAME)  # which maps the file: a model would copy it
-    expected = _skeleton(DetrisForReferringSegmentation, config).state_dict()
-    _check(tensors, expected, f"{folder} does not fit its config.json", "Save or download it again.")
-    official = convert_to_official(tensors, config)
+    try:
+        tensors = load_file(weights)  # which maps the file: a model would copy it
+    except SafetensorError as error:
+        raise OSError(f"{weights} is cut short or damaged ({cut(error)}): save or download it again.") from None
+    try:
+        official = convert_to_official(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}-") as scratch:
         # Its names are those of DataParallel, under which the official code trains and tests.
@@ -568,12 +509,20 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    require_file(path, "a file such as those in configs/")
+    with open(path, "rb") as file:
+        content = file.read(MAX_RECIPE + 1)
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+        recipe = yaml.safe_load(content.decode()) if len(content) <= MAX_RECIPE else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
         raise ValueError(f"{path} is no recipe: give a file such as those in configs/.")
+    for name, kind in (("dataset", str), ("image_size", int), ("max_text_length", int)):
+        if recipe.get(name) is not None and type(recipe[name]) is not kind:
+            raise ValueError(f"{path}: {name} is {short(recipe[name])}, but it must be of type {kind.__name__}.")
+    if not all(isinstance(name, str) for name in recipe.get("model_config", {})):
+        raise ValueError(f"{path}: model_config names its fields by text only.")
     return recipe
 
 
@@ -592,20 +541,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default=CLIP_TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
     arguments = parser.parse_args(argv)
     if arguments.to_official:
+        for name in ("dataset", "max_text_length", "recipe", "image_size"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--{name} has no effect with --to-official, which takes all from the folder: leave it."
+                )
         to_official(arguments.source, arguments.output)
         return
     recipe = _read_recipe(Path(arguments.recipe)) if arguments.recipe else {}
     dataset = arguments.dataset or recipe.get("dataset")
-    recipe["max_text_length"] = (
-        arguments.max_text_length or TEXT_LENGTHS.get(arguments.dataset) or recipe.get("max_text_length")
-    )
-    if recipe["max_text_length"] is None and not arguments.recipe:  # a recipe that says nothing has the default
+    if arguments.max_text_length is not None:
+        recipe["max_text_length"] = arguments.max_text_length
+    elif arguments.dataset in TEXT_LENGTHS:
+        recipe["max_text_length"] = TEXT_LENGTHS[arguments.dataset]
+    if recipe.get("max_text_length") is None and not arguments.recipe:  # a recipe that says nothing has the default
         raise ValueError(
             f"A checkpoint does not tell how long phrases are, and dataset is {dataset!r}: give --dataset as one of "
             f"{', '.join(TEXT_LENGTHS)}, or --max_text_length, or --recipe."
         )
-    recipe["image_size"] = arguments.image_size or recipe.get("image_size")
-    sizes = {name: recipe[name] for name in ("image_size", "max_text_length") if recipe[name] is not None}
+    if arguments.image_size is not None:
+        recipe["image_size"] = arguments.image_size
+    sizes = {name: recipe[name] for name in ("image_size", "max_text_length") if recipe.get(name) is not None}
     fields = recipe.get("model_config", {}) | sizes
     from_official(arguments.source, arguments.output, arguments.tokenizer, dataset or "", **fields)
 

@@ -132,7 +132,7 @@ PLAIN_OPCODES = set(
 )
 
 
-class _PlainUnpickler(pickle._Unpickler):
+class PlainUnpickler(pickle._Unpickler):
     """Builds containers, strings and numbers; refuses by name everything a pickle would have to import.
 
     It is Python's own and not C's, which makes room for as many objects as the largest number that a pickle gives one:
@@ -160,7 +160,7 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
     copyreg.clear_extension_cache()  # objects cached there would be handed out without asking `find_class`
     with open(path, "rb") as file:
         try:
-            return _PlainUnpickler(file, encoding="latin1").load()
+            return PlainUnpickler(file, encoding="latin1").load()
         except Exception as error:  # a broken pickle raises whatever its broken part means
             reason = "it holds something else" if isinstance(error, KeyError) else cut(error)  # of opcodes
             raise ValueError(

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +14,32 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from test_checkpoint_files import Written
 from tiny_models import official_config, official_figures, official_inputs, official_weights
 from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTokenizer,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from configuration_detris import DetrisConfig
-from convert_detris_checkpoint import convert_state_dict, main, name_table, recognize_config
+from convert_detris_checkpoint import (
+    convert_state_dict,
+    convert_to_official,
+    main,
+    name_table,
+    read_clip_text,
+    read_dinov2,
+    recognize_config,
+)
 from modeling_detris import DetrisForReferringSegmentation
 
 ROOT = Path(__file__).parents[1]
@@ -44,17 +57,19 @@ def converted(official):
     return convert_state_dict(official, official_config())
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_every_tensor_loads_from_any_wrapping(official, converted, prefix, wrapped):
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [(None, ""), ("state_dict", "module."), ("model", "_orig_mod."), ("model_state_dict", "module._orig_mod.")],
+)
+def test_every_tensor_loads_from_any_wrapping(official, converted, wrapper, prefix):
     checkpoint = {f"{prefix}{name}": tensor for name, tensor in official.items()}
-    if wrapped:
-        checkpoint = {"epoch": 3, "best_iou": 0.7, "optimizer": {"state": {}}, "state_dict": checkpoint}
+    if wrapper is not None:
+        checkpoint = {"epoch": 3, "best_iou": 0.7, "optimizer": {"state": {}}, wrapper: checkpoint}
     ours = convert_state_dict(checkpoint, official_config())
-    assert ours.keys() == converted.keys() and all(torch.equal(ours[name], converted[name]) for name in ours)
+    assert_all_equal(ours, converted)
     model = DetrisForReferringSegmentation(official_config())
     model.load_state_dict(ours, strict=True)
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
+    assert_all_equal(model.state_dict(), ours)
 
 
 def test_each_name_stands_in_the_table_once(official):
@@ -109,6 +124,101 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(official):
         convert_state_dict(official, config)
     with pytest.raises(ValueError, match="tensors are missing"):
         convert_state_dict({}, official_config())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_numbers_of_other_widths_become_float32(official, dtype):
+    narrow = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in official.items()}
+    ours = convert_state_dict(narrow, official_config())
+    again = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in narrow.items()}
+    theirs = convert_state_dict(again, official_config())
+    assert all(torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype for name, tensor in theirs.items())
+    back = convert_to_official(
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in ours.items()}, official_config()
+    )
+    assert_same_effect(again, back)
+    assert {tensor.dtype for tensor in back.values()} == {torch.float32, torch.int64}
+
+
+NOT_FINITE = [
+    ("neck.txt_proj.weight", float("nan"), "NaN or infinite"),
+    ("dinov2.blocks.1.adapter.D_fc2.bias", float("inf"), "NaN or infinite"),
+    ("txt_backbone.positional_embedding", float("-inf"), "NaN or infinite"),
+    ("neck.aggr.1.running_mean", float("nan"), "NaN or infinite"),
+    ("dinov2.blocks.3.adapter.dense_branch1.bn.running_var", float("inf"), "NaN or infinite"),
+    ("proj.vis.1.1.running_var", -0.5, "variances below 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "said"), NOT_FINITE)
+def test_numbers_that_are_none_are_refused_by_name_both_ways(official, converted, name, number, said):
+    spoiled = official[name].clone()
+    spoiled.view(-1)[-1] = number
+    with pytest.raises(ValueError, match=f" {re.escape(name)} holds .*{said}"):
+        convert_state_dict(official | {name: spoiled}, official_config())
+    our_name = next(names[-1] for theirs, names, _ in name_table(official_config()) if theirs == name)
+    spoiled = converted[our_name].clone()
+    spoiled.view(-1)[-1] = number
+    with pytest.raises(ValueError, match=f" {re.escape(our_name)} holds .*{said}"):
+        convert_to_official(converted | {our_name: spoiled}, official_config())
+
+
+def test_a_number_too_large_for_float32_is_refused(official):
+    name = "neck.txt_proj.weight"
+    wide = official[name].double()
+    wide[-1, -1] = 1e300
+    with pytest.raises(ValueError, match=f" {name} holds numbers that are NaN or infinite"):
+        convert_state_dict(official | {name: wide}, official_config())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda tensor: tensor.to_sparse(), "is a sparse, nested or quantised tensor"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is a sparse, nested or quantised"),
+        (lambda tensor: torch.nested.nested_tensor([tensor]), "is a sparse, nested or quantised tensor"),
+        (lambda tensor: {"weight": tensor}, "is a dict: save the model's state_dict alone"),
+        (lambda tensor: tensor.tolist(), "is a list: save"),
+        (lambda tensor: 0.5, "is a float: save"),
+        (lambda tensor: tensor[:, :0], "is an empty tensor"),
+        (lambda tensor: tensor.to(torch.complex64), "has numbers of type torch.complex64 instead of torch.float32"),
+        (lambda tensor: tensor.long(), "has numbers of type torch.int64 instead of torch.float32"),
+        (
+            lambda tensor: tensor.to(torch.float8_e5m2),
+            "has numbers of type torch.float8_e5m2 instead of torch.float32",
+        ),
+        (lambda tensor: tensor > 0, "has numbers of type torch.bool instead of torch.float32"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused_by_name(official, make, said):
+    name = "neck.f5_proj.0.weight"
+    with pytest.raises(ValueError, match=f"{re.escape(name)}'? {said}"):
+        convert_state_dict(official | {name: make(official[name])}, official_config())
+    with pytest.raises(
+        ValueError, match="num_batches_tracked has numbers of type torch.float32 instead of torch.int64"
+    ):
+        convert_state_dict(official | {"neck.aggr.1.num_batches_tracked": torch.tensor(0.0)}, official_config())
+
+
+OTHERS = {  # names of their checkpoints, as their code makes them
+    "of CRIS, none of": ["backbone.visual.conv1.weight", "backbone.token_embedding.weight", "neck.txt_proj.0.weight"],
+    "of ETRIS, none of": ["backbone.visual.conv1.weight", "bridger.fusion_v.0.weight", "neck.txt_proj.0.weight"],
+    "of CLIP alone": ["visual.conv1.weight", "token_embedding.weight", "transformer.resblocks.0.ln_1.weight"],
+    "of DINOv2 alone": ["cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"],
+    "in the layout of this project already": ["vision_model.layernorm.weight", "text_model.final_layer_norm.weight"],
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_checkpoints_of_other_models_are_named(tmp_path, model):
+    checkpoint = {"epoch": 3, "state_dict": {f"module.{name}": torch.ones(2, 2) for name in OTHERS[model]}}
+    for read in (recognize_config, lambda official: convert_state_dict(official, official_config())):
+        with pytest.raises(ValueError, match=f"a checkpoint {model}"):
+            read(checkpoint)
+    torch.save(checkpoint, tmp_path / "best_model.pth")
+    with pytest.raises(ValueError, match=f"best_model.pth: This is a checkpoint {model}.*: give"):
+        main([str(tmp_path / "best_model.pth"), str(tmp_path / "model"), "--dataset", "refcoco/unc"])
 
 
 LARGE = {
@@ -168,6 +278,55 @@ def test_released_recipes_are_recognized(name):
         for config in (recognize_config(checkpoint), DetrisConfig(**RELEASED_RECIPES[name]))
     )
     assert recognized == expected
+
+
+@pytest.fixture
+def in_time():
+    """Whatever takes over ten seconds fails, also what waits for a pipe."""
+
+    def stop(*_):
+        raise AssertionError("it took over ten seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+NUMBERED = {
+    "dinov2.blocks": "norm1.weight",
+    "txt_backbone.transformer.resblocks": "ln_1.weight",
+    "decoder.layers": "norm1.weight",
+}
+
+
+@pytest.mark.parametrize("modules", NUMBERED)
+def test_layers_are_counted_before_any_is_built(official, in_time, modules):
+    leaf, one = NUMBERED[modules], torch.ones(1)
+    many = official | {f"{modules}.{index}.{leaf}": one for index in range(20_000)}
+    with pytest.raises(ValueError, match=f"There are 20000 {re.escape(modules)}, but at most 256"):
+        recognize_config(many)
+    with pytest.raises(ValueError, match=r"\d+ are too many"):
+        convert_state_dict(many, official_config())
+    for number in ("999999", "9" * 5000, "007", "\u0664"):
+        with pytest.raises(ValueError, match=f"{re.escape(modules)} are not numbered from 0 to"):
+            recognize_config(official | {f"{modules}.{number}.{leaf}": one})
+    for number in ("999999", "9" * 5000):
+        with pytest.raises(ValueError, match="are too many"):
+            convert_state_dict(official | {f"{modules}.{number}.{leaf}": one}, official_config())
+
+
+@pytest.mark.parametrize("field", ["vision_config", "text_config", "decoder_layers"])
+def test_a_configuration_of_more_layers_than_any_model_has_is_refused(official, converted, in_time, field):
+    config = official_config()
+    if field == "decoder_layers":
+        config.decoder_layers = 10**9
+    else:
+        getattr(config, field).num_hidden_layers = 10**9
+    for convert, tensors in ((convert_state_dict, official), (convert_to_official, converted)):
+        with pytest.raises(ValueError, match=f"{field}.* is 1000000000: no DETRIS has more than 256"):
+            convert(tensors, config)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -247,16 +406,20 @@ def assert_same_effect(official, again):
 
 
 @pytest.fixture
-def convert_tiny(official, tiny_tokenizer, tmp_path):
+def convert_tiny(official, tmp_path):
     """A function that converts a tiny checkpoint, or the file it is given, and returns the folder."""
-    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    letters = list(bytes_to_unicode().values())
+    symbols = letters + [f"{letter}</w>" for letter in letters[:254]] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
+    assert len(tokenizer) == 512  # as many as the tiny model reads
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     checkpoint = tmp_path / "best_model.pth"
 
-    def convert(content=None, **options):
+    def convert(content=None, arguments=(), **options):
         if content is not None:
             torch.save(content, checkpoint, **options)
-        main([str(checkpoint), str(tmp_path / "model")] + tiny_arguments)
+        main([str(checkpoint), str(tmp_path / "model"), *tiny_arguments, *arguments])
         return tmp_path / "model"
 
     tiny_arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--tokenizer", str(tmp_path / "tokenizer")]
@@ -334,13 +497,13 @@ class Hostile:
             OSError,
             "cut short or damaged",
         ),
-        (lambda weights, path: (torch.save(weights, path), flip(path)), OSError, "best_model.pth is damaged: copy"),
+        (lambda weights, path: (torch.save(weights, path), flip(path)), OSError, "cut short or damaged .*copy"),
         (
             lambda weights, path: torch.jit.script(Holder({"a.b": torch.ones(1)})).save(path),
             ValueError,
-            "is TorchScript, such as CLIP's original file",
+            "There is no tensor 'dinov2.patch_embed.proj.weight'",
         ),
-        (lambda weights, path: path.write_text("not found"), ValueError, "no PyTorch checkpoint: give"),
+        (lambda weights, path: path.write_text("not found"), ValueError, r"no PyTorch checkpoint \(.*\): give"),
         (lambda weights, path: torch.save(weights | {"x": Hostile()}, path), ValueError, "posix.system.*nothing.*run"),
         (lambda weights, path: torch.save([1, 2], path), ValueError, "holds no state dict.*give a model's"),
         (
@@ -356,7 +519,7 @@ class Hostile:
         (
             lambda weights, path: torch.save(weights | {"dinov2.pos_embed": torch.zeros(7)}, path),
             ValueError,
-            "best_model.pth: Tensors that tell the sizes have no shape of an official DETRIS",
+            r"best_model.pth: dinov2.pos_embed has the shape \(7,\), which tells no sizes. It is no whole",
         ),
         (
             lambda weights, path: torch.save(weights | {"neck.txt_proj.weight": torch.zeros(7, 512)}, path),
@@ -400,13 +563,189 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
         ("model_config: [1]", "recipe.yaml is no recipe"),
         ("model_config: {vision_adapter_layer: [1]}", r"\['vision_adapter_layer'\] are no fields of DetrisConfig"),
         ("model_config: {feature_layers: [1]}", r"feature_layers is \[1\]: an official DETRIS has 2"),
+        ("just text", "recipe.yaml is no recipe"),
+        ("3", "recipe.yaml is no recipe"),
+        ("\udcff", "recipe.yaml is no recipe"),
+        ("a: " + "9" * 5000, "recipe.yaml is no recipe"),
+        ("[" * 5000, "recipe.yaml is no recipe"),
+        ("a: b\n" * 50_000, "recipe.yaml is no recipe"),
+        ("!!python/object/apply:os.system ['touch written']", "recipe.yaml is no recipe"),
+        ("model_config: {1: 2}", "model_config names its fields by text only"),
+        ("image_size: large", "image_size is 'large', but it must be of type int"),
+        ("image_size: [112]", r"image_size is \[112\], but it must be of type int"),
+        ("image_size: true", "image_size is True, but it must be of type int"),
+        ("image_size: 112.5", "image_size is 112.5, but it must be of type int"),
+        ("max_text_length: .nan", "max_text_length is nan, but it must be of type int"),
+        ("max_text_length: 0", "max_text_length is 0: it must lie between 2 and"),
+        ("dataset: [refcoco/unc]", r"dataset is \['refcoco/unc'\], but it must be of type str"),
+        ("model_config: {decoder_layers: many}", "model_config has a field of a wrong type: .*'decoder_layers'"),
+        ("model_config: {decoder_layers: 1000000000}", "decoder_layers is 1000000000: no DETRIS has more"),
+        ("model_config: {adapter_scale: .nan}", "model_config.adapter_scale is nan: give a finite number"),
+        ("model_config: {feature_layers: all}", "model_config has a field of a wrong type: .*'feature_layers'"),
+        ("model_config: {vision_config: base}", "vision_config is 'base': give a mapping of fields"),
+        ("model_config: {vision_config: {num_atention_heads: 4}}", "give a mapping of fields that Dinov2With"),
+        ("model_config: {vision_config: {num_attention_heads: four}}", "vision_config has a field of a wrong type"),
+        ("model_config: {vision_config: {num_attention_heads: 0}}", "No model can be made of this configuration"),
+        (
+            "model_config: {vision_config: {layer_norm_eps: .inf}}",
+            "vision_config.layer_norm_eps is inf: give a finite",
+        ),
+        ("model_config: {vision_config: {num_hidden_layers: 1000000000}}", "but the checkpoint has 4"),
+        ("model_config: {vision_config: {model_type: dinov2}}", "is 'dinov2', but the checkpoint has dinov2_with_reg"),
+        ("model_config: {vision_config: {hidden_act: text}}", "No model can be made of this configuration"),
+        ("model_config: {text_config: {projection_dim: [1]}}", "text_config has a field of a wrong type"),
     ],
 )
-def test_what_is_no_recipe_is_refused(official, convert_tiny, tmp_path, content, message):
-    (tmp_path / "recipe.yaml").write_text(content)
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_recipe_is_refused(official, convert_tiny, tmp_path, monkeypatch, in_time, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(content.encode(errors="surrogateescape"))
+    torch.save(official, convert_tiny.checkpoint)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_tiny(arguments=["--dataset", "refcoco/unc"] if "max_text_length" not in content else [])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_sizes_of_zero_are_not_taken_for_none_given(official, convert_tiny, tmp_path):
+    torch.save(official, convert_tiny.checkpoint)
+    for argument, message in (
+        ("--max_text_length", "max_text_length is 0: it must"),
+        ("--image_size", "image_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_tiny(arguments=[argument, "0"])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tokenizer_of_more_symbols_than_the_checkpoint_reads_is_refused(
+    official, convert_tiny, tiny_tokenizer, tmp_path
+):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer has 517 symbols, but the text backbone reads 512: give"):
         convert_tiny(official)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "tokenizer"),
+        ({"tokenizer.json": "{"}, "The tokenizer .* cannot be read .*: give the Hub id or folder of CLIP's"),
+        ({"tokenizer_config.json": "{"}, "The tokenizer .* cannot be read .*: give the Hub id or folder of CLIP's"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "The tokenizer .* cannot be read .*: give the Hub id or folder"),
+        ({"tokenizer.json": '{"model": {"type": "BPE"}}'}, "The tokenizer .* cannot be read .*: give the Hub id or"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(official, convert_tiny, tmp_path, files, message):
+    torch.save(official, convert_tiny.checkpoint)
+    (tmp_path / "other").mkdir()
+    for name, text in files.items():
+        (tmp_path / "other" / name).write_text(text)
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        convert_tiny(arguments=["--tokenizer", str(tmp_path / "other")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
+def test_pipes_and_devices_are_not_read(official, convert_tiny, tmp_path, in_time):
+    torch.save(official, convert_tiny.checkpoint)
+    folder = convert_tiny()
+    checkpoint, pipe, out = str(convert_tiny.checkpoint), str(tmp_path / "pipe"), str(tmp_path / "out")
+    os.mkfifo(pipe)
+    for given in (pipe, "/dev/zero", str(tmp_path)):
+        for arguments in (
+            [given, out, "--dataset", "refcoco/unc"],
+            [checkpoint, out, "--recipe", given],
+            [given, out, "--to-official"],
+        ):
+            with pytest.raises(OSError, match="is no regular file: give|model.safetensors does not exist: give"):
+                main(arguments)
+        for read in (read_dinov2, read_clip_text):
+            with pytest.raises(OSError, match="is no regular file: give"):
+                read(given)
+    for given in (pipe, "/dev/zero"):
+        with pytest.raises(OSError, match="is no regular file: give"):
+            main([checkpoint, out, "--dataset", "refcoco/unc", "--tokenizer", given])
+    for place, arguments in (
+        (tmp_path / "tokenizer" / "tokenizer.json", [checkpoint, out, "--tokenizer", str(tmp_path / "tokenizer")]),
+        (folder / "config.json", [str(folder), out, "--to-official"]),
+        (folder / "model.safetensors", [str(folder), out, "--to-official"]),
+    ):
+        place.unlink(missing_ok=True)
+        os.mkfifo(place)
+        with pytest.raises(OSError, match=f"{place.name} is no regular file: give"):
+            main([*arguments, *([] if "--to-official" in arguments else ["--dataset", "refcoco/unc"])])
+    assert not Path(out).exists()
+
+
+def test_tensors_that_share_memory_or_repeat_numbers_become_a_model_of_its_own(official, convert_tiny):
+    weights = dict(official)
+    weights["dinov2.blocks.1.norm1.weight"] = weights["dinov2.blocks.0.norm1.weight"]  # two names, one storage
+    weights["dinov2.norm.weight"] = weights["dinov2.blocks.0.norm1.weight"].flip(0)[:1].expand(64)
+    weights["txt_backbone.positional_embedding"] = torch.randn(512, 77).t()
+    shared = torch.randn(128)
+    weights["dinov2.blocks.2.ls1.gamma"], weights["dinov2.blocks.2.ls2.gamma"] = shared[:64], shared[32:96]
+    weights["dinov2.blocks.3.attn.qkv.bias"] = torch.ones(1).expand(192)
+    folder = convert_tiny(weights)
+    model = DetrisForReferringSegmentation.from_pretrained(folder)
+    expected = convert_state_dict({name: tensor.clone() for name, tensor in weights.items()}, official_config())
+    assert_all_equal(model.state_dict(), expected)
+    directly = convert_state_dict(weights, official_config())
+    assert_all_equal(directly, expected)
+    for number, tensor in enumerate(directly.values()):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(directly.values()))
+
+
+def assert_all_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def test_a_folder_that_is_no_whole_detris_is_refused_on_the_way_back(official, convert_tiny, tmp_path, in_time):
+    folder, out = convert_tiny(official), str(tmp_path / "again.pth")
+    config, weights = (folder / "config.json").read_text(), load_file(folder / "model.safetensors")
+
+    def refused(error, message):
+        with pytest.raises(error, match=message) as caught:
+            main([str(folder), out, "--to-official"])
+        assert "\n" not in str(caught.value) and not Path(out).exists()
+
+    name = "neck.aggregation.norm.running_mean"
+    save_file(weights | {name: weights[name] * float("nan")}, folder / "model.safetensors")
+    refused(ValueError, f"model: .* {name} holds numbers that are NaN or infinite")
+    save_file({n: t for n, t in weights.items() if n != name}, folder / "model.safetensors")
+    refused(ValueError, rf"model: .*1 tensors are missing \({name}\)")
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"decoder_layers": 10**8}))
+    refused(ValueError, "decoder_layers is 100000000: no DETRIS has more than 256")
+    (folder / "config.json").write_text(config)
+    os.truncate(folder / "model.safetensors", 1000)
+    refused(OSError, "model.safetensors is cut short or damaged")
+    (folder / "model.safetensors").unlink()
+    refused(OSError, "model.safetensors does not exist: give the path of a whole DETRIS")
+    with pytest.raises(ValueError, match="--dataset has no effect with --to-official"):
+        main([str(folder), out, "--to-official", "--dataset", "refcoco/unc"])
+
+
+def test_a_folder_in_bfloat16_goes_back_as_float32(official, convert_tiny, tmp_path):
+    folder = convert_tiny(official)
+    DetrisForReferringSegmentation.from_pretrained(folder).bfloat16().save_pretrained(tmp_path / "half")
+    main([str(tmp_path / "half"), str(tmp_path / "again.pth"), "--to-official"])
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["state_dict"]
+    half = {name: t.bfloat16().float() if t.is_floating_point() else t for name, t in official.items()}
+    assert_same_effect(half, {name.removeprefix("module."): tensor for name, tensor in again.items()})
+
+
+def test_memory_that_runs_out_is_told_as_that(official, monkeypatch):
+    for error in (MemoryError, torch.OutOfMemoryError):
+
+        def fail(*_, error=error):
+            raise error("out of memory")
+
+        monkeypatch.setattr("convert_detris_checkpoint._skeleton", fail)
+        with pytest.raises(error):
+            convert_state_dict(official, official_config())
 
 
 def test_what_is_there_is_not_written_over(official, convert_tiny, tmp_path):
@@ -438,6 +777,7 @@ def test_models_that_the_official_code_does_not_have_stay_here(tmp_path):
         feature_layers=[0, 1],
     )
     config.save_pretrained(tmp_path)
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="type dinov2 and 2 feature_layers: the official code has registers"):
         main([str(tmp_path), str(tmp_path / "official.pth"), "--to-official"])
 
@@ -623,11 +963,55 @@ def test_original_backbones_of_real_size_give_the_model_of_hugging_faces_folders
 def test_files_that_are_no_backbones_are_refused(tmp_path):
     save_originals(tmp_path, 64, 2, 128, 2)
     dinov2, clip = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
-    with pytest.raises(ValueError, match="clip.pth is no DINOv2 .* sizes are missing or misshapen. Give"):
+    with pytest.raises(ValueError, match="clip.pth is no DINOv2 .* no tensor 'dinov2.patch_embed.proj.weight'. Give"):
         DetrisForReferringSegmentation.from_backbones(str(tmp_path / "clip.pth"), clip, **SMALL_FIELDS)
-    with pytest.raises(ValueError, match="pretrain.pth is no CLIP by OpenAI: tensors .* missing"):
+    with pytest.raises(ValueError, match="pretrain.pth is no CLIP by OpenAI: There is no tensor 'txt_back"):
         DetrisForReferringSegmentation.from_backbones(dinov2, dinov2, **SMALL_FIELDS)
     weights = torch.load(dinov2)
     torch.save(weights | {"head.weight": torch.zeros(1)}, dinov2)
     with pytest.raises(ValueError, match=r"too many \(dinov2.head.weight\). Give the file"):
         DetrisForReferringSegmentation.from_backbones(dinov2, clip, **SMALL_FIELDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_original_backbones_of_half_width_are_read_as_float32(tmp_path, dtype):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    for name, read in (("dinov2_pretrain.pth", read_dinov2), ("clip.pth", read_clip_text)):
+        weights = torch.load(tmp_path / name)
+        narrow = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        torch.save({"model": narrow}, tmp_path / "narrow.pth")
+        torch.save({name: tensor.float() for name, tensor in narrow.items()}, tmp_path / "wide.pth")
+        ours, theirs = read(tmp_path / "narrow.pth").state_dict(), read(tmp_path / "wide.pth").state_dict()
+        assert_all_equal(ours, theirs)
+        assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+def test_numbers_of_original_backbones_that_are_none_are_refused_by_name(tmp_path):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    for name, read, tensor in (
+        ("dinov2_pretrain.pth", read_dinov2, "blocks.1.ls1.gamma"),
+        ("clip.pth", read_clip_text, "transformer.resblocks.0.ln_2.bias"),
+    ):
+        weights = torch.load(tmp_path / name)
+        weights[tensor][3] = float("inf")
+        torch.save(weights, tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"{name} is no .*{re.escape(tensor)} holds numbers that are NaN or infinite"
+        ):
+            read(tmp_path / name)
+
+
+def test_a_text_backbone_that_would_write_a_file_is_refused_wherever_it_is_named(tmp_path, monkeypatch):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Written()).save("hostile.pt")
+    fields = {name: value for name, value in SMALL_FIELDS.items()}
+    with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
+        DetrisForReferringSegmentation.from_backbones("vision", "hostile.pt", **fields)
+    DetrisForReferringSegmentation.from_backbones("vision", "clip", **fields).save_adapter("adapter")
+    config = json.loads(Path("adapter/config.json").read_text())
+    for place in ("text_backbone", "vision_backbone"):
+        Path("adapter/config.json").write_text(json.dumps(config | {place: str(tmp_path / "hostile.pt")}))
+        with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
+            DetrisForReferringSegmentation.from_pretrained("adapter")
+    assert not Path("written").exists()

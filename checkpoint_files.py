@@ -1,0 +1,523 @@
+"""PyTorch's files from strangers: the tensors of `torch.save` and of TorchScript, without running anything in them.
+
+`torch.jit.load` runs code of the file. `torch.load(weights_only=True)` does not, but believes the sizes that a file
+claims, and 200 bytes can keep it busy for ever. Here a pickle may name tensors and plain containers only, what they
+claim is compared with the file, and the file is mapped, so that tensors take memory when they are used.
+"""
+
+import io
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from data.refer import PlainUnpickler, cut, short
+
+MAX_PICKLE = 2**21  # bytes; a large DETRIS with an optimizer for every tensor has 820,000
+MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000 entries have 600,000
+MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
+MAX_DEPTH, MAX_MODULES = 64, 100_000  # of a TorchScript's modules in one another, and of all of them
+MAX_DIMENSIONS = 64  # torch has no more
+ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64, the older format does not
+# How many times its size a file's tensors may take, since some may share memory.
+SHARING = 2
+ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
+KEYS = (str, int, float, bool, type(None))  # hashing tuples in one another takes for ever
+MAX_KEY = 2**60  # Python's hashes of integers below differ: a dictionary of equal ones takes for ever
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
+}
+QUANTIZED = [dtype for name, dtype in STORAGES.items() if name.startswith("Q")]
+
+
+# --- what a pickle may ask for ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Function:
+    """What a pickle may call; nothing of the kind does more than to put its arguments together."""
+
+    call: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unread:
+    """What is no plain tensor, and is not needed as long as it is none of the weights."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StoredTensor:
+    storage: _Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ScriptClass:
+    module: str
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class _ScriptObject:
+    script_class: _ScriptClass
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def _dictionary(pairs: Iterable = ()) -> dict:
+    return _fill({}, pairs.items() if isinstance(pairs, dict) else pairs)
+
+
+def _fill(target: dict, pairs: Iterable) -> dict:
+    for key, value in pairs:
+        if type(key) not in KEYS or type(key) is int and not -MAX_KEY < key < MAX_KEY:
+            raise ValueError(f"it has a {type(key).__name__} {short(key)} as a dictionary's key")
+        target[key] = value
+    return target
+
+
+def _tensor_v2(storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None):
+    return _tensor_v3(storage, offset, shape, stride, requires_grad, hooks, storage.dtype, metadata)
+
+
+def _tensor_v3(storage, offset, shape, stride, requires_grad, hooks, dtype, metadata=None):
+    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor has no storage")
+    if metadata:
+        return _Unread("a conjugated or negated tensor")
+    if dtype in QUANTIZED:
+        return _Unread("a quantised tensor")
+    numbers = (offset, *shape, *stride)
+    if not len(shape) == len(stride) <= MAX_DIMENSIONS or not all(
+        type(number) is int and 0 <= number < 2**63 for number in numbers
+    ):
+        raise ValueError(f"a tensor has the shape {short(shape)}, strides {short(stride)} and offset {short(offset)}")
+    return _StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
+
+
+def _unread(kind: str) -> _Function:
+    return _Function(lambda *_: _Unread(kind))
+
+
+_FIRST = _Function(lambda first, *_: first)
+_DICTIONARY = _Function(_dictionary)
+FUNCTIONS = {
+    "collections.OrderedDict": _DICTIONARY,
+    "collections.Counter": _DICTIONARY,
+    "torch._utils._rebuild_tensor": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
+    "torch._utils._rebuild_parameter": _FIRST,
+    "torch._utils._rebuild_parameter_with_state": _FIRST,
+    "torch._utils._rebuild_sparse_tensor": _unread("a sparse tensor"),
+    "torch._utils._rebuild_qtensor": _unread("a quantised tensor"),
+    "torch._utils._rebuild_nested_tensor": _unread("a nested tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unread("a tensor without numbers"),
+    "torch.serialization._get_layout": _unread("a layout"),
+    "torch.Size": _FIRST,
+    "torch.device": _unread("a device"),
+    "torch.jit._pickle.restore_type_tag": _FIRST,
+    **{f"torch.jit._pickle.build_{kind}list": _FIRST for kind in ("int", "double", "bool", "tensor")},
+    "builtins.complex": _unread("a complex number"),
+    # NumPy's numbers, which training checkpoints hold as their best score.
+    "_codecs.encode": _unread("bytes"),
+    "numpy.dtype": _unread("a NumPy type"),
+    "numpy.core.multiarray.scalar": _unread("a NumPy number"),
+    "numpy._core.multiarray.scalar": _unread("a NumPy number"),
+}
+
+
+class _AskedFor(ValueError):
+    """A pickle names what it may not."""
+
+
+# Of the oldest protocol, which torch has never written: their keys and numbers may be any, so that all hash alike.
+OLDEST = {code[0] for code in (pickle.DICT, pickle.PUT, pickle.GET)}
+
+
+class _TensorUnpickler(PlainUnpickler):
+    """Builds containers, numbers, strings, and records of tensors that stay in the file."""
+
+    dispatch = {code: load for code, load in PlainUnpickler.dispatch.items() if code not in OLDEST} | {
+        code[0]: pickle._Unpickler.dispatch[code[0]]
+        for code in (pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    }
+
+    def __init__(self, file: io.BytesIO, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return _ScriptClass(module, name)
+        full_name = f"{module}.{name}"
+        if full_name in FUNCTIONS:
+            return FUNCTIONS[full_name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        if module == "torch" and isinstance(vars(torch).get(name), (torch.dtype, torch.qscheme)):
+            return vars(torch)[name]
+        raise _AskedFor(full_name)
+
+    def get_extension(self, code: int) -> NoReturn:
+        raise _AskedFor(f"the registered object {code}")
+
+    def persistent_load(self, key: Any) -> _Storage:
+        kind, dtype, name, _, numel, *view = key
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(name) is not str or any(view):
+            raise ValueError(f"it asks for the external object {short(key)}")
+        if type(numel) is not int or numel < 0:
+            raise ValueError(f"storage {short(name)} has {short(numel)} numbers")
+        storage = _Storage(name, dtype, numel)
+        self.storages.setdefault(name, storage)
+        return storage
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack[-1]
+        if isinstance(function, _ScriptClass):  # a named tuple
+            self.stack[-1] = _Unread("a tuple")
+        elif isinstance(function, _Function):
+            self.stack[-1] = function.call(*arguments)
+        else:
+            raise ValueError(f"it calls a {type(function).__name__}")
+
+    def load_newobj(self) -> None:
+        arguments, script_class = self.stack.pop(), self.stack.pop()
+        if not isinstance(script_class, _ScriptClass) or arguments != ():
+            raise ValueError(f"it makes an object of a {type(script_class).__name__}")
+        self.append(_ScriptObject(script_class))
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, _ScriptObject):
+            target.state = state
+        elif not isinstance(target, (dict, _Unread)):  # attributes of those are no matter
+            raise ValueError(f"it sets attributes of a {type(target).__name__}")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _set_items(self, items: list) -> None:
+        if type(self.stack[-1]) is not dict:
+            raise ValueError(f"it sets items of a {type(self.stack[-1]).__name__}")
+        _fill(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+
+
+def _unpickle(file: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
+    """What a pickle holds, and the storages that it asks for, by key."""
+    unpickler = _TensorUnpickler(file, encoding="utf-8")
+    try:
+        return unpickler.load(), unpickler.storages
+    except (MemoryError, _AskedFor, EOFError):
+        raise
+    except Exception as error:  # a broken pickle raises whatever its broken part means
+        raise ValueError(cut(error) if isinstance(error, ValueError) else type(error).__name__) from None
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file that refuses to read much at once: `zipfile` believes what an archive claims of its contents."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(MAX_READ + 1 if size is None or size < 0 or size > MAX_READ else size)
+        if len(data) > MAX_READ:
+            raise zipfile.BadZipFile("a part is too large")
+        return data
+
+
+class _Archive:
+    """What `torch.save` writes today, and TorchScript: a zip of a pickle and storages."""
+
+    def __init__(self, file: _BoundedFile) -> None:
+        self._file, self._zip = file, zipfile.ZipFile(file)
+        entries = [info for info in self._zip.infolist() if re.fullmatch(r"[^/]*/data\.pkl", info.filename)]
+        if len(entries) != 1:
+            raise ValueError("it is an archive of something else")
+        self._root = entries[0].filename.removesuffix("data.pkl")
+        if self._entry("byteorder", default=b"little") != b"little":
+            raise ValueError("its numbers have the byte order of another machine")
+        self.content, _ = _unpickle(io.BytesIO(self._entry("data.pkl")))
+
+    def _entry(self, name: str, limit: int = MAX_PICKLE, default: bytes | None = None) -> bytes:
+        try:
+            info = self._zip.getinfo(self._root + name)
+        except KeyError:
+            if default is None:
+                raise zipfile.BadZipFile(f"{name} is missing") from None
+            return default
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > limit:
+            raise ValueError(f"{short(name)} in it is packed or larger than {limit:,} bytes, which none is")
+        with self._zip.open(info) as entry:
+            data = entry.read(limit + 1)  # `zipfile` gives no more than what it says
+        return data
+
+    def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
+        """Begin and end of storages in the file, whose checksums are compared."""
+        places = {}
+        for key in keys:
+            try:
+                info = self._zip.getinfo(f"{self._root}data/{key}")
+            except KeyError:
+                raise zipfile.BadZipFile(f"storage {key} is missing") from None
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ValueError("its storages are packed, which torch.save does not do")
+            self._file.seek(info.header_offset)
+            name_size, extra_size = struct.unpack("<26xHH", self._file.read(LOCAL_HEADER))
+            begin = info.header_offset + LOCAL_HEADER + name_size + extra_size
+            places[key] = begin, begin + info.file_size
+        if sum(end - begin for begin, end in places.values()) > size:
+            raise zipfile.BadZipFile("storages overlap")
+        for key in places:
+            with self._zip.open(f"{self._root}data/{key}") as entry:
+                while entry.read(2**20):
+                    pass
+        return places
+
+    def source_of(self, module: str) -> str:
+        """TorchScript's source code of a module."""
+        return self._entry(f"code/{module.replace('.', '/')}.py", MAX_CODE).decode()
+
+
+class _LegacyFile:
+    """What `torch.save` wrote before torch 1.6: pickles, one after another, and the storages behind them."""
+
+    def __init__(self, file: _BoundedFile) -> None:
+        self._file = file
+        pickles = io.BytesIO(file.read(3 * MAX_PICKLE // 2))
+        try:
+            known = _unpickle(pickles)[0] == LEGACY_MAGIC
+        except (ValueError, EOFError):
+            known = False
+        if not known:
+            raise ValueError("it does not begin as one")
+        (_, _), (system, _) = _unpickle(pickles), _unpickle(pickles)
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise ValueError("its numbers have the byte order of another machine")
+        self.content, self._storages = _unpickle(pickles)
+        self._keys, _ = _unpickle(pickles)
+        self._begin = pickles.tell()
+
+    def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
+        """Begin and end of storages in the file."""
+        if not isinstance(self._keys, list) or not all(type(key) is str for key in self._keys):
+            raise ValueError("the list of its storages is none")
+        places, end = {}, self._begin
+        for key in self._keys:
+            self._file.seek(end)
+            (numel,) = struct.unpack("<q", self._file.read(8))
+            if key not in self._storages or key in places or numel < 0:
+                raise ValueError(f"storage {short(key)} belongs to no tensor")
+            begin = end + 8
+            end = begin + numel * self._storages[key].dtype.itemsize
+            if end > size:
+                raise EOFError
+            places[key] = begin, end
+        if not keys <= places.keys():
+            raise EOFError
+        return {key: places[key] for key in keys}
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def _declared(source: str) -> dict[str, set[str] | None]:
+    """Names of parameters and buffers of each module class in TorchScript's source; None if it has its own loading."""
+    classes = {}
+    for match in re.finditer(r"^class (\w+)\(Module\):\n((?: .*\n|\n)*)", source + "\n", re.MULTILINE):
+        lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", match[2], re.MULTILINE)
+        own_loading = re.search(r"^  def __setstate__\(", match[2], re.MULTILINE)
+        classes[match[1]] = None if own_loading else {name for part in lists for name in re.findall(r'"(.*?)"', part)}
+    return classes
+
+
+def _script_tensors(root: _ScriptObject, source_of: Callable[[str], str]) -> dict[str, Any]:
+    """A TorchScript's parameters and buffers by name: what its `state_dict` would hold."""
+    declared: dict[str, dict] = {}
+    tensors, modules, count, code_size = {}, [("", root, 0)], 0, 0
+    while modules:
+        prefix, module, depth = modules.pop()
+        place, name = module.script_class.module, module.script_class.name
+        if place not in declared:
+            source = source_of(place)
+            code_size += len(source)
+            declared[place] = _declared(source)
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_MODULES or code_size > MAX_CODE:
+            raise ValueError("its modules are too many or too deep in one another")
+        if name not in declared[place]:  # a class, but no module
+            continue
+        names = declared[place][name]
+        if names is None or not isinstance(module.state, dict):
+            raise _AskedFor(f"{place}.{name}.__setstate__")
+        for key, value in module.state.items():
+            if isinstance(value, _ScriptObject):
+                modules.append((f"{prefix}{key}.", value, depth + 1))
+            elif key in names and value is not None:
+                tensors[f"{prefix}{key}"] = value
+    return tensors
+
+
+def bare_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The weights of a checkpoint by their bare names.
+
+    They may stand under one of `WRAPPERS`, and DataParallel's `module.` and `torch.compile`'s `_orig_mod.` in their
+    names.
+
+    Raises:
+        ValueError: if two names become one, or one is no text.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    bare = {}
+    for name, value in checkpoint.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{short(name)} names weights: names are text, so save the state_dict alone.")
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        while len(parts) > 1 and parts[0] == "module":
+            parts = parts[1:]
+        bare_name = ".".join(parts)
+        if bare_name in bare:
+            raise ValueError(f"{short(bare_name)} stands in it twice, once with a prefix: save the state_dict alone.")
+        bare[bare_name] = value
+    return bare
+
+
+def require_file(path: str | os.PathLike, what: str) -> None:
+    """Refuse with an OSError what is no regular file: reading a pipe would wait for ever, and a device has no end."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: give the path of {what}.")
+    if not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file: give the path of {what}.")
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    Read the weights in a file of PyTorch: a state dict, a training checkpoint, or TorchScript; nothing in it is run.
+
+    Returns:
+        Tensors by their bare names. They stay in the file until they are used, and may share memory where they did.
+
+    Raises:
+        OSError: if the file is missing, no regular file, cut short or damaged.
+        ValueError: if it is none of these, asks for what could run, holds other things than plain tensors among its
+            weights, or tensors larger than the file.
+    """
+    require_file(path, "a checkpoint")
+    with _BoundedFile(io.FileIO(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        with _naming(path):
+            is_zip = file.read(len(ZIP)) == ZIP
+            file.seek(0)
+            stored_file = (_Archive if is_zip else _LegacyFile)(file)
+            content = stored_file.content
+            if isinstance(content, _ScriptObject):
+                content = _script_tensors(content, stored_file.source_of)
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"{path} holds no state dict: give a model's checkpoint.")
+        try:
+            stored = bare_state_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for name, tensor in stored.items():
+            if not isinstance(tensor, _StoredTensor):
+                kind = tensor.kind if isinstance(tensor, _Unread) else f"a {type(tensor).__name__}"
+                raise ValueError(
+                    f"{path} holds no state dict: {short(name)} is {kind}, not a plain tensor. Save the model's "
+                    "state_dict alone, dense and not quantised."
+                )
+        with _naming(path):
+            places = stored_file.places({tensor.storage.key for tensor in stored.values()}, size)
+    for name, tensor in stored.items():
+        begin, end = places[tensor.storage.key]
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride))
+        if 0 not in tensor.shape and (last + 1) * tensor.dtype.itemsize > end - begin:
+            raise OSError(f"{path} is damaged: {short(name)} reaches beyond its storage; copy or download it again.")
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
+    if total > SHARING * size:
+        raise ValueError(
+            f"{path}: its tensors take {total:,} bytes, but the file has {size:,}: save them as copies (.clone()), "
+            "not as views that repeat the same numbers."
+        )
+    whole = torch.UntypedStorage.from_file(os.fspath(path), False, size)
+    storages = {}
+    for key, (begin, end) in places.items():
+        storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
+    return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
+
+
+def _tensor(stored: _StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=stored.dtype, device="cpu").set_(storage, stored.offset, stored.shape, stored.stride)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Say of which file what is raised inside is the fault."""
+    try:
+        yield
+    except _AskedFor as error:
+        raise ValueError(
+            f"{path} asks for {cut(error)}, which is neither a tensor nor a plain container; nothing in it was run: "
+            "get the file from those who published it, or save its state_dict alone."
+        ) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, OSError) as error:
+        reason = f" ({cut(error)})" if str(error) else ""
+        raise OSError(f"{path} is cut short or damaged{reason}: copy or download it again.") from None
+    except (ValueError, OverflowError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no PyTorch checkpoint ({cut(error)}): give a .pth file that torch.save wrote."
+        ) from None
