@@ -160,7 +160,7 @@ def test_unknown_sets_are_refused_with_the_known_ones(refer, capsys):
     with pytest.raises(SystemExit) as caught:
         check.main([str(refer.root), "refcoco"])
     assert caught.value.code == 2
-    assert "no counts are known for refcoco; choose from refcoco/unc" in capsys.readouterr().err
+    assert "no data set 'refcoco' split by ''; known are refcoco (unc or google)" in capsys.readouterr().err
 
 
 def test_sums_are_those_of_the_literature():

@@ -367,7 +367,7 @@ def cut(path, kept):
         (
             lambda path: PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(path),
             ValueError,
-            f"is {WIDTH} x {HEIGHT} pixels .* but its record says {HEIGHT} x {WIDTH}: annotate the upright",
+            f"is {WIDTH} x {HEIGHT} pixels .height x width., but its record says {HEIGHT} x {WIDTH}: take the image",
         ),
     ],
 )
