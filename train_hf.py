@@ -71,7 +71,7 @@ from data.refer import (
     mask_size,
     raise_if_memory_is_short,
     require_columns,
-    require_regular,
+    require_regular_files,
     require_rows,
     run_lengths,
     short,
@@ -337,10 +337,6 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
         ValueError: there is no such data set, or its columns are not those of `FEATURES`.
         OSError: a file is missing or broken, or the Hub has no such data set.
     """
-    if Path(name).is_dir():
-        for path in Path(name).rglob("*"):
-            if not path.is_dir():
-                require_regular(path)
     if name == "shapes":
         splits = load_shapes(**args.shapes_config)
     elif _is_prepared(name, args):
@@ -351,6 +347,7 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
                 f"The folder {name} was made neither by data.prepare nor by save_to_disk: prepare what it holds by "
                 f"`python -m data.prepare <kind> {name} --output …`, and name that folder{instead_of_lmdb(name)}."
             )
+        require_regular_files(name)
         try:
             splits = datasets.load_from_disk(name)
         except IndexError as error:  # `datasets` saves splits without rows, but does not read them

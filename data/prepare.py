@@ -40,6 +40,7 @@ from .refer import (
     load_json,
     raise_if_memory_is_short,
     require_records,
+    require_regular_files,
     skipped,
 )
 from .sources import KINDS, Records, open_records
@@ -280,8 +281,9 @@ def require_whole(folder: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: names the first that is missing.
-        ValueError: its `summary.json` is none.
+        ValueError: its `summary.json` is none, or there is a pipe or device in it.
     """
+    require_regular_files(folder)
     try:
         files = load_json(Path(folder, SUMMARY))["files"]
         missing = [name for name in files if not Path(folder, name).exists()]

@@ -142,7 +142,7 @@ def require_rows(where: str, rows: datasets.Dataset) -> None:
     ref_ids = table["ref_id"].to_pylist()
     for column, remedy in (
         ("ref_id", "number the rows"),
-        ("mask", "give an empty mask where nothing answers to the phrases"),
+        ("mask", "give an empty mask where nothing answers to the phrases, or leave the rows out"),
         ("sentences", "write phrases or leave the rows out"),
     ):
         if nulls := table[column].null_count:
@@ -414,6 +414,13 @@ def require_regular(path: str | os.PathLike) -> None:
     """Refuse pipes, devices and folders with a ValueError: to read a pipe would wait for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is no regular file.")
+
+
+def require_regular_files(folder: str | os.PathLike) -> None:
+    """Refuse a folder that holds, at any depth, what `require_regular` refuses or links to nothing."""
+    for path in Path(folder).rglob("*"):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is no regular file.")
 
 
 def read_regular(path: str | os.PathLike) -> bytes:

@@ -193,6 +193,8 @@ class HubTableRecords(Records):
 
     def __init__(self, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None) -> None:
         root = Path(path).absolute()
+        if root.exists() and not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder; {HUB_LAYOUT}{instead_of_lmdb(root)}.")
         name = name or (root.name if root.is_dir() else os.fspath(path))
         if not root.is_dir():
             if images is None:
