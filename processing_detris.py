@@ -8,6 +8,7 @@ alike by every OpenCV, so results depend neither on the version installed here n
 import copy
 import html
 import numbers
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -131,8 +132,9 @@ def _refuse_contradictions(given: Mapping[str, Any], settled: Mapping[str, tuple
                 f"There is no argument {name!r}: leave it out, the checkpoint has settled how images and phrases are "
                 "prepared."
             )
-        value = list(value) if isinstance(value, tuple) else value
-        if not (value is None or any(type(value) is type(other) and value == other for other in settled[name])):
+        value = list(value) if isinstance(value, (tuple, np.ndarray)) else value
+        agrees = any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in settled[name])
+        if value is not None and not agrees:
             raise TypeError(
                 f"{name} is {reprlib.repr(value)}, but here it is always {settled[name][0]!r}: leave it out, or load "
                 "a checkpoint made with another."
@@ -193,7 +195,9 @@ def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     if not isinstance(image, Image.Image):
-        files = ", which PIL.Image.open makes of a file" if isinstance(image, (str, bytes, bytearray)) else ""
+        files = (
+            ", which PIL.Image.open makes of a file" if isinstance(image, (str, bytes, bytearray, os.PathLike)) else ""
+        )
         raise TypeError(
             f"{name} is of type {type(image).__name__}: give a PIL image{files}, a NumPy array or a torch tensor."
         )

@@ -809,6 +809,8 @@ def _image_header(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tu
 
 
 def _parts(segmentation: list | dict) -> list:
+    if segmentation is None:
+        raise ValueError("its mask is null; give polygons or RLE.")
     return [segmentation] if isinstance(segmentation, dict) else segmentation
 
 

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import PaddingStrategy
 
 from data import refer
 from processing_detris import MAX_SIDE, MAX_SQUARE, BoxedMask, DetrisImageProcessor, DetrisProcessor
@@ -365,9 +366,9 @@ def test_the_longest_side_is_read(image_processor):
 
 
 SETTLED = {  # arguments of other processors that say what is done here anyway
-    "padding": ["max_length", True, None],
+    "padding": ["max_length", PaddingStrategy.MAX_LENGTH, True, None],
     "truncation": [True, None],
-    "max_length": [17, None],
+    "max_length": [17, np.int64(17), None],
     "add_special_tokens": [True],
     "return_attention_mask": [True],
     "return_tensors": ["pt"],
@@ -379,8 +380,8 @@ SETTLED = {  # arguments of other processors that say what is done here anyway
     "image_mean": [OPENAI_CLIP_MEAN, tuple(OPENAI_CLIP_MEAN)],
 }
 CONTRADICTIONS = {
-    "padding": ["longest", False],
-    "truncation": [False],
+    "padding": ["longest", False, PaddingStrategy.LONGEST],
+    "truncation": [False, 1],
     "max_length": [77, 16],
     "add_special_tokens": [False],
     "return_attention_mask": [False],

@@ -579,6 +579,7 @@ def set_segmentation(value):
         (lambda refs, _: refs.insert(0, 5), "entry 0: a field is missing or not of REFER's type"),
         (lambda _, instances: instances["annotations"][0].update(bbox=[1]), r"ann_id 10 has the bbox \[1\]; give x"),
         (set_segmentation([]), "ref_id 110: ann_id 10 has no mask"),
+        (set_segmentation(None), "ref_id 110: its mask is null; give polygons or RLE"),
         (set_segmentation([[1, 1, 5, 5]]), "ref_id 110: ann_id 10: .* is no polygon"),
         (set_segmentation([[1, 1, 5, 5, 6, 6, 7]]), "is no polygon"),
         (set_segmentation([1, 1, 5, 5, 6, 6]), "is no polygon"),
