@@ -750,9 +750,12 @@ def test_logits_that_are_not_finite_give_no_mask(processor, value, dtype):
 def test_use_leaves_no_trace_in_fingerprints(processor, tmp_path):
     """`datasets` maps a set anew if the fingerprint of what is mapped changes."""
 
+    rows = datasets.Dataset.from_dict({"text": ["a cat", "cat " * 50]})
+
     def prints():
         functions = processor, processor.__call__, processor.post_process_referring_segmentation
-        return [Hasher.hash(function) for function in functions]
+        mapped = rows.map(lambda row: {"input_ids": processor(text=row["text"]).input_ids[0]})
+        return [mapped._fingerprint, *(Hasher.hash(function) for function in functions)]
 
     before = prints()
     copied = pickle.dumps(processor)
