@@ -5,9 +5,14 @@ The arithmetic is the official code's (jiaqihuang01/DETRIS, commit c94b1e1: `uti
 alike by every OpenCV, so results depend neither on the version installed here nor, on the way back, on OpenCV at all.
 """
 
+import copy
 import html
+import numbers
+import os
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -36,7 +41,13 @@ SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
 REACHES = {cv2.INTER_LINEAR: 1, cv2.INTER_CUBIC: 2}  # how far from a place sampling looks, in pixels
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
+MAX_SIDE = 32_766  # pixels of an image; OpenCV warps no larger ones
+MAX_SQUARE = 4_096  # pixels along a side of the square: images of several times the size that backbones are trained at
+MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
+MIN_STD = 1 / 255  # a grey level
 CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
+DESCRIPTION = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")  # in saved files
+NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)  # can be iterated over all the same
 BYTE_SYMBOLS = 512  # 256 bytes, within a word and at its end
 
 
@@ -113,10 +124,60 @@ def _restoring_matrix(
     return (warp @ enlarge).to(device=device, dtype=torch.float32)
 
 
-def _as_sequence(values: Any, batch_ndim: int, name: str) -> Sequence:
-    """A sequence of images or maps from a sequence, a batch of `batch_ndim` dimensions, or a single one."""
-    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, BoxedMask))
-    several = listed or getattr(values, "ndim", None) == batch_ndim
+def _refuse_contradictions(given: Mapping[str, Any], settled: Mapping[str, tuple]) -> None:
+    """Refuse with a TypeError arguments that are not `settled` here, or not so; None says nothing, as elsewhere."""
+    for name, value in given.items():
+        if name not in settled:
+            raise TypeError(
+                f"There is no argument {name!r}: leave it out, the checkpoint has settled how images and phrases are "
+                "prepared."
+            )
+        value = list(value) if isinstance(value, (tuple, np.ndarray)) else value
+        agrees = any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in settled[name])
+        if value is not None and not agrees:
+            raise TypeError(
+                f"{name} is {reprlib.repr(value)}, but here it is always {settled[name][0]!r}: leave it out, or load "
+                "a checkpoint made with another."
+            )
+
+
+def _checked_threshold(threshold: Any, name: str) -> float:
+    """A threshold of probabilities; ValueError if it is none."""
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+        raise ValueError(f"{name} is {reprlib.repr(threshold)}: it is a probability, give a number from 0 to 1.")
+    return threshold
+
+
+def _checked_channels(values: Any, name: str, least: float) -> list[float]:
+    """A number from `least` to 1 for each of the three channels; ValueError if it is none."""
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != 3
+        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= 1 for v in values)
+    ):
+        raise ValueError(
+            f"{name} is {reprlib.repr(values)}: give three numbers from {least:.3g} to 1, for red, green and blue "
+            "from 0 to 1."
+        )
+    return list(values)
+
+
+@contextmanager
+def _reading_configuration(name: Any) -> Iterator[None]:
+    """Say of a saved configuration that is no JSON object of a processor what it is."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"The processor's configuration in {name} is no JSON object of its fields ({error}): save or download it "
+            "again."
+        ) from error
+
+
+def _as_sequence(values: Any, batch_ndims: tuple[int, ...], name: str) -> Sequence:
+    """A sequence of images or maps from a sequence, a batch of so many dimensions, or a single one."""
+    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, BoxedMask))
+    several = listed or getattr(values, "ndim", None) in batch_ndims
     if several and not len(values):
         raise ValueError(f"{name} is empty: give at least one.")
     return values if several else [values]
@@ -125,12 +186,20 @@ def _as_sequence(values: Any, batch_ndim: int, name: str) -> Sequence:
 def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
     """The numbers of a PIL image, upright and, if `in_colour`, as RGB; or of an array or tensor, as they are."""
     if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_quantized or image.is_meta:
+            kind = "a meta tensor" if image.is_meta else f"a tensor of {image.layout} and {image.dtype}"
+            raise TypeError(f"{name} is {kind}: give a dense tensor of plain numbers.")
+        if image.is_floating_point() and image.itemsize < 4:  # NumPy has no bfloat16
+            image = image.float()
         return image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):
         return image
     if not isinstance(image, Image.Image):
+        files = (
+            ", which PIL.Image.open makes of a file" if isinstance(image, (str, bytes, bytearray, os.PathLike)) else ""
+        )
         raise TypeError(
-            f"{name} is of type {type(image).__name__}: give a PIL image, a NumPy array or a torch tensor."
+            f"{name} is of type {type(image).__name__}: give a PIL image{files}, a NumPy array or a torch tensor."
         )
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # or else this and `convert` would only copy
@@ -151,12 +220,22 @@ def _as_bytes(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype.name == "uint16":
         return (values >> 8).astype(np.uint8)
     full = 1 if values.dtype.kind in "bf" else 255
-    if values.dtype.kind not in "bfiu" or not (values.min() >= 0 and values.max() <= full):
+    numeric = values.dtype.kind in "bfiu"
+    if not numeric or not (values.min() >= 0 and values.max() <= full):
+        found = f" from {values.min()} to {values.max()}" if numeric else ""  # either is NaN if any value is
         raise ValueError(
-            f"{name} holds {values.dtype} values from {values.min()} to {values.max()}: give uint8 or uint16, other "
-            "integers from 0 to 255, or floats from 0 to 1 that are not yet normalised."
+            f"{name} holds {values.dtype} values{found}: give uint8 or uint16, other integers from 0 to 255, or "
+            "floats from 0 to 1 that are not yet normalised."
         )
     return values.astype(np.uint8) if full == 255 else np.rint(values * np.float32(255)).astype(np.uint8)
+
+
+def _refuse_long_sides(array: np.ndarray, name: str) -> None:
+    if max(array.shape[:2]) > MAX_SIDE:
+        raise ValueError(
+            f"{name} is {array.shape[0]} x {array.shape[1]} pixels (height x width), but a side has at most "
+            f"{MAX_SIDE:,}: cut it into parts or make it smaller."
+        )
 
 
 def _as_rgb(image: Any, name: str) -> np.ndarray:
@@ -172,6 +251,7 @@ def _as_rgb(image: Any, name: str) -> np.ndarray:
         )
     if not channels_last and infer_channel_dimension_format(array, tuple(channels)) == ChannelDimension.FIRST:
         array = np.moveaxis(array, 0, -1)
+    _refuse_long_sides(array, name)
     array = _as_bytes(array[..., :3] if array.shape[-1] >= 3 else array[..., :1], name)
     return array if array.shape[-1] == 3 else array.repeat(3, axis=-1)
 
@@ -179,8 +259,11 @@ def _as_rgb(image: Any, name: str) -> np.ndarray:
 def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
     """A mask as `(H, W)` in `uint8` with foreground 255."""
     mask = _as_array(segmentation_map, name, in_colour=False)
+    if mask.ndim == 3 and (mask.shape[0] == 1) != (mask.shape[-1] == 1):  # with an axis of one channel
+        mask = mask.squeeze(0 if mask.shape[0] == 1 else -1)
     if mask.ndim != 2 or mask.size == 0:
         raise ValueError(f"{name} has shape {mask.shape}: give one (height, width) map for each phrase or image.")
+    _refuse_long_sides(mask, name)
     if mask.dtype.kind not in "iu":
         return _as_bytes(mask, name)
     if mask.min() < 0 or mask.max() not in (0, 1, 255):  # most likely a map of labels, of which the phrase means one
@@ -205,7 +288,8 @@ class DetrisImageProcessor(BaseImageProcessor):
             lies outside the image has the mean colour, rounded to whole grey levels as officially.
 
     Raises:
-        ValueError: if `size` is not a square.
+        TypeError: if there is an unknown field.
+        ValueError: if `size` is not a square of at most 4,096 pixels, or mean or deviation are not of such values.
     """
 
     def __init__(
@@ -215,15 +299,41 @@ class DetrisImageProcessor(BaseImageProcessor):
         image_std: list[float] | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.size = get_size_dict(DEFAULT_SIDE if size is None else size)
-        self.image_mean = list(image_mean or OPENAI_CLIP_MEAN)
-        self.image_std = list(image_std or OPENAI_CLIP_STD)
-        side = self.size.get("height")
-        if side != self.size.get("width") or not isinstance(side, int) or side < 1:
+        size = DEFAULT_SIDE if size is None else size
+        side = size.get("height") if isinstance(size, Mapping) else size
+        if type(side) is not int or not 1 <= side <= MAX_SQUARE or size not in (side, {"height": side, "width": side}):
             raise ValueError(
-                f"size is {self.size}, but DETRIS sees squares: give {{'height': side, 'width': side}} in pixels."
+                f"size is {reprlib.repr(size)}, but DETRIS sees squares: give {{'height': side, 'width': side}} in "
+                f"pixels, at most {MAX_SQUARE:,}."
             )
+        self.size = {"height": side, "width": side}
+        self.image_mean = _checked_channels(OPENAI_CLIP_MEAN if image_mean is None else image_mean, "image_mean", 0)
+        self.image_std = _checked_channels(OPENAI_CLIP_STD if image_std is None else image_std, "image_std", MIN_STD)
+        described = {name: kwargs.pop(name) for name in DESCRIPTION if name in kwargs}
+        _refuse_contradictions(kwargs, self._settled())
+        super().__init__(**described)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        with _reading_configuration(pretrained_model_name_or_path):
+            fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+            return {**fields}, kwargs
+
+    def _settled(self) -> dict[str, tuple]:
+        """What other processors take as arguments, with the values that change nothing here."""
+        return {
+            "do_resize": (True,),
+            "do_rescale": (True,),
+            "rescale_factor": (1 / 255,),
+            "do_normalize": (True,),
+            "do_convert_rgb": (True,),
+            "do_pad": (True,),
+            "do_center_crop": (False,),
+            "data_format": ("channels_first", ChannelDimension.FIRST),
+            "size": (self.size, self.size["height"]),
+            "image_mean": (self.image_mean,),
+            "image_std": (self.image_std,),
+        }
 
     def preprocess(
         self,
@@ -231,6 +341,7 @@ class DetrisImageProcessor(BaseImageProcessor):
         segmentation_maps: ImageInput | None = None,
         image_index: np.ndarray | None = None,
         return_tensors: str | None = None,
+        **settled,
     ) -> BatchFeature:
         """Letterbox `B` images, and masks for `N` phrases that speak of them.
 
@@ -238,10 +349,11 @@ class DetrisImageProcessor(BaseImageProcessor):
             images: one image or a sequence or batch of `B`. They are taken from a sequence one by one, so that one
                 which reads them when asked, like a column of `datasets`, never holds all of them.
             segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of integers with
-                255 as the foreground; one for each phrase, or one for each image that its phrases share. A
-                [`BoxedMask`] spares the work outside its box.
+                255 as the foreground; one for each phrase, or one for each image that its phrases share. An axis
+                of one channel may stand before or behind. A [`BoxedMask`] spares the work outside its box.
             image_index (`(N,)`): which image each phrase speaks of; by default there is one phrase for each image.
             return_tensors: `"pt"` for torch, otherwise NumPy.
+            settled: arguments of other image processors, such as `do_normalize=True`, if they say what is done anyway.
 
         Returns:
             `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and
@@ -249,11 +361,12 @@ class DetrisImageProcessor(BaseImageProcessor):
 
         Raises:
             OSError: if a file is truncated or broken.
-            TypeError: if an image is of another type.
+            TypeError: if an image is of another type, or there is no such argument.
             ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
                 as phrases nor as many as images, or a map is not as large as its image.
         """
-        images = _as_sequence(images, 4, "images")
+        _refuse_contradictions(settled, self._settled())
+        images = _as_sequence(images, (4,), "images")
         side, sizes = self.size["height"], []
         mean, std = np.float32(self.image_mean), np.float32(self.image_std)
         factors, offsets = 1 / (255 * std), mean / std
@@ -274,7 +387,7 @@ class DetrisImageProcessor(BaseImageProcessor):
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
-            maps = _as_sequence(segmentation_maps, 3, "segmentation_maps")
+            maps = _as_sequence(segmentation_maps, (3, 4), "segmentation_maps")
             data["labels"] = self._letterbox_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -302,6 +415,32 @@ class DetrisImageProcessor(BaseImageProcessor):
         return labels[image_index] if shared else labels
 
 
+def _holds_text(values: Any) -> bool:
+    while isinstance(values, (list, tuple)) and values:
+        values = values[0]
+    return isinstance(values, str)
+
+
+def _as_phrases(text: Any, name: str) -> list:
+    """A list from a phrase, or from any ordered container of phrases or of lists of them."""
+    if isinstance(text, np.ndarray) and text.dtype.kind in "UO":
+        text = text.tolist()  # of an array without axes its only phrase
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, Iterable) or isinstance(text, NO_PHRASES):
+        raise TypeError(
+            f"{name} is of type {type(text).__name__}: give a phrase, a list of phrases, or a list with a list of "
+            "phrases for each image."
+        )
+    return list(text)
+
+
+def _rebuilt(processor_class: type, parts: tuple[type, tuple], *arguments: Any) -> "DetrisProcessor":
+    """A processor from the class of its image processor, what that takes, and its own further arguments."""
+    image_processor_class, values = parts
+    return processor_class(image_processor_class(*values), *arguments)
+
+
 class DetrisProcessor(ProcessorMixin):
     """Images and referring expressions to the inputs of DETRIS, and its logits back to masks.
 
@@ -312,12 +451,16 @@ class DetrisProcessor(ProcessorMixin):
         mask_threshold (`float`): a pixel is foreground where its probability is above this.
 
     Raises:
-        ValueError: if `max_text_length` leaves no room for a word, or the tokenizer has no vocabulary.
+        ValueError: if `max_text_length` leaves no room for a word or is above 1,024, `mask_threshold` is no
+            probability, or the tokenizer has no vocabulary.
     """
 
     def __init__(self, image_processor, tokenizer, max_text_length: int = 17, mask_threshold: float = 0.35):
-        if max_text_length < 3:
-            raise ValueError(f"max_text_length is {max_text_length}: start, end and at least one word need 3 or more.")
+        if type(max_text_length) is not int or not 3 <= max_text_length <= MAX_TEXT_LENGTH:
+            raise ValueError(
+                f"max_text_length is {reprlib.repr(max_text_length)}: start, end and at least one word need 3 or more "
+                f"tokens, and at most {MAX_TEXT_LENGTH:,} are allowed."
+            )
         if (
             len(tokenizer) < BYTE_SYMBOLS
         ):  # `from_pretrained` makes an empty one where the vocabulary's file is missing
@@ -328,8 +471,25 @@ class DetrisProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer)
         self.max_text_length = max_text_length
-        self.mask_threshold = mask_threshold
+        self.mask_threshold = _checked_threshold(mask_threshold, "mask_threshold")
         self._has_warned_of_cut = False
+
+    def __reduce__(self) -> tuple:
+        """What decides its results, without what calls and saving leave behind: `datasets` caches by this."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer._set_processor_class(None)
+        tokenizer.init_kwargs = {
+            key: tokenizer.init_kwargs[key] for key in tokenizer.init_kwargs if key not in DESCRIPTION
+        }
+        images = self.image_processor
+        parts = type(images), (images.size, images.image_mean, images.image_std)
+        return _rebuilt, (type(self), parts, tokenizer, self.max_text_length, self.mask_threshold)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        with _reading_configuration(pretrained_model_name_or_path):
+            fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+            return {**fields}, kwargs
 
     @classmethod
     def from_config(cls, config, tokenizer) -> "DetrisProcessor":
@@ -347,15 +507,17 @@ class DetrisProcessor(ProcessorMixin):
         text: str | list[str] | list[list[str]] | None = None,
         segmentation_maps: ImageInput | None = None,
         return_tensors: str | None = None,
+        **settled,
     ) -> BatchFeature:
         """Prepare images, phrases, or both. There are no further options: the checkpoint has settled the rest.
 
         Args:
             images: one image or a list or batch of `B`; see [`DetrisImageProcessor`].
             text: a phrase; a list of phrases, all of the one image or one for each image; or a list with a list of
-                phrases for each image.
+                phrases for each image. Arrays of strings and columns of `datasets` are lists, too.
             segmentation_maps: the phrases' masks, to train on; see [`DetrisImageProcessor.preprocess`].
             return_tensors: `"pt"` for torch, otherwise NumPy.
+            settled: arguments of other processors, such as `padding="max_length"`, if they say what is done anyway.
 
         Returns:
             With images `pixel_values (B, 3, side, side)` and `original_sizes (B, 2)`, heights and widths in pixels.
@@ -364,15 +526,18 @@ class DetrisProcessor(ProcessorMixin):
 
         Raises:
             OSError: if an image file is truncated or broken.
-            TypeError: if an image or a phrase is of another type.
+            TypeError: if an image or a phrase is of another type, or there is no such argument.
             ValueError: if there is nothing to prepare, a phrase has no words, it is unclear which image a phrase
                 speaks of, or images and maps do not fit.
         """
+        _refuse_contradictions(settled, self._settled_text() | self.image_processor._settled())
+        if _holds_text(images) and text is not None and not _holds_text(text):
+            raise TypeError("images holds text and text does not: they are swapped, give images=…, text=….")
         if images is None and (text is None or segmentation_maps is not None):
             raise ValueError("images is missing: give images, or text without segmentation_maps.")
         data, image_index = {}, None
         if text is not None:
-            image_count = None if images is None else len(_as_sequence(images, 4, "images"))
+            image_count = None if images is None else len(_as_sequence(images, (4,), "images"))
             phrases, image_index = self._pair_text_with_images(text, image_count)
             input_ids = self._tokenize(phrases)
             # Id 0 is the filling, as officially, although it is also the token of a "!" inside a word.
@@ -383,16 +548,36 @@ class DetrisProcessor(ProcessorMixin):
                 data["image_index"] = image_index
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _settled_text(self) -> dict[str, tuple]:
+        """What other processors take as arguments for text, with the values that change nothing here."""
+        return {
+            "padding": ("max_length", True),
+            "truncation": (True, "longest_first", "only_first"),
+            "max_length": (self.max_text_length,),
+            "add_special_tokens": (True,),
+            "padding_side": ("right",),
+            "truncation_side": ("right",),
+            "return_attention_mask": (True,),
+            "return_token_type_ids": (False,),
+            "return_overflowing_tokens": (False,),
+            "return_special_tokens_mask": (False,),
+            "return_offsets_mapping": (False,),
+            "return_length": (False,),
+            "is_split_into_words": (False,),
+            "stride": (0,),
+            "verbose": (True, False),
+        }
+
     @staticmethod
     def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str], np.ndarray]:
         """All phrases in one list, and the image of each; `image_count=None` pairs with nothing."""
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _as_phrases(text, "text")
         if not texts:
             raise ValueError("text is empty: give at least one phrase.")
         if isinstance(texts[0], str):
             groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
         else:
-            groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in texts]
+            groups = [_as_phrases(group, f"text[{index}]") for index, group in enumerate(texts)]
             if not all(groups):
                 raise ValueError(f"text[{groups.index([])}] is empty: give at least one phrase for each image.")
         if image_count not in (None, len(groups)):
@@ -403,7 +588,9 @@ class DetrisProcessor(ProcessorMixin):
         phrases = [phrase for group in groups for phrase in group]
         for n, phrase in enumerate(phrases):
             if not isinstance(phrase, str):
-                raise TypeError(f"phrase {n} of text is {phrase!r}, of type {type(phrase).__name__}: give a string.")
+                raise TypeError(
+                    f"phrase {n} of text is {reprlib.repr(phrase)}, of type {type(phrase).__name__}: give a string."
+                )
         return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
 
     def _tokenize(self, phrases: list[str]) -> np.ndarray:
@@ -453,16 +640,26 @@ class DetrisProcessor(ProcessorMixin):
             `N` boolean masks `(height, width)` on the logits' device.
 
         Raises:
-            ValueError: if sizes, `image_index` and phrases do not fit together.
+            ValueError: if sizes, `image_index` and phrases do not fit together, the threshold is no probability, or
+                logits are not finite, which costs a GPU one reading.
         """
         logits = outputs.logits
-        sizes = torch.as_tensor(original_sizes)
-        if sizes.ndim != 2 or sizes.shape[1] != 2 or (sizes < 1).any():
-            raise ValueError(f"original_sizes is {original_sizes}: give a (height, width) in pixels for each image.")
+        threshold = _checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
+        sizes = torch.as_tensor(original_sizes, device="cpu")
+        if (
+            sizes.ndim != 2
+            or sizes.shape[1] != 2
+            or sizes.is_floating_point()
+            or not ((sizes >= 1) & (sizes <= MAX_SIDE)).all()
+        ):
+            raise ValueError(
+                f"original_sizes is {original_sizes}: give a (height, width) in whole pixels for each image, at most "
+                f"{MAX_SIDE:,}."
+            )
         if image_index is None:
             sizes = sizes.expand(len(logits), 2) if len(sizes) == 1 else sizes
         else:
-            image_index = torch.as_tensor(image_index, dtype=torch.long, device=sizes.device)
+            image_index = torch.as_tensor(image_index, dtype=torch.long, device="cpu")
             if image_index.numel() and not (0 <= image_index.min() and image_index.max() < len(sizes)):
                 raise ValueError(f"image_index is {image_index.tolist()}, but original_sizes has {len(sizes)} images.")
             sizes = sizes[image_index]
@@ -471,7 +668,13 @@ class DetrisProcessor(ProcessorMixin):
                 f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) "
                 "and N original_sizes, or an image_index of N entries."
             )
-        threshold = self.mask_threshold if threshold is None else threshold
+        finite = logits.isfinite()
+        if not finite.all():
+            phrase = int((~finite).flatten(1).any(1).int().argmax())
+            raise ValueError(
+                f"The logits of phrase {phrase} are not finite, so there is no mask: look for NaN or infinite numbers "
+                "in the model's weights and inputs, or take fp32 or bf16 for fp16."
+            )
         side, masks = self.image_processor.size["height"], []
         with torch.autocast(logits.device.type, enabled=False):  # half precision would move the masks' edges
             for phrase_logits, (height, width) in zip(logits, sizes.tolist()):

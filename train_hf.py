@@ -37,7 +37,7 @@ import torch
 import yaml
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from transformers import (
     BitsAndBytesConfig,
@@ -64,9 +64,15 @@ from data.refer import (
     SOURCES,
     RleMask,
     cut,
+    image_format,
+    instead_of_lmdb,
     is_int64,
     load_refer,
+    mask_size,
+    raise_if_memory_is_short,
     require_columns,
+    require_regular_files,
+    require_rows,
     run_lengths,
     short,
 )
@@ -172,6 +178,12 @@ class DataArguments:
         default=False, metadata={"help": "Keep training images of a mixture that are in any split tested on."}
     )
     data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the images of all its sets, where it is not the published ones' own: for 'rrsisd/unc'."
+        },
+    )
     shapes_config: dict | str | None = field(
         default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
     )
@@ -195,6 +207,8 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more, or leave it out for all rows.")
+        if self.images is not None and self.data_root is None:
+            raise ValueError("images is the folder of a REFER set's images: give data_root, too, or leave it out.")
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size is {self.shuffle_buffer_size}: give 1 (no shuffling) or more.")
         if self.streaming and self.max_train_samples:
@@ -331,15 +345,20 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
         if not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
             raise ValueError(
                 f"The folder {name} was made neither by data.prepare nor by save_to_disk: prepare what it holds by "
-                f"`python -m data.prepare <kind> {name} --output …`, and name that folder."
+                f"`python -m data.prepare <kind> {name} --output …`, and name that folder{instead_of_lmdb(name)}."
             )
-        splits = datasets.load_from_disk(name)
+        require_regular_files(name)
+        try:
+            splits = datasets.load_from_disk(name)
+        except IndexError as error:  # `datasets` saves splits without rows, but does not read them
+            raise ValueError(f"{name} has a split without any row: save it without that split.") from error
         if not isinstance(splits, datasets.DatasetDict):
             raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
         try:
             for rows in splits.values():
                 rows.data.validate(full=True)  # Arrow itself follows offsets out of its memory
         except pa.ArrowException as error:
+            raise_if_memory_is_short(error)
             raise OSError(f"{name} is broken ({cut(error)}): save or copy it again.") from error
     elif args.data_root is None:
         raise ValueError(
@@ -347,7 +366,8 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
             "data_root must say where it lies."
         )
     else:
-        splits = load_refer(args.data_root, *name.partition("/")[::2])
+        images = {} if args.images is None else {"images": args.images}
+        splits = load_refer(args.data_root, *name.partition("/")[::2], **images)
     return _undecoded(name, splits)
 
 
@@ -360,14 +380,16 @@ def _is_prepared(name: str, args: DataArguments) -> bool:
 
 def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; or the splits of which the files are given."""
-    try:
-        with _finding_prepared(name):
+    with _finding_prepared(name):
+        try:
             return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
-        for paths in (files or parquet_files(name)).values():
-            StreamedRows(paths)  # says which file's footer is broken, as `datasets` does not
-        reason = " ".join(str(error.__cause__ or error).split())  # Arrow's have several lines
-        raise OSError(f"{name} cannot be read ({reason}): prepare the data set anew.") from error
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
+            raise_if_memory_is_short(error)
+            for split, paths in (files or parquet_files(name)).items():
+                if not len(StreamedRows(paths)):  # says which file's footer is broken, as `datasets` does not
+                    raise ValueError(f"Split {split!r} of {name} has no rows: prepare the data set anew.") from error
+            reason = " ".join(str(error.__cause__ or error).split())  # Arrow's have several lines
+            raise OSError(f"{name} cannot be read ({reason}): prepare the data set anew.") from error
 
 
 @contextmanager
@@ -385,7 +407,8 @@ def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
     """The splits with images and masks as they are stored: the collators decode them, and name the row that fails."""
     undecoded = datasets.DatasetDict()
     for split, rows in splits.items():
-        require_columns(f"Split {split!r} of {name}", rows.column_names)
+        where = f"Split {split!r} of {name}"
+        require_columns(where, rows.column_names)
         for column, feature in STORED.items():
             if rows.features[column] != feature:
                 try:
@@ -395,6 +418,7 @@ def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
                         f"Column {column!r} in split {split!r} of {name} is not what data/README.md describes "
                         f"({cut(error)}): prepare the data set anew."
                     ) from error
+        require_rows(where, rows)
         undecoded[split] = rows
     return undecoded
 
@@ -515,10 +539,14 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         to become an array. Of other files, and of JPEGs that are turned or in CMYK, Pillow's image.
 
     Raises:
-        OSError: the file is missing or broken; the message names it and the row.
+        OSError: the file is missing, broken or not as large as the mask; the message names it and the row.
+        ValueError: the mask is null; the message names the row.
     """
-    image = row["image"]
+    image, content = row["image"], None
+    name = f"Image {(image or {}).get('path') or 'embedded in the data set'} of the row with ref_id {row['ref_id']}"
     try:
+        if image is None or image["bytes"] is None and image["path"] is None:
+            raise ValueError("it is null")
         content = image["bytes"]
         if content is None:
             file = Path(image["path"])
@@ -534,17 +562,21 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
         if pixels is None:
             pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
-        size = header.size[::-1] if upright else pixels.size[::-1]
-        mask_size = tuple(row["mask"]["size"]) if isinstance(row["mask"], dict) else row["mask"].shape
-        if size != mask_size:
-            raise ValueError(f"it is {size[0]} x {size[1]} pixels, height x width, but its mask {mask_size}")
-        return pixels
     except Exception as error:  # Pillow's decoders raise many types
-        name = (image or {}).get("path") or "embedded in the data set"
+        raise_if_memory_is_short(error)
+        other = image_format(io.BytesIO(content)) if isinstance(error, UnidentifiedImageError) else ""
+        if other:
+            raise OSError(f"{name} cannot be read (it is {other}); convert it to JPEG or PNG.") from error
+        raise OSError(f"{name} cannot be read ({cut(error)}): restore the file or leave the row out.") from error
+    size = header.size[::-1] if upright else pixels.size[::-1]
+    with _naming(row):
+        found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
+    if size != found:
         raise OSError(
-            f"Image {name} of the row with ref_id {row['ref_id']} cannot be read ({cut(error)}): restore the file or "
-            "leave the row out."
-        ) from error
+            f"{name} is {size[0]} x {size[1]} pixels, height x width, but its mask {found[0]} x {found[1]}: "
+            "take the image that was annotated, or leave the row out."
+        )
+    return pixels
 
 
 @contextmanager
@@ -553,6 +585,7 @@ def _naming(row: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # strangers' rows can make libraries raise anything
+        raise_if_memory_is_short(error)
         raise ValueError(
             f"The row with ref_id {short(row['ref_id'])} cannot be read ({cut(error)}): get or prepare its data set "
             "again, or leave the row out."

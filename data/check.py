@@ -1,9 +1,11 @@
 """Check a download of the REFER data sets against what was published, and name everything that is missing.
 
     python -m data.check path/to/refer                          # every data set of PUBLISHED
-    python -m data.check path/to/refer refcoco/unc refcocog/umd
+    python -m data.check path/to/refer refcoco/unc grefcoco/unc
+    python -m data.check path/to/refer rrsisd/unc --images path/to/refer/images/rrsisd/JPEGImages
 
-Ends with status 0 when all is complete, with 1 when anything is missing, broken or differs in number.
+Ends with status 0 when all is complete, with 1 when anything is missing, broken or differs in number. Where no numbers
+are known, nothing is compared.
 """
 
 import argparse
@@ -14,7 +16,16 @@ from typing import NamedTuple
 
 from datasets.utils import tqdm
 
-from .refer import check_image, check_ref_ids, read_instances, read_refs, read_row, refer_files, require
+from .refer import (
+    check_image,
+    check_ref_ids,
+    read_instances,
+    read_refs,
+    read_row,
+    refer_files,
+    require,
+    skipped,
+)
 
 NAMES_SHOWN = 5  # of missing images, which can be thousands
 PROBLEMS_SHOWN = 100  # annotations of another release have one in every record
@@ -54,36 +65,40 @@ PUBLISHED = {
 }
 
 
-def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[str]]:
+def check(
+    root: str | os.PathLike, name: str, images: str | os.PathLike | None = None
+) -> tuple[dict[str, Counts], list[str], int]:
     """Read all of a data set, and go on where `load_refer` would stop.
 
     Args:
         root: folder in the REFER layout.
         name: dataset and split_by, such as `refcoco/unc`.
+        images: folder of its images, where it is not a published set's own.
 
     Returns:
-        What the sound refs of each split amount to, whether their images are there or not, and a sentence for
-        each problem.
+        What the sound refs of each split amount to, whether their images are there or not; a sentence for each
+        problem; and how many objects were skipped, as gRefCOCO's without phrases are.
     """
-    files = refer_files(root, *name.split("/"))
+    files = refer_files(root, *name.partition("/")[::2], images)
     problems = []
 
-    def attempt(function, *arguments):
+    def attempt(function, *arguments, **options):
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         except (OSError, ValueError) as error:
             problems.append(str(error))
 
     for path in files:
-        attempt(require, path)
-    refs = attempt(read_refs, files.refs) if files.refs.exists() else None
+        attempt(require, path, root=root)
+    found = attempt(read_refs, files.refs) if files.refs.exists() else None
     instances = attempt(read_instances, files.instances) if files.instances.exists() else None
-    if refs is None or instances is None:
-        return {}, problems
+    if found is None or instances is None:
+        return {}, problems, 0
+    refs, without_phrases = found
 
     splits = defaultdict(list)
     sizes = set()
-    for index, ref in enumerate(tqdm(refs, desc=f"{name}: annotations", unit="ref")):
+    for index, ref in tqdm(refs, desc=f"{name}: annotations", unit="ref"):
         if found := attempt(read_row, files, index, ref, instances):
             split, row = found
             splits[split].append(row)
@@ -103,24 +118,29 @@ def check(root: str | os.PathLike, name: str) -> tuple[dict[str, Counts], list[s
         split: Counts(len(rows), sum(len(row["sentences"]) for row in rows), len({row["image"] for row in rows}))
         for split, rows in splits.items()
     }
-    return counts, problems
+    if not refs:
+        problems.append(f"{files.refs} has no records.")
+    return counts, problems, without_phrases
 
 
-def report(root: str | os.PathLike, name: str) -> bool:
-    """Print what `check` finds beside what was published; True if they agree and nothing is wrong."""
-    found, problems = check(root, name)
+def report(root: str | os.PathLike, name: str, images: str | os.PathLike | None = None) -> bool:
+    """Print what `check` finds, and published counts where they are known; True if they agree and nothing is wrong."""
+    found, problems, without_phrases = check(root, name, images)
     for problem in problems[:PROBLEMS_SHOWN]:
         print(f"- {problem}")
     if len(problems) > PROBLEMS_SHOWN:
         print(f"… and {len(problems) - PROBLEMS_SHOWN} more problems")
-    print(f"{name + ' (found / published)':<30}" + "".join(f"{field:>20}" for field in Counts._fields))
-    published = PUBLISHED[name]
+    if without_phrases:
+        print(skipped(without_phrases))
+    published = PUBLISHED.get(name)
+    what = "found, published counts unknown" if published is None else "found / published"
+    print(f"{f'{name} ({what})':<30}" + "".join(f"{field:>20}" for field in Counts._fields))
     complete = not problems
-    for split in published | found:
-        ours, theirs = found.get(split, Counts(0, 0, 0)), published.get(split, Counts(0, 0, 0))
+    for split in (published or {}) | found:
+        ours, theirs = found.get(split, Counts(0, 0, 0)), (published or found).get(split, Counts(0, 0, 0))
         complete &= ours == theirs
-        cells = "".join(f"{f'{one:,} / {other:,}':>20}" for one, other in zip(ours, theirs))
-        print(f"{split:<30}{cells}" + ("" if ours == theirs else "   differs"))
+        pairs = [f"{one:,}" if published is None else f"{one:,} / {other:,}" for one, other in zip(ours, theirs)]
+        print(f"{split:<30}{''.join(f'{pair:>20}' for pair in pairs)}" + ("" if ours == theirs else "   differs"))
     print(f"{name}: {'ok' if complete else 'incomplete'}\n")
     return complete
 
@@ -130,11 +150,20 @@ def main(arguments: list[str] | None = None) -> int:
         description="Check REFER data sets against what was published.", prog="python -m data.check"
     )
     parser.add_argument("root", help="folder that holds images/ and a folder for each data set")
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(PUBLISHED)}; all by default")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help=f"such as grefcoco/unc; by default those whose counts are known, {', '.join(PUBLISHED)}",
+    )
+    parser.add_argument("--images", help="folder of the image files, where it is not a published set's own")
     options = parser.parse_args(arguments)
-    if unknown := set(options.names) - set(PUBLISHED):
-        parser.error(f"no counts are known for {', '.join(sorted(unknown))}; choose from {', '.join(PUBLISHED)}")
-    return 0 if all([report(options.root, name) for name in options.names or PUBLISHED]) else 1
+    names = options.names or PUBLISHED
+    try:
+        for name in names:
+            refer_files(options.root, *name.partition("/")[::2], options.images)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0 if all([report(options.root, name, options.images) for name in names]) else 1
 
 
 if __name__ == "__main__":

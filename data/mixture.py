@@ -102,6 +102,8 @@ def mix(
     training, leaks = [], []
     for member in members:
         rows = splits[member.name][member.split]
+        if not len(rows):
+            raise ValueError(f"{member.name}, split {member.split!r}, has no rows to train on.")
         leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(member.name, rows)]
         phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))

@@ -33,7 +33,16 @@ from huggingface_hub import DatasetCardData
 from pycocotools import mask as coco_mask
 
 from .check import PUBLISHED
-from .refer import FEATURES, RleMask, cut, load_json
+from .refer import (
+    FEATURES,
+    RleMask,
+    cut,
+    load_json,
+    raise_if_memory_is_short,
+    require_records,
+    require_regular_files,
+    skipped,
+)
 from .sources import KINDS, Records, open_records
 
 RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
@@ -87,8 +96,7 @@ def prepare(
     output = Path(output).absolute()
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists: name a folder that does not, or remove it to prepare it anew.")
-    if not len(records):
-        raise ValueError(f"{records.refs} has no records.")
+    require_records(records)
     work = output.with_name(f"{output.name}.partial")
     _begin(work, f"{records.fingerprint} in chunks of {RECORDS_PER_CHUNK}\n")
     _read_chunks(records, work, num_proc, strict)
@@ -176,6 +184,7 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
             _records.check(row)
             rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
         except Exception as error:
+            raise_if_memory_is_short(error)
             if not isinstance(error, OSError | ValueError):  # no reader foresees all that a stranger's file can raise
                 error = ValueError(f"{_records.refs}, entry {index}: it cannot be read ({cut(repr(error))}).")
             if strict:
@@ -210,6 +219,7 @@ def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) ->
         "name": records.name,
         "fingerprint": digest.hexdigest(),
         "left_out": len(problems),
+        "without_phrases": records.without_phrases,
         "splits": figures,
         "files": files,
     }
@@ -261,7 +271,8 @@ def _card(summary: dict) -> str:
         metadata=metadata.to_yaml(),
         name=summary["name"],
         table=format_summary(summary),
-        left_out=f"{summary['left_out']} records were left out; `{PROBLEMS}` says which and why.",
+        left_out=f"{summary['left_out']} records were left out; `{PROBLEMS}` says which and why."
+        + (f" {skipped(summary['without_phrases'])}" if summary["without_phrases"] else ""),
     )
 
 
@@ -270,8 +281,9 @@ def require_whole(folder: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: names the first that is missing.
-        ValueError: its `summary.json` is none.
+        ValueError: its `summary.json` is none, or there is a pipe or device in it.
     """
+    require_regular_files(folder)
     try:
         files = load_json(Path(folder, SUMMARY))["files"]
         missing = [name for name in files if not Path(folder, name).exists()]
@@ -336,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted; the same command goes on from here.")
     print(format_summary(summary))
+    if summary["without_phrases"]:
+        print(skipped(summary["without_phrases"]))
     print(f"{summary['left_out']} records left out (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
     if summary["left_out"]:
         with open(Path(options.output) / PROBLEMS, encoding="utf-8") as file:

@@ -6,12 +6,15 @@ registers the mask's feature type with `datasets`, so it must be imported before
 
 import copyreg
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import pickle
 import re
 import reprlib
+import sys
 import warnings
 from array import array
 from collections import Counter, defaultdict
@@ -30,7 +33,9 @@ from datasets.features.features import register_feature
 from datasets.table import array_cast
 from pycocotools import mask as coco_mask
 
-# Where each data set keeps its images under the root, and the splits of it that were published.
+logger = logging.getLogger(__name__)
+
+# Where each published data set keeps its images under the root, and who split it.
 COCO_IMAGES = "images/train2014"
 SOURCES = {
     "refcoco": (COCO_IMAGES, ("unc", "google")),
@@ -39,6 +44,7 @@ SOURCES = {
     "refclef": ("images/saiapr_tc-12", ("unc", "berkeley")),
     "grefcoco": (COCO_IMAGES, ("unc",)),
 }
+REFER_NAME = re.compile(r"[\w+-][\w+. -]{0,99}")  # of a data set or of who split it, which becomes part of a path
 LAYOUT = (
     "the REFER layout is <root>/<dataset>/refs(<split_by>).p, <root>/<dataset>/instances.json and "
     "<root>/<images>/<file name>"
@@ -50,6 +56,13 @@ END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
 MAX_SIDE = 32_766  # pixels; OpenCV warps no larger images
 MAX_OUTLINE = 2_000_000  # pixels around an object; pycocotools keeps some 100 bytes for each
+FOREIGN_FORMATS = {  # the first bytes of images in formats that are not read here
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+LMDB_FILES = ("*.lmdb", "data.mdb", "*/*.lmdb", "*/data.mdb", "lmdb/*/*.lmdb")  # below a data set's folder
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of a phrase; of all of an object
 MAX_NAME, MAX_SPLIT = 4_096, 200  # characters of a category or file name; bytes of a split's name
@@ -87,7 +100,7 @@ class RleMask:
         }
 
     def decode_example(self, value: np.ndarray | dict, token_per_repo_id: dict | None = None) -> np.ndarray:
-        if not isinstance(value, dict):
+        if isinstance(value, np.ndarray):
             return value  # (H, W)
         run_lengths(value)
         return coco_mask.decode(value)  # (H, W)
@@ -121,6 +134,36 @@ def require_columns(where: str, names: Iterable[str]) -> None:
     """Refuse rows that lack a column of `FEATURES` with a ValueError that begins with `where`."""
     if missing := FEATURES.keys() - set(names):
         raise ValueError(f"{where} has no columns {sorted(missing)}: see data/README.md.")
+
+
+def require_rows(where: str, rows: datasets.Dataset) -> None:
+    """Refuse with a ValueError that begins with `where` rows without a mask, phrases or a number of their own."""
+    table = rows.select_columns(["ref_id", "mask", "sentences"]).with_format("arrow")[:]
+    ref_ids = table["ref_id"].to_pylist()
+    for column, remedy in (
+        ("ref_id", "number the rows"),
+        ("mask", "give an empty mask where nothing answers to the phrases, or leave the rows out"),
+        ("sentences", "write phrases or leave the rows out"),
+    ):
+        if nulls := table[column].null_count:
+            index = table[column].is_null().index(True).as_py()
+            raise ValueError(
+                f"{where} has {nulls} rows whose {column} is null, first row {index} with ref_id {ref_ids[index]}: "
+                f"{remedy}."
+            )
+    check_ref_ids(where, ref_ids)
+
+
+def raise_if_memory_is_short(error: BaseException | None) -> None:
+    """Raise the MemoryError or torch.OutOfMemoryError that an error is, or comes from.
+
+    The first line of every broad `except`: want of memory must not be told as a broken file.
+    """
+    kinds = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+    while error is not None:
+        if isinstance(error, kinds):
+            raise error
+        error = error.__cause__
 
 
 PLAIN_OPCODES = set(
@@ -158,15 +201,16 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
         ValueError: the file is broken, or holds anything but lists, dictionaries, strings and numbers.
     """
     copyreg.clear_extension_cache()  # objects cached there would be handed out without asking `find_class`
-    with open(path, "rb") as file:
-        try:
-            return PlainUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a broken pickle raises whatever its broken part means
-            reason = "it holds something else" if isinstance(error, KeyError) else cut(error)  # of opcodes
-            raise ValueError(
-                f"{path} is not a pickle of lists, dictionaries, strings and numbers ({reason}); nothing in it was "
-                "run, get the file again from where the data set was published."
-            ) from error
+    file = io.BytesIO(read_regular(path))  # which makes room for no more bytes than there are
+    try:
+        return PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a broken pickle raises whatever its broken part means
+        raise_if_memory_is_short(error)
+        reason = "it holds something else" if isinstance(error, KeyError) else cut(error)  # of opcodes
+        raise ValueError(
+            f"{path} is not a pickle of lists, dictionaries, strings and numbers ({reason}); nothing in it was "
+            "run, get the file again from where the data set was published."
+        ) from error
 
 
 class Records:
@@ -180,15 +224,18 @@ class Records:
         images: folder that its images are in.
         fingerprint: changes with the name, the folder of images and the annotation files, whose images and PNG masks
             it does not look at.
+        without_phrases: objects of the annotation files that are none of the records, since nobody has described them.
         layout: a clause on where its files belong, for complaints about missing ones.
     """
 
     layout: str = LAYOUT
+    without_phrases: int = 0
 
     def __init__(self, name: str, refs: Path, images: Path, annotation_files: Iterable[Path]) -> None:
         self.name, self.refs, self.images = name, refs, images
         digest = hashlib.sha256(repr((type(self).__name__, name, os.fspath(images))).encode())
         for path in annotation_files:
+            require_regular(path)
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = digest.hexdigest()
@@ -223,26 +270,30 @@ class ReferRecords(Records):
 
     Raises:
         FileNotFoundError: a folder or annotation file is missing.
-        ValueError: the data set is unknown, or an annotation file holds what it should not.
+        ValueError: it is not known where its images are, or an annotation file holds what it should not.
     """
 
     def __init__(
         self, root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
     ) -> None:
-        files = refer_files(root, dataset, split_by)
-        if images is not None:
-            files = files._replace(images=Path(images).absolute())
+        files = refer_files(root, dataset, split_by, images)
         for path in (Path(root).absolute(), *files):
-            require(path)
+            require(path, root=root)
         super().__init__(f"{dataset}/{split_by}", files.refs, files.images, (files.refs, files.instances))
         self.files = files
-        self._refs, self._instances = read_refs(files.refs), read_instances(files.instances)
+        self._refs, self.without_phrases = read_refs(files.refs)
+        self._instances = read_instances(files.instances)
 
     def __len__(self) -> int:
         return len(self._refs)
 
     def read(self, index: int) -> tuple[str, dict]:
-        return read_row(self.files, index, self._refs[index], self._instances)
+        return read_row(self.files, *self._refs[index], self._instances)
+
+
+def skipped(without_phrases: int) -> str:
+    """What to tell of objects that are no records."""
+    return f"{without_phrases} objects have no phrases and are skipped, as in the official loader."
 
 
 def load_records(records: Records) -> datasets.DatasetDict:
@@ -252,20 +303,32 @@ def load_records(records: Records) -> datasets.DatasetDict:
         A dataset for each split that the records name, in their order, with the columns of `FEATURES`.
 
     Raises:
-        OSError, ValueError: as `Records.read` and `Records.check`, or two records share their ref_id.
+        OSError, ValueError: as `Records.read` and `Records.check`, or two records share their ref_id, or there are
+            none.
     """
+    require_records(records)
     splits = defaultdict(list)
     for index in range(len(records)):
         split, row = records.read(index)
         records.check(row)
         splits[split].append(row)
     check_ref_ids(records.refs, [row["ref_id"] for rows in splits.values() for row in rows])
+    if records.without_phrases:
+        logger.warning(f"{records.refs}: {skipped(records.without_phrases)}")
     return datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows, features=FEATURES) for split, rows in splits.items()}
     )
 
 
-def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets.DatasetDict:
+def require_records(records: Records) -> None:
+    """Refuse annotation files without any record with a ValueError."""
+    if not len(records):
+        raise ValueError(f"{records.refs} has no records.")
+
+
+def load_refer(
+    root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
+) -> datasets.DatasetDict:
     """Read one data set in the official REFER layout, one row for each referred object.
 
     The layout is that of the official reader (lichengunc/refer, `refer.py`), with COCO's images in
@@ -273,8 +336,10 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
 
     Args:
         root: folder that holds `images/` and one folder for each data set.
-        dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`.
-        split_by: who split it: `unc`, `umd`, `google` or `berkeley`.
+        dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`; with `images` any other folder in the root
+            that holds `refs(<split_by>).p` and `instances.json`, such as RRSIS-D's `rrsisd`.
+        split_by: who split it: `unc`, `umd`, `google` or `berkeley`, or what else its file of refs is called by.
+        images: folder of the images, where it is not the published sets' own.
 
     Returns:
         A dataset for each split that the refs file names, in the file's order, with the columns of `FEATURES`.
@@ -282,12 +347,12 @@ def load_refer(root: str | os.PathLike, dataset: str, split_by: str) -> datasets
     Raises:
         FileNotFoundError: a folder, annotation file or image is missing.
         OSError: an image is truncated or no image at all.
-        ValueError: the data set is unknown, or a file or row holds what it should not.
+        ValueError: it is not known where the images are, or a file or row holds what it should not.
     """
-    return load_records(ReferRecords(root, dataset, split_by))
+    return load_records(ReferRecords(root, dataset, split_by, images))
 
 
-def check_ref_ids(refs: Path, ref_ids: list[int]) -> None:
+def check_ref_ids(refs: str | os.PathLike, ref_ids: list[int]) -> None:
     """Refuse with a `ValueError` numbers that two refs share: predictions are named by them."""
     repeated = [ref_id for ref_id, count in Counter(ref_ids).items() if count > 1]
     if repeated:
@@ -304,30 +369,69 @@ class ReferFiles(NamedTuple):
     instances: Path
 
 
-def refer_files(root: str | os.PathLike, dataset: str, split_by: str) -> ReferFiles:
+def refer_files(
+    root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
+) -> ReferFiles:
     """Where under `root` a data set belongs, whether it is there or not.
 
+    Args:
+        images: folder of its images, where it is not a published set's own.
+
     Raises:
-        ValueError: the data set is unknown.
+        ValueError: a name leads elsewhere, or the data set is unknown and there are no `images`.
     """
-    if dataset not in SOURCES or split_by not in SOURCES[dataset][1]:
-        known = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
-        raise ValueError(f"There is no data set {dataset!r} split by {split_by!r}; known are {known}.")
+    known = dataset in SOURCES and split_by in SOURCES[dataset][1]
+    if images is None and not known or not (REFER_NAME.fullmatch(dataset) and REFER_NAME.fullmatch(split_by)):
+        names = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
+        raise ValueError(
+            f"There is no data set {short(dataset)} split by {short(split_by)}; known are {names}, and any other "
+            "folder in the root of which `images` says where its images are."
+        )
     root = Path(root).absolute()
     refs = f"grefs({split_by}).json" if dataset == "grefcoco" else f"refs({split_by}).p"
-    return ReferFiles(root / SOURCES[dataset][0], root / dataset / refs, root / dataset / "instances.json")
+    images = root / SOURCES[dataset][0] if images is None else Path(images).absolute()
+    return ReferFiles(images, root / dataset / refs, root / dataset / "instances.json")
 
 
-def require(path: Path, layout: str = LAYOUT) -> None:
-    """Raise a FileNotFoundError that shows the layout if there is no such file or folder."""
+def require(path: Path, layout: str = LAYOUT, root: str | os.PathLike | None = None) -> None:
+    """Raise a FileNotFoundError that shows the layout if there is no such file or folder of the data set in `root`."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {layout}.")
+        raise FileNotFoundError(f"{path} does not exist; {layout}{instead_of_lmdb(root)}.")
+
+
+def instead_of_lmdb(root: str | os.PathLike | None) -> str:
+    """A clause on what to read instead if a data set's folder holds LMDB files; otherwise nothing."""
+    root = None if root is None else Path(root)
+    if root is None or not (root.suffix == ".lmdb" or any(any(root.glob(pattern)) for pattern in LMDB_FILES)):
+        return ""
+    return (
+        "; there are LMDB files, which are not read here: give the folders anns/ and masks/ that the official code "
+        "made them from (`python -m data.prepare cris <folder of both> --name <set>`)"
+    )
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """Refuse pipes, devices and folders with a ValueError: to read a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file.")
+
+
+def require_regular_files(folder: str | os.PathLike) -> None:
+    """Refuse a folder that holds, at any depth, what `require_regular` refuses or links to nothing."""
+    for path in Path(folder).rglob("*"):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is no regular file.")
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """All that a file holds; raises ValueError if it is none, OSError if it cannot be read."""
+    require_regular(path)
+    return Path(path).read_bytes()
 
 
 def require_inside(path: str | os.PathLike, *folders: Path) -> None:
     """Refuse with a ValueError what is no regular file, or what links put outside of all the folders."""
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
-        raise ValueError(f"{path} is no regular file.")
+    require_regular(path)
     _refuse_link_out(path, *folders)
 
 
@@ -357,8 +461,14 @@ def file_inside(folder: Path, name: str, *homes: Path) -> str:
     return path
 
 
-def read_refs(path: Path) -> list:
-    """Read a refs file, a pickle or JSON.
+def read_refs(path: Path) -> tuple[list[tuple[int, Any]], int]:
+    """Read a refs file, a pickle or gRefCOCO's JSON.
+
+    gRefCOCO's has objects without phrases. Its loaders read phrase by phrase, so that they never meet them, as its
+    authors say (henghuiding/gRefCOCO, issues 3 and 8). In other files they are a fault, for `read_row` to name.
+
+    Returns:
+        The refs, each with its place in the file, and how many without phrases were skipped.
 
     Raises:
         ValueError: it holds no list, or more than plain data, or is a link out of the data set.
@@ -367,13 +477,20 @@ def read_refs(path: Path) -> list:
     refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
-    return refs
+    several = path.suffix == ".json"
+    kept = [
+        (index, ref)
+        for index, ref in enumerate(refs)
+        if not (several and isinstance(ref, dict) and ref.get("sentences") == [])
+    ]
+    return kept, len(refs) - len(kept)
 
 
 def load_json(path: Path, **options: Any) -> Any:
     """Read a JSON file; raises ValueError if it is none."""
     try:
-        return json.loads(path.read_bytes(), **options)
+        content = read_regular(path)
+        return json.loads(content, **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}); get it again from where it was published.") from error
 
@@ -601,11 +718,13 @@ def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = LA
         OSError: it is truncated or no image at all.
         ValueError: it has another size.
     """
-    found = image_size(path, layout, whole=True)
+    found, turned = _image_header(path, layout, whole=True)
     if found != size:
+        upright = " when upright, as its EXIF orientation says" if turned else ""
+        remedy = "annotate the upright image" if turned else "take the image that was annotated, or correct the record"
         raise ValueError(
-            f"image {path} is {found[0]} x {found[1]} pixels (height x width) when upright, as its EXIF orientation "
-            f"says, but its record says {size[0]} x {size[1]}: annotate the upright image."
+            f"image {path} is {found[0]} x {found[1]} pixels (height x width){upright}, but its record says "
+            f"{size[0]} x {size[1]}: {remedy}."
         )
 
 
@@ -632,10 +751,31 @@ def opened_image(
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist; {layout}.") from None
     except PIL.UnidentifiedImageError as error:
-        reason = f"it is no {' or '.join(formats)}"
-        raise OSError(f"{what} {path} cannot be read ({reason}); copy or download it again.") from error
+        wanted = " or ".join(formats)
+        with open(path, "rb") as file:
+            other = image_format(file)
+        if other:
+            raise OSError(f"{what} {path} cannot be read (it is {other}); convert it to {wanted}.") from error
+        raise OSError(f"{what} {path} cannot be read (it is no {wanted}); copy or download it again.") from error
     except Exception as error:  # Pillow's decoders raise many types
+        raise_if_memory_is_short(error)
         raise OSError(f"{what} {path} cannot be read ({cut(error)}); copy or download it again.") from error
+
+
+def image_format(file: BinaryIO) -> str:
+    """The format of an image file by how it begins, whether it is read here or not; nothing if it is no image's."""
+    start = file.read(16)
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+        return "HEIC or AVIF"
+    if foreign := [name for begin, name in FOREIGN_FORMATS.items() if start.startswith(begin)]:
+        return foreign[0]
+    file.seek(0)
+    try:
+        with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
+            return image.format
+    except Exception as error:  # Pillow's decoders raise many types
+        raise_if_memory_is_short(error)
+        return ""
 
 
 def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = False) -> tuple[int, int]:
@@ -647,22 +787,30 @@ def image_size(path: str | os.PathLike, layout: str = LAYOUT, whole: bool = Fals
     Raises:
         FileNotFoundError: there is none; says what its layout is.
         OSError: it is no image, or truncated.
+        ValueError: its pixels have 32 bits.
     """
+    return _image_header(path, layout, whole)[0]
+
+
+def _image_header(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tuple[int, int], bool]:
+    """What `image_size` gives, and whether EXIF swaps the sides for that."""
     with opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
-        width, height = image.size
-        if image.mode in ("I", "F"):
-            raise ValueError(f"its pixels have the mode {image.mode}, 32 bits; write 8 bits a channel")
-        # Pillow turns a TIFF's size itself.
-        if image.format != "TIFF" and image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS:
-            width, height = height, width
+        size, mode = image.size[::-1], image.mode
+        turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS
+        if turned and image.format != "TIFF":  # Pillow turns a TIFF's size itself
+            size = size[::-1]
         if whole:
             file.seek(-len(END_OF_PNG), os.SEEK_END)
             if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
                 image.load()  # likely cut short: decode it to be sure, at 20 times the cost
-    return height, width
+    if mode in ("I", "F"):
+        raise ValueError(f"image {path} has pixels of 32 bits (mode {mode}); write 8 bits a channel.")
+    return size, turned
 
 
 def _parts(segmentation: list | dict) -> list:
+    if segmentation is None:
+        raise ValueError("its mask is null; give polygons or RLE.")
     return [segmentation] if isinstance(segmentation, dict) else segmentation
 
 
@@ -722,9 +870,7 @@ def run_lengths(rle: dict) -> np.ndarray:
     Raises:
         ValueError: the size is none, or the counts are none or not as many as the size has pixels.
     """
-    size, counts = rle["size"], rle["counts"]
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"the mask's size is {short(size)}; give its height and width in pixels.")
+    size, counts = mask_size(rle), rle["counts"]
     if isinstance(counts, list):
         if not all(type(length) is int and 0 <= length <= MAX_PIXELS for length in counts):
             raise ValueError(f"the mask's runs {short(counts)} are no numbers of pixels.")
@@ -739,6 +885,16 @@ def run_lengths(rle: dict) -> np.ndarray:
             f"the mask's runs are {'more' if total > pixels else 'fewer'} than {size[0]} x {size[1]} pixels."
         )
     return lengths
+
+
+def mask_size(rle: dict) -> tuple[int, int]:
+    """The (height, width) of an RLE; ValueError if it has none."""
+    if rle is None:
+        raise ValueError("the mask is null; give an empty mask where nothing answers to the phrases")
+    size = rle["size"]
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"the mask's size is {short(size)}; give its height and width in pixels.")
+    return tuple(size)
 
 
 def _decompressed(counts: bytes) -> np.ndarray | None:

@@ -25,11 +25,14 @@ from .refer import (
     cut,
     file_inside,
     image_size,
+    instead_of_lmdb,
     is_int64,
     load_json,
     make_row,
     naming,
     opened_image,
+    raise_if_memory_is_short,
+    read_regular,
     read_row,
     require,
     require_inside,
@@ -97,7 +100,12 @@ def open_records(
         if images is not None:
             raise ValueError(f"A folder's images are named relative to its {METADATA}: leave `images` out.")
         return FolderRecords(path, name)
-    raise ValueError(f"There is no layout {kind!r}; choose from {', '.join(KINDS)}.")
+    lmdb = (
+        "; LMDB files were made from the folders anns/ and masks/, which are of the kind cris"
+        if kind == "lmdb"
+        else ""
+    )
+    raise ValueError(f"There is no layout {kind!r}; choose from {', '.join(KINDS)}{lmdb}.")
 
 
 class CrisRecords(Records):
@@ -117,16 +125,18 @@ class CrisRecords(Records):
         annotations, self._root = root / "anns" / name, root
         images = root / COCO_IMAGES if images is None else Path(images).absolute()
         for folder in (annotations, root / "masks" / name, images):
-            require(folder, CRIS_LAYOUT)
+            require(folder, CRIS_LAYOUT, root)
         files = sorted(annotations.glob("*.json"), key=_by_split)
         if not files:
-            raise FileNotFoundError(f"{annotations} has no .json file; {CRIS_LAYOUT}.")
+            raise FileNotFoundError(f"{annotations} has no .json file; {CRIS_LAYOUT}{instead_of_lmdb(root)}.")
         self._records = []
         for file in files:
             require_inside(file, root)
             items = load_json(file)
             if not isinstance(items, list):
                 raise ValueError(f"{file} holds a {type(items).__name__}, not a list of records.")
+            if not items:
+                raise ValueError(f"{file} has no records: leave the file out, or get it again.")
             self._records += [(file, number, item) for number, item in enumerate(items)]
         img_names = (item.get("img_name") for *_, item in self._records if isinstance(item, dict))
         others = {img_name for img_name in img_names if isinstance(img_name, str) and not _coco_id(img_name)}
@@ -183,6 +193,8 @@ class HubTableRecords(Records):
 
     def __init__(self, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None) -> None:
         root = Path(path).absolute()
+        if root.exists() and not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder; {HUB_LAYOUT}{instead_of_lmdb(root)}.")
         name = name or (root.name if root.is_dir() else os.fspath(path))
         if not root.is_dir():
             if images is None:
@@ -192,11 +204,14 @@ class HubTableRecords(Records):
         require(images, HUB_LAYOUT)
         files = sorted(root.rglob("*.parquet"), key=_by_split)
         if not files:
-            raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there.")
+            raise FileNotFoundError(
+                f"{root} has no .parquet file; download the table's files there{instead_of_lmdb(root)}."
+            )
         tables = [self._read_table(file, root) for file in files]
         try:
             table = pa.concat_tables(tables, promote_options="default")
         except pa.ArrowException as error:
+            raise_if_memory_is_short(error)
             raise ValueError(f"{root}: its tables are not of one kind ({cut(error)}); download them again.") from error
         self._rows = datasets.Dataset(table.replace_schema_metadata(None))
         super().__init__(name, root, images, files)
@@ -211,6 +226,7 @@ class HubTableRecords(Records):
                     raise ValueError(f"the columns {', '.join(sorted(missing))} are missing")
                 return parquet.read(columns=HUB_COLUMNS)
         except Exception as error:  # Arrow's extension types run code of many libraries
+            raise_if_memory_is_short(error)
             raise ValueError(f"{file} is no table like jxu124/refcoco ({cut(error)}); download it again.") from error
 
     def __len__(self) -> int:
@@ -244,12 +260,15 @@ class FolderRecords(Records):
         require(root, FOLDER_LAYOUT)
         files = [root / METADATA] if (root / METADATA).exists() else sorted(root.glob(f"*/{METADATA}"), key=_by_split)
         if not files:
-            raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}.")
+            raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}{instead_of_lmdb(root)}.")
         self._lines = []  # file, line number, text
         for file in files:
             require_inside(file, root)
-            lines = enumerate(file.read_bytes().splitlines(), 1)
-            self._lines += [(file, number, line) for number, line in lines if line.strip()]
+            lines = enumerate(read_regular(file).splitlines(), 1)
+            filled = [(file, number, line) for number, line in lines if line.strip()]
+            if not filled:
+                raise ValueError(f"{file} has no records: write one JSON object a line, or leave the file out.")
+            self._lines += filled
         super().__init__(name or root.name, files[0] if files == [root / METADATA] else root, root, files)
         self._number()
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .refer import FEATURES, require_columns
+from .refer import FEATURES, raise_if_memory_is_short, require_columns, require_regular
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
@@ -84,9 +84,11 @@ class StreamedRows:
 def _opened(file: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file; raises OSError if it is missing or broken."""
     try:
+        require_regular(file)
         with fsspec.open(file) as opened, pq.ParquetFile(opened) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
+        raise_if_memory_is_short(error)
         reason = " ".join(str(error).split())  # Arrow's have several lines
         raise OSError(f"{file} cannot be read ({reason}): restore it, or prepare the data set anew.") from error
 
@@ -118,6 +120,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self.workers = workers
         self.seed = seed
         self.runs = world_size * workers
+        if not len(rows):
+            raise ValueError("The split to train on has no rows.")
         if len(rows) < self.runs:
             raise ValueError(
                 f"{len(rows)} rows are too few for {world_size} processes of {workers} workers: take fewer processes, "

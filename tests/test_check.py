@@ -1,5 +1,6 @@
 """The check of a download: what it counts, what it names, and its status, on a small set broken in known ways."""
 
+import json
 import re
 from pathlib import Path
 
@@ -160,7 +161,52 @@ def test_unknown_sets_are_refused_with_the_known_ones(refer, capsys):
     with pytest.raises(SystemExit) as caught:
         check.main([str(refer.root), "refcoco"])
     assert caught.value.code == 2
-    assert "no counts are known for refcoco; choose from refcoco/unc" in capsys.readouterr().err
+    assert "no data set 'refcoco' split by ''; known are refcoco (unc or google)" in capsys.readouterr().err
+
+
+def as_grefcoco(refer):
+    """gRefCOCO's layout, in which two objects have no phrases."""
+    for ref in refer.refs[1], refer.refs[4]:
+        ref["sentences"] = []
+    refer.write("grefcoco")
+    (refer.root / "grefcoco" / "refs(unc).p").unlink()
+    (refer.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(refer.refs))
+
+
+def test_grefcoco_is_checked_without_counts_and_its_silent_objects_are_counted(refer, capsys):
+    as_grefcoco(refer)
+    status, text = run(capsys, refer.root, "grefcoco/unc")
+    assert status == 0 and not problems(text) and "differs" not in text
+    assert "grefcoco/unc (found, published counts unknown)" in text and "grefcoco/unc: ok" in text
+    assert "2 objects have no phrases and are skipped" in text
+    assert re.search(r"^train +2 +4 +1$", text, re.MULTILINE) and re.search(r"^testB +1 +2 +1$", text, re.MULTILINE)
+    (refer.images / "first.jpg").unlink()
+    status, text = run(capsys, refer.root, "grefcoco/unc")
+    assert status == 1 and len(problems(text)) == 1 and "grefcoco/unc: incomplete" in text
+
+
+def test_objects_without_phrases_are_a_problem_elsewhere(refer, capsys):
+    refer.refs[1]["sentences"] = []
+    refer.write()
+    status, text = run(capsys, refer.root, NAME)
+    (line,) = problems(text)
+    assert status == 1 and "ref_id 111: there are no phrases; write at least one" in line and "skipped" not in text
+
+
+def test_any_set_in_the_layout_is_checked_with_its_images(refer, capsys):
+    refer.write("rrsisd")
+    images = refer.images.rename(refer.root / "elsewhere")
+    status, text = run(capsys, refer.root, "rrsisd/unc", "--images", images)
+    assert status == 0 and re.search(r"^train +4 +8 +2$", text, re.MULTILINE)
+    refer.refs = []
+    refer.write("rrsisd")
+    status, text = run(capsys, refer.root, "rrsisd/unc", "--images", images)
+    assert status == 1 and "refs(unc).p has no records" in text
+    for name in ("../refer/rrsisd/unc", "rrsisd/../unc", "rrsisd"):
+        with pytest.raises(SystemExit):
+            check.main([str(refer.root), NAME, name, "--images", str(images)])
+        captured = capsys.readouterr()
+        assert "There is no data set" in captured.err and not captured.out
 
 
 def test_sums_are_those_of_the_literature():

@@ -137,6 +137,9 @@ def test_a_member_without_rows_to_train_on_is_refused():
         mix(parse_mixture("one:training", "train"), splits)
     with pytest.raises(ValueError, match="No row of one, split 'train', is left to train on: 0 of 2"):
         mix(parse_mixture("one", "train"), splits)
+    splits = {"one": datasets.DatasetDict(train=make_rows([1, 2]).select([]), val=make_rows([3]))}
+    with pytest.raises(ValueError, match="^one, split 'train', has no rows to train on.$"):
+        mix(parse_mixture("one", "train"), splits)
     splits = {"one": datasets.DatasetDict(train=make_rows([1, 2]), val=make_rows([3]))}
     with pytest.raises(ValueError, match="No row of one, .*: 2 of 2 .* weight is 0.1"):
         mix(parse_mixture("0.1*one", "train"), splits)

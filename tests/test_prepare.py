@@ -383,6 +383,51 @@ def test_strict_does_not_overlook_what_an_interrupted_run_listed(tmp_path, monke
         prepare.prepare(records, tmp_path / "out", strict=True)
 
 
+def test_want_of_memory_is_not_told_as_a_broken_record(tmp_path, monkeypatch):
+    folder = ReferFolder(tmp_path / "refer")
+    records = open_refer(folder)
+
+    def fail(self, index):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(ReferRecords, "read", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        prepare.prepare(records, tmp_path / "out", num_proc=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_objects_without_phrases_are_counted_in_the_summary(tmp_path, capsys):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.refs[0]["sentences"] = folder.refs[3]["sentences"] = []
+    folder.write("grefcoco")
+    (folder.root / "grefcoco" / "refs(unc).p").unlink()
+    (folder.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(folder.refs))
+    arguments = ["refer", str(folder.root), "--name", "grefcoco/unc", "--output", str(tmp_path / "out")]
+    prepare.main([*arguments, "--num_proc", "1", "--strict"])
+    assert "2 objects have no phrases and are skipped" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["left_out"], summary["without_phrases"]) == (0, 2)
+    assert {split: figures["objects"] for split, figures in summary["splits"].items()} == {
+        "train": 3,
+        "val": 1,
+        "testB": 1,
+    }
+    assert "2 objects have no phrases" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_any_set_in_the_layout_is_prepared_with_its_images(tmp_path, capsys):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write("rrsisd")
+    images = folder.images.rename(tmp_path / "JPEGImages")
+    arguments = ["refer", str(folder.root), "--name", "rrsisd/unc", "--output", str(tmp_path / "out")]
+    prepare.main([*arguments, "--images", str(images), "--num_proc", "1"])
+    assert "published" not in capsys.readouterr().out and not problems_of(tmp_path / "out")
+    expected = load_records(open_records("refer", folder.root, "rrsisd/unc", images))
+    assert_same_rows(load(tmp_path / "out", tmp_path), expected)
+    with pytest.raises(SystemExit, match="no data set 'rrsisd' split by 'unc'"):
+        prepare.main([*arguments[:-1], str(tmp_path / "other")])
+
+
 def test_nothing_sound(tmp_path):
     folder = ReferFolder(tmp_path / "refer")
     hidden = folder.images.rename(tmp_path / "hidden")

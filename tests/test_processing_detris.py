@@ -8,21 +8,32 @@ import io
 import json
 import math
 import os
+import pickle
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_clip_tokenizer
+from datasets.fingerprint import Hasher
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPTokenizer
+from transformers import AutoProcessor, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import PaddingStrategy
 
-from processing_detris import BoxedMask, DetrisImageProcessor, DetrisProcessor
+from data import refer
+from processing_detris import MAX_SIDE, MAX_SQUARE, BoxedMask, DetrisImageProcessor, DetrisProcessor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -247,6 +258,25 @@ def test_truncated_file_is_named(image_processor, tmp_path):
         (np.full((5, 6, 3), -1), ValueError, r"images\[0\] holds int64 values from -1"),
         (np.zeros((5, 6, 3), complex), ValueError, r"images\[0\] holds complex128"),
         ([], ValueError, "images is empty"),
+        (b"\xff\xd8\xff", TypeError, r"images\[0\] is of type bytes: give a PIL image, which PIL.Image.open makes"),
+        (np.array([["a", "b"]]), ValueError, r"images\[0\] holds <U1 values: give uint8"),
+        (np.array([[None, 1]]), ValueError, r"images\[0\] holds object values: give uint8"),
+        (torch.eye(4).to_sparse(), TypeError, r"images\[0\] is a tensor of torch.sparse_coo"),
+        (torch.empty(4, 4, device="meta"), TypeError, r"images\[0\] is a meta tensor"),
+        (
+            torch.full((3, 5, 6), torch.nan, dtype=torch.bfloat16),
+            ValueError,
+            r"images\[0\] holds float32 values from nan",
+        ),
+        (torch.tensor([[0.5, torch.nan], [0, 1]]), ValueError, r"images\[0\] holds float32 values from nan"),
+        (
+            Image.fromarray(np.float32([[0.5, np.inf]])),
+            ValueError,
+            r"images\[0\] holds float32 values from 0.5 to inf",
+        ),
+        (np.zeros((4, 32_767), np.uint8), ValueError, r"images\[0\] is 4 x 32767 pixels .*at most 32,766: cut it"),
+        (np.zeros((3, 32_767, 4), np.uint8), ValueError, r"images\[0\] is 32767 x 4 pixels"),
+        (Image.new("L", (32_767, 4)), ValueError, r"images\[0\] is 4 x 32767 pixels"),
     ],
 )
 def test_bad_images_are_refused(image_processor, image, error, message):
@@ -262,6 +292,123 @@ def test_size_is_a_square(size):
         DetrisImageProcessor(size=size)
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"size": MAX_SQUARE + 1}, "size is 4097, .* at most 4,096"),
+        ({"size": 10**9}, "size is 1000000000"),
+        ({"size": {"height": 10**9, "width": 10**9}}, "size is {'height': 1000000000"),
+        ({"size": -56}, "size is -56"),
+        ({"size": True}, "size is True"),
+        ({"size": "56"}, "size is '56'"),
+        ({"size": [56, 56]}, r"size is \[56, 56\]"),
+        ({"size": {"height": 56, "width": 56, "shortest_edge": 7}}, "size is {'height'"),
+        ({"size": math.nan}, "size is nan"),
+        *(
+            ({name: values}, f"{name} is .*give three numbers")
+            for name in ("image_mean", "image_std")
+            for values in (
+                [],
+                [0.5],
+                [0.5] * 4,
+                0.5,
+                [0.5, math.nan, 0.5],
+                [0.5, -0.1, 0.5],
+                [0.5, 1.5, 0.5],
+                ["a"] * 3,
+            )
+        ),
+        ({"image_mean": [0.5, math.inf, 0.5]}, "image_mean is"),
+        ({"image_mean": [True] * 3}, "image_mean is"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std is .*from 0.00392 to 1"),
+        ({"image_std": [0.5, 1e-40, 0.5]}, "image_std is"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DetrisImageProcessor(**fields)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        DetrisImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        *(
+            ({"mask_threshold": value}, "mask_threshold is")
+            for value in (-1, 2, math.nan, math.inf, "0.35", None, True)
+        ),
+        *(
+            ({"max_text_length": value}, "max_text_length is")
+            for value in (0, -1, 1025, 10**9, 17.0, "17", None, True)
+        ),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_when_made_and_when_loaded(processor, fields, message, tmp_path):
+    parts = processor.image_processor, processor.tokenizer
+    with pytest.raises(ValueError, match=message):
+        DetrisProcessor(*parts, **fields)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_the_longest_side_is_read(image_processor):
+    assert MAX_SIDE == refer.MAX_SIDE
+    for shape in ((8, MAX_SIDE), (MAX_SIDE, 8)):
+        out = image_processor(np.full((*shape, 3), 255, np.uint8), segmentation_maps=np.ones(shape, bool))
+        assert out.original_sizes.tolist() == [list(shape)] and np.isfinite(out.pixel_values).all()
+        with pytest.raises(ValueError, match=r"segmentation_maps\[0\] is .* x .* pixels"):
+            image_processor(np.zeros(shape), segmentation_maps=np.ones([side + 1 for side in shape], bool))
+
+
+SETTLED = {  # arguments of other processors that say what is done here anyway
+    "padding": ["max_length", PaddingStrategy.MAX_LENGTH, True, None],
+    "truncation": [True, None],
+    "max_length": [17, np.int64(17), None],
+    "add_special_tokens": [True],
+    "return_attention_mask": [True],
+    "return_tensors": ["pt"],
+    "padding_side": ["right"],
+    "do_resize": [True],
+    "do_rescale": [True],
+    "do_normalize": [True],
+    "size": [SIDE, {"height": SIDE, "width": SIDE}],
+    "image_mean": [OPENAI_CLIP_MEAN, tuple(OPENAI_CLIP_MEAN)],
+}
+CONTRADICTIONS = {
+    "padding": ["longest", False, PaddingStrategy.LONGEST],
+    "truncation": [False, 1],
+    "max_length": [77, 16],
+    "add_special_tokens": [False],
+    "return_attention_mask": [False],
+    "do_resize": [False],
+    "do_rescale": [False],
+    "do_normalize": [False],
+    "size": [224, {"shortest_edge": SIDE}],
+    "image_mean": [[0.5, 0.5, 0.5], np.zeros(3)],
+    "text_kwargs": [{}],
+}
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_keywords_that_agree_with_the_checkpoint_change_nothing(processor, name):
+    expected = processor(images=picture(), text="a cat", return_tensors="pt")
+    for value in SETTLED[name]:
+        out = processor(images=picture(), text="a cat", **{"return_tensors": "pt", name: value})
+        assert set(out) == set(expected) and all(torch.equal(out[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_keywords_that_contradict_the_checkpoint_are_refused_by_name(processor, name):
+    for value in CONTRADICTIONS[name]:
+        with pytest.raises(TypeError, match=f"^({name} is |There is no argument '{name}').*leave it out"):
+            processor(images=picture(), text="a cat", **{name: value})
+
+
 def test_unknown_keywords_are_refused(processor):
     with pytest.raises(TypeError, match="paddding"):
         processor(text="cat", paddding=True)
@@ -270,6 +417,34 @@ def test_unknown_keywords_are_refused(processor):
 
 
 # Masks to train on
+
+
+def test_an_axis_of_one_channel_is_no_matter(processor):
+    mask = picture()[..., 0] > 127
+    both = np.stack([mask, ~mask])
+    expected = processor(images=picture(), text=["cat", "dog"], segmentation_maps=both).labels
+    for maps in (
+        both[:, None],
+        torch.from_numpy(both)[:, None],
+        both[..., None],
+        list(both[:, None]),
+        [mask[..., None], ~mask],
+    ):
+        np.testing.assert_array_equal(
+            processor(images=picture(), text=["cat", "dog"], segmentation_maps=maps).labels, expected
+        )
+    thin = np.ones((2, 1, 9, 1), bool)  # 9 x 1 pixels, or 1 x 9
+    with pytest.raises(ValueError, match=r"segmentation_maps\[0\] has shape \(1, 9, 1\)"):
+        processor(images=np.zeros((9, 1)), text=["cat", "dog"], segmentation_maps=thin)
+
+
+def test_bfloat16_is_read_as_what_it_holds(image_processor):
+    image = torch.from_numpy(picture()).permute(2, 0, 1) / 255
+    for dtype in (torch.bfloat16, torch.float16):
+        out = image_processor(image.to(dtype), segmentation_maps=(image[0] > 0.5).to(dtype))
+        same = image_processor(image.to(dtype).float(), segmentation_maps=image[0] > 0.5)
+        np.testing.assert_array_equal(out.pixel_values, same.pixel_values)
+        np.testing.assert_array_equal(out.labels, same.labels)
 
 
 def test_mask_types_give_one_result(image_processor):
@@ -354,6 +529,29 @@ def test_empty_phrases_are_refused(processor, phrase, wrap):
         processor(text=wrap(phrase))
 
 
+def test_any_container_of_phrases_is_a_list(processor):
+    phrases, nested = ["cat", "a dog"], [["cat", "a dog"], ["dog"]]
+    rows = datasets.Dataset.from_dict({"phrase": phrases, "phrases": nested})
+    images = [picture()] * 2
+    expected = processor(images=images, text=phrases)
+    for text in (
+        np.array(phrases),
+        np.array(phrases, object),
+        rows["phrase"],
+        pd.Series(phrases),
+        (p for p in phrases),
+    ):
+        out = processor(images=images, text=text)
+        assert all(np.array_equal(out[key], expected[key]) for key in expected)
+    expected = processor(images=images, text=nested)
+    for text in (rows["phrases"], [np.array(group) for group in nested], [pd.Series(group) for group in nested]):
+        out = processor(images=images, text=text)
+        assert all(np.array_equal(out[key], expected[key]) for key in expected)
+    np.testing.assert_array_equal(processor(text=np.array("cat")).input_ids, processor(text="cat").input_ids)
+    table = np.array([["cat", "dog"], ["dog", "a"]])
+    assert processor(images=images, text=table).image_index.tolist() == [0, 0, 1, 1]
+
+
 def test_start_and_end_need_room(tiny_tokenizer, image_processor):
     with pytest.raises(ValueError, match="max_text_length is 2"):
         DetrisProcessor(image_processor, tiny_tokenizer, max_text_length=2)
@@ -407,6 +605,19 @@ def test_either_alone(processor):
         ([picture()] * 2, [["cat"]] * 3, ValueError, "3 texts for 2 images"),
         ([picture()], ["cat", 7], TypeError, "phrase 1 of text is 7, of type int"),
         ([picture()], [["cat", None]], TypeError, "phrase 1 of text is None"),
+        ("a cat", picture(), TypeError, "images holds text and text does not: they are swapped"),
+        (["a cat"], [Image.new("RGB", (9, 9))], TypeError, "they are swapped"),
+        ([["a cat"]], torch.zeros(3, 9, 9), TypeError, "they are swapped"),
+        ("a cat", None, TypeError, r"images\[0\] is of type str"),
+        ("a.jpg", "a cat", TypeError, r"images\[0\] is of type str: give a PIL image, which PIL.Image.open makes"),
+        (None, picture(), TypeError, "text is of type ndarray"),
+        (None, Image.new("RGB", (9, 9)), TypeError, "text is of type Image: give a phrase"),
+        (picture(), b"a cat", TypeError, "text is of type bytes"),
+        (picture(), [b"a cat"], TypeError, r"text\[0\] is of type bytes"),
+        (picture(), ["cat", b"a dog"], TypeError, "phrase 1 of text is b'a dog', of type bytes"),
+        (picture(), {"cat": 1}, TypeError, "text is of type dict"),
+        (picture(), {"cat", "dog"}, TypeError, "text is of type set"),
+        (picture(), 7, TypeError, "text is of type int"),
     ],
 )
 def test_unclear_batches_are_refused(processor, images, text, error, message):
@@ -504,6 +715,8 @@ def test_masks_do_not_depend_on_autocast_or_gradients(processor):
         ([(30, 44)] * 2, [0, 1, -1], "image_index"),
         ((30, 44), None, r"original_sizes is \(30, 44\)"),
         ([(0, 44)], None, "original_sizes"),
+        ([(30.5, 44)], None, "original_sizes"),
+        ([(30, 10**9)], None, "original_sizes .* at most 32,766"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(processor, sizes, image_index, message):
@@ -512,7 +725,154 @@ def test_sizes_that_do_not_fit_are_refused(processor, sizes, image_index, messag
         processor.post_process_referring_segmentation(outputs, sizes, image_index=image_index)
 
 
+@pytest.mark.parametrize("threshold", [-1, 2, math.nan, math.inf, "0.5", True, [0.5]])
+def test_thresholds_that_are_no_probability_are_refused(processor, threshold):
+    outputs = SimpleNamespace(logits=torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="threshold is .*give a number from 0 to 1"):
+        processor.post_process_referring_segmentation(outputs, [(30, 44)], threshold=threshold)
+    processor.mask_threshold = threshold
+    with pytest.raises(ValueError, match="threshold is .*give a number from 0 to 1"):
+        processor.post_process_referring_segmentation(outputs, [(30, 44)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_finite_give_no_mask(processor, value, dtype):
+    logits = torch.zeros(3, 8, 8, dtype=dtype)
+    logits[1, 7, 0] = value
+    with pytest.raises(ValueError, match="logits of phrase 1 are not finite"):
+        processor.post_process_referring_segmentation(SimpleNamespace(logits=logits), [(30, 44)])
+
+
 # Saving and loading
+
+
+def test_use_leaves_no_trace_in_fingerprints(processor, tmp_path):
+    """`datasets` maps a set anew if the fingerprint of what is mapped changes."""
+
+    rows = datasets.Dataset.from_dict({"text": ["a cat", "cat " * 50]})
+
+    def prints():
+        functions = processor, processor.__call__, processor.post_process_referring_segmentation
+        mapped = rows.map(lambda row: {"input_ids": processor(text=row["text"]).input_ids[0]})
+        return [mapped._fingerprint, *(Hasher.hash(function) for function in functions)]
+
+    before = prints()
+    copied = pickle.dumps(processor)
+    processor(images=picture(), text="cat " * 50, segmentation_maps=np.ones((30, 44)))  # and warns that it cuts
+    processor.tokenizer("cat " * 50, padding="max_length", truncation=True, max_length=9)
+    processor.tokenizer.pad({"input_ids": [[1, 2], [3]]})
+    processor.batch_decode([[64]])
+    logits = SimpleNamespace(logits=torch.zeros(1, 8, 8))
+    processor.post_process_referring_segmentation(logits, [(30, 44)])
+    assert prints() == before
+    processor.save_pretrained(tmp_path / "saved")
+    assert prints() == before
+    loaded = [AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True) for _ in range(2)]
+    assert Hasher.hash(loaded[0]) == Hasher.hash(loaded[1])
+    loaded[0].save_pretrained(tmp_path / "again")
+    assert Hasher.hash(loaded[0]) == Hasher.hash(loaded[1])
+
+    other = pickle.loads(copied)
+    expected = processor(images=picture(), text="a cat")
+    for name, values in other(images=picture(), text="a cat").items():
+        np.testing.assert_array_equal(values, expected[name])
+    other.save_pretrained(tmp_path / "other")
+    assert (tmp_path / "other/processor_config.json").read_text() == (
+        tmp_path / "saved/processor_config.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize("change", [{"mask_threshold": 0.5}, {"max_text_length": 9}, {"image_mean": [0.5, 0.5, 0.5]}])
+def test_what_changes_results_changes_the_fingerprint(processor, change):
+    before = Hasher.hash(processor.__call__)
+    for name, value in change.items():
+        setattr(processor.image_processor if name.startswith("image") else processor, name, value)
+    assert Hasher.hash(processor.__call__) != before
+
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**10), 10**10)
+    | st.sampled_from([0, -1, 1, 17, 56, 10**9, 2**63, -(2**31)])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["56", "x" * 10**5, "../../etc", "__class__"]),
+    lambda part: st.lists(part, max_size=4) | st.dictionaries(st.text(max_size=8), part, max_size=3),
+    max_leaves=6,
+)
+SIZES = ODD | st.fixed_dictionaries({"height": ODD, "width": ODD}) | st.integers(1, 300)
+SOUND = {"size": {"height": SIDE, "width": SIDE}, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+KEYS = st.sampled_from(
+    ["do_resize", "preprocess", "_letterbox_maps", "_settled", "save_pretrained", "to_dict", "auto_map", "__class__"]
+)
+IMAGE_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={"size": SIZES, "image_mean": ODD | st.lists(st.floats(0, 1), min_size=3, max_size=3), "image_std": ODD},
+)
+FIELDS = st.fixed_dictionaries({}, optional={"max_text_length": ODD, "mask_threshold": ODD, "tokenizer": ODD})
+DEEP = "[" * 10**5
+TINY_TOKENIZER = build_clip_tokenizer([("d", "o")])
+
+
+@contextmanager
+def a_gibibyte():
+    """At most so much is taken inside, on top of the most that this process ever had."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@settings(max_examples=300, deadline=5000, database=None, derandomize=True)
+@given(
+    IMAGE_FIELDS.map(lambda fields: SOUND | fields) | ODD,
+    st.dictionaries(KEYS | st.text(max_size=8), ODD, max_size=1),
+    FIELDS | ODD,
+    st.sampled_from(["preprocessor_config.json", "processor_config.json"]),
+)
+def test_hostile_files_give_one_sentence_or_a_processor_that_works(tmp_path_factory, images, more, own, file):
+    folder = tmp_path_factory.mktemp("hostile")
+    images = images | more if isinstance(images, dict) else images
+    own = own if file == "processor_config.json" else {}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(own))
+    if file == "processor_config.json" and isinstance(own, dict):
+        (folder / file).write_text(json.dumps(own | {"image_processor": images}))
+    with a_gibibyte():
+        assert_refused_or_works(folder)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{", DEEP, '{"size": ' + DEEP, "\xff", '{"size": ' + "9" * 10**5 + "}", "null"]
+)
+def test_files_that_are_no_json_give_one_sentence(tmp_path, file, content):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / file).write_bytes(content.encode("latin1"))
+    with a_gibibyte(), pytest.raises((ValueError, TypeError, OSError)) as error:
+        load_both(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def load_both(folder):
+    image_processor = DetrisImageProcessor.from_pretrained(folder)
+    fields, _ = DetrisProcessor.get_processor_dict(folder)
+    return DetrisProcessor.from_args_and_dict([image_processor, TINY_TOKENIZER], fields)
+
+
+def assert_refused_or_works(folder):
+    try:
+        processor = load_both(folder)
+    except (ValueError, TypeError, OSError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000, str(error)[:2000]
+        return
+    out = processor(images=picture(), text="cat", segmentation_maps=np.ones((30, 44)), return_tensors="pt")
+    side = processor.image_processor.size["height"]
+    assert out.pixel_values.shape == (1, 3, side, side) and out.pixel_values.isfinite().all()
+    (mask,) = processor.post_process_referring_segmentation(SimpleNamespace(logits=torch.ones(1, 8, 8)), [(30, 44)])
+    assert mask.shape == (30, 44)
+    processor.to_json_string()
 
 
 def test_saved_folder_loads_without_the_repository(processor, tmp_path):

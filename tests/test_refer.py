@@ -6,23 +6,29 @@ import json
 import os
 import pickle
 import runpy
+import signal
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.features
 import PIL.Image
 import pyarrow.parquet
 import pytest
+import torch
 from datasets.features.features import register_feature
 from pycocotools import mask as coco_mask
 
+import data.refer
 from data.refer import FEATURES, RleMask, load_plain_pickle, load_refer, run_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT.parent / "shared" / "refer_mini"
 OFFICIAL = ROOT.parent / "shared" / "conformance" / "expected" / "refer_mini.json"
 HEIGHT, WIDTH = 30, 40
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)  # how a telephone's photograph begins
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 
@@ -367,7 +373,7 @@ def cut(path, kept):
         (
             lambda path: PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(path),
             ValueError,
-            f"is {WIDTH} x {HEIGHT} pixels .* but its record says {HEIGHT} x {WIDTH}: annotate the upright",
+            f"is {WIDTH} x {HEIGHT} pixels .height x width., but its record says {HEIGHT} x {WIDTH}: take the image",
         ),
     ],
 )
@@ -388,6 +394,168 @@ def test_images_with_odd_files_are_read(refer):
     refer.instances["images"][1]["file_name"] = "turned.jpg"
     rows = by_annotation(refer.load())
     assert rows[11]["image"].size == rows[10]["image"].size == (WIDTH, HEIGHT)
+
+
+def test_exif_is_mentioned_only_where_there_is_one(refer):
+    for orientation, mentioned in ((None, False), (1, False), (3, False), (6, True)):
+        exif = PIL.Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        size = (WIDTH, HEIGHT) if mentioned else (HEIGHT, WIDTH)
+        PIL.Image.new("RGB", size).save(refer.images / "first.jpg", exif=exif)
+        with pytest.raises(ValueError, match=f"is {WIDTH} x {HEIGHT} pixels .*its record says {HEIGHT} x") as error:
+            refer.load()
+        assert ("EXIF" in str(error.value)) == ("upright" in str(error.value)) == mentioned
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (HEIC, "HEIC or AVIF"),
+        (HEIC.replace(b"heic", b"avif"), "HEIC or AVIF"),
+        (HEIC.replace(b"heic", b"mif1"), "HEIC or AVIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(200), "JPEG XL"),
+        (b"\xff\x0a" + bytes(200), "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(200), "JPEG 2000"),
+    ],
+)
+def test_formats_that_are_not_read_are_to_be_converted(refer, content, name):
+    (refer.images / "first.jpg").write_bytes(content)
+    with pytest.raises(OSError, match=rf"first.jpg cannot be read \(it is {name}\); convert it to JPEG or PNG"):
+        refer.load()
+
+
+def test_avif_as_pillow_writes_it_is_to_be_converted(refer):
+    if not PIL.features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(refer.images / "first.jpg", "AVIF")
+    with pytest.raises(OSError, match=r"first.jpg cannot be read \(it is HEIC or AVIF\); convert it"):
+        refer.load()
+
+
+def test_pixels_of_32_bits_are_no_broken_file(refer):
+    PIL.Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(refer.images / "first.jpg", "TIFF")
+    with pytest.raises(ValueError, match=r"first.jpg has pixels of 32 bits \(mode F\); write 8 bits a channel.$"):
+        refer.load()
+
+
+# Any data set in the layout
+
+
+def as_rrsisd(refer):
+    """As RRSIS-D is published: `rrsisd/refs(unc).p`, images elsewhere, and a list of one compressed RLE a mask."""
+    for annotation in refer.instances["annotations"]:
+        annotation["segmentation"] = [rle(MASKS[annotation["id"]][1], compressed=True)]
+    refer.write("rrsisd")
+    return refer.images.rename(refer.root / "images" / "JPEGImages")
+
+
+def test_any_set_in_the_layout_is_read_with_its_images(refer):
+    images = as_rrsisd(refer)
+    for given in (images, os.path.relpath(images)):
+        rows = by_annotation(load_refer(refer.root, "rrsisd", "unc", images=given))
+        assert set(rows) == set(MASKS)
+        for ann_id, row in rows.items():
+            np.testing.assert_array_equal(row["mask"], MASKS[ann_id][1])
+            assert row["image"].size == (WIDTH, HEIGHT)
+    with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'; known are .*`images` says where"):
+        load_refer(refer.root, "rrsisd", "unc")
+    refer.write("refcoco", "mine")  # another division of a published set
+    assert len(by_annotation(load_refer(refer.root, "refcoco", "mine", images))) == len(MASKS)
+    with pytest.raises(FileNotFoundError, match=r"rrsisd/refs\(umd\).p does not exist; the REFER layout"):
+        load_refer(refer.root, "rrsisd", "umd", images)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "../rrsisd", "/rrsisd", "a/b", "a\0b", "a\nb", "a::b", "~", ".hidden", "x" * 101]
+)
+def test_no_name_leads_out_of_the_root(refer, name):
+    images = as_rrsisd(refer)
+    for dataset, split_by in ((name, "unc"), ("rrsisd", name), ("rrsisd", f"{name}/../x")):
+        with pytest.raises(ValueError, match="There is no data set"):
+            load_refer(refer.root, dataset, split_by, images)
+
+
+def test_a_set_without_refs_is_told_as_such(refer):
+    refer.refs = []
+    with pytest.raises(ValueError, match=r"refs\(unc\).p has no records"):
+        refer.load()
+
+
+def test_lmdb_folders_are_told_what_to_give_instead(refer):
+    refer.write()
+    (refer.root / "refcoco" / "refs(unc).p").unlink()
+    for name in ("train.lmdb", "refcoco/val.lmdb", "refcoco/data.mdb", "lmdb/refcoco/testA.lmdb"):
+        path = refer.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(8192))
+        with pytest.raises(
+            FileNotFoundError, match="does not exist; .*LMDB files.*anns/ and masks/ .*data.prepare cris"
+        ):
+            load_refer(refer.root, "refcoco", "unc")
+        path.unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        load_refer(refer.root, "refcoco", "unc")
+    assert "LMDB" not in str(error.value)
+
+
+# Memory, pipes and devices
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_want_of_memory_is_not_told_as_a_broken_file(refer, monkeypatch, error):
+    refer.write()
+
+    def fail(*_, **__):
+        raise error
+
+    for target, name in (
+        (data.refer._PlainUnpickler, "load"),
+        (PIL.Image, "open"),
+        (coco_mask, "merge"),
+        (json, "loads"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fail)
+            with pytest.raises(type(error)) as caught:
+                load_refer(refer.root, "refcoco", "unc")
+            assert caught.value is error
+
+
+def test_a_pickle_takes_no_room_for_what_is_not_there(tmp_path):
+    (tmp_path / "refs.p").write_bytes(b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"a")
+    with pytest.raises(ValueError, match="refs.p is not a pickle of lists"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
+@contextmanager
+def not_waiting():
+    """Whoever opens a pipe that nobody writes to waits for ever: here for ten seconds."""
+
+    def stop(*_):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/stdin"])
+@pytest.mark.parametrize("name", ["refcoco/refs(unc).p", "refcoco/instances.json", "images/train2014/first.jpg"])
+def test_pipes_and_devices_are_not_read(refer, name, kind):
+    refer.write()
+    path = refer.root / name
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
+    with not_waiting(), pytest.raises((ValueError, OSError), match="is no regular file|link that leads out"):
+        load_refer(refer.root, "refcoco", "unc")
+    for read in (load_plain_pickle, data.refer.load_json):
+        with not_waiting(), pytest.raises(ValueError, match="is no regular file"):
+            read(path)
 
 
 def set_segmentation(value):
@@ -411,6 +579,7 @@ def set_segmentation(value):
         (lambda refs, _: refs.insert(0, 5), "entry 0: a field is missing or not of REFER's type"),
         (lambda _, instances: instances["annotations"][0].update(bbox=[1]), r"ann_id 10 has the bbox \[1\]; give x"),
         (set_segmentation([]), "ref_id 110: ann_id 10 has no mask"),
+        (set_segmentation(None), "ref_id 110: its mask is null; give polygons or RLE"),
         (set_segmentation([[1, 1, 5, 5]]), "ref_id 110: ann_id 10: .* is no polygon"),
         (set_segmentation([[1, 1, 5, 5, 6, 6, 7]]), "is no polygon"),
         (set_segmentation([1, 1, 5, 5, 6, 6]), "is no polygon"),

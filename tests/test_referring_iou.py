@@ -246,6 +246,9 @@ def test_bad_input_is_refused_and_not_counted(metric):
         metric.add_batch(predictions=[FULL, FULL], references=[FULL])
     with pytest.raises(ValueError, match="2 of intersection, 1 of union, 2 of reference_area"):
         metric.add_batch(intersection=[1, 1], union=[2], reference_area=[1, 1])
+    for text in ([["0", "1"]], np.array([[None, 1]])):
+        with pytest.raises(ValueError, match="prediction holds .* values; give numbers"):
+            metric.add(prediction=text, reference=FULL)
     with pytest.raises(ValueError, match="counts as intersection, union, reference_area"):
         metric.add_batch(intersection=[1], union=[2])
     with pytest.raises(ValueError, match="given as predictions and references"):
@@ -254,3 +257,28 @@ def test_bad_input_is_refused_and_not_counted(metric):
         metric.add_batch(predictions=[FULL, [[1]]], references=[FULL, FULL])  # the good pair is not half added
     with pytest.raises(ValueError, match="no pairs of masks"):
         metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (([1, 5], [2, 4], [1, 4]), "Pair 1 has 5 pixels in both masks, 4 in at least one and 4 in the reference"),
+        (([3], [9], [2]), "Pair 0 has 3 pixels in both masks, 9 in at least one and 2"),
+        (([1], [4], [5]), "Pair 0 has 1 .* 5 in the reference, which no two masks have"),
+        (([-1], [4], [2]), "Pair 0 has -1 pixels"),
+        (([1, 1], [4, -100], [2, -100]), "Pair 1 has 1 pixels in both masks, -100"),
+        (([1], [2**62], [2]), "Pair 0 has .* which no two masks have"),
+        (([1.0], [4], [2]), "intersection holds float64 values"),
+        (([1], [float("nan")], [2]), "union holds float64 values"),
+        (([1], [4], [True]), "reference_area holds bool values"),
+        (([1], [4], ["2"]), "reference_area holds <U1 values"),
+        (([1], [4], [10**30]), "reference_area holds object values"),
+        ((torch.ones(1, 1, dtype=int), [4], [2]), r"intersection holds int64 values of shape \(1, 1\)"),
+        ((1, 4, 2), r"intersection holds int64 values of shape \(\)"),
+    ],
+)
+def test_counts_that_no_masks_have_are_refused_and_not_counted(metric, counts, message):
+    metric.add(prediction=FULL, reference=FULL)
+    with pytest.raises(ValueError, match=message):
+        metric.add_batch(**dict(zip(("intersection", "union", "reference_area"), counts)))
+    assert metric.compute()["mean_iou"] == pytest.approx(1, abs=1e-5)

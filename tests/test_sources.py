@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
-from test_refer import HEIGHT, MASKS, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
+from test_refer import HEIC, HEIGHT, MASKS, WIDTH, A, B, ReferFolder, not_waiting, pixels, rectangle, rle
 
 from data import sources
 from data.refer import FEATURES, load_plain_pickle, load_records, load_refer
@@ -349,6 +349,25 @@ def test_bad_grefs_are_named(grefs, change, message):
         write_grefs(grefs).read(1)
 
 
+def test_objects_without_phrases_are_skipped_and_counted(grefs, caplog):
+    """As published files have them: in places all over, and as the only thing that is wrong."""
+    whole = load_records(write_grefs(grefs))["val"]
+    assert not caplog.records
+    silent = [{**ref, "ref_id": 100 + ref["ref_id"], "sentences": []} for ref in grefs.refs]
+    grefs.refs = [ref for pair in zip(silent, grefs.refs) for ref in pair]
+    records = write_grefs(grefs)
+    assert len(records) == len(GREFS) and records.without_phrases == len(GREFS)
+    assert_same_rows(datasets.DatasetDict(val=load_records(records)["val"]), datasets.DatasetDict(val=whole))
+    (record,) = caplog.records
+    assert "grefs(unc).json: 6 objects have no phrases and are skipped" in record.getMessage()
+    grefs.refs[1]["sentences"] = None  # no list of none
+    with pytest.raises(ValueError, match="ref_id 1: a field is missing or not of REFER's type"):
+        load_records(write_grefs(grefs))
+    grefs.refs = silent
+    with pytest.raises(ValueError, match="has no records"):
+        load_records(write_grefs(grefs))
+
+
 def test_grefs_are_never_unpickled(grefs):
     write_grefs(grefs)
     (grefs.root / "grefcoco" / "grefs(unc).json").write_bytes(pickle.dumps(grefs.refs))
@@ -677,6 +696,75 @@ def test_images_of_a_table_must_be_in_their_folder(tmp_path):
     records = open_records(**refer_set.write_hub_table(tmp_path / "out"))
     with pytest.raises(ValueError, match="instances.json' is not inside"):
         records.read(0)
+
+
+@pytest.mark.parametrize("layout", ["cris", "hub_table", "folder"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(tmp_path, layout, kind):
+    arguments = getattr(small_set(tmp_path), f"write_{layout}")(tmp_path / "out")
+    paths = {
+        "cris": ["anns/set/train.json", "masks/set/110.png"],
+        "hub_table": ["data/train-00000-of-00001.parquet"],
+        "folder": ["metadata.jsonl", "images/first.jpg", "112.png"],
+    }
+    for number, name in enumerate(paths[layout]):
+        path = tmp_path / "out" / name
+        path.rename(tmp_path / f"away{number}")
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        with not_waiting(), pytest.raises((ValueError, OSError), match="is no regular file|a link that leads out"):
+            load_records(open_records(**arguments))
+        path.unlink()
+        (tmp_path / f"away{number}").rename(path)
+    assert load_records(open_records(**arguments))
+
+
+@pytest.mark.parametrize("kind", ["cris", "hub_table", "folder"])
+def test_lmdb_folders_are_told_what_to_give_instead(tmp_path, kind):
+    (tmp_path / "images" / "train2014").mkdir(parents=True)
+    (tmp_path / "lmdb" / "refcoco").mkdir(parents=True)
+    (tmp_path / "lmdb" / "refcoco" / "train.lmdb").write_bytes(bytes(8192))
+    for path in (tmp_path, tmp_path / "lmdb", tmp_path / "lmdb" / "refcoco", tmp_path / "lmdb/refcoco/train.lmdb"):
+        with pytest.raises(FileNotFoundError, match="LMDB files, which are not read here: give the folders anns/"):
+            open_records(kind, path, "refcoco", None if kind == "folder" else tmp_path / "images" / "train2014")
+    with pytest.raises(ValueError, match="choose from .*; LMDB files were made from the folders anns/ and masks/"):
+        open_records("lmdb", tmp_path)
+
+
+def test_files_without_records_are_told_as_such(tmp_path):
+    arguments = small_set(tmp_path).write_cris(tmp_path / "cris")
+    (tmp_path / "cris" / "anns" / "set" / "val.json").write_text("[]")
+    with pytest.raises(ValueError, match="val.json has no records: leave the file out"):
+        open_records(**arguments)
+    arguments = small_set(tmp_path / "2").write_folder(tmp_path / "mine", nested=True)
+    (tmp_path / "mine" / "val" / "metadata.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match="val/metadata.jsonl has no records: write one JSON object a line"):
+        open_records(**arguments)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), pa.lib.ArrowMemoryError("no room")])
+def test_want_of_memory_is_not_told_as_a_broken_table(tmp_path, monkeypatch, error):
+    arguments = small_set(tmp_path).write_hub_table(tmp_path / "out")
+
+    def fail(*_, **__):
+        raise error
+
+    for target, name in ((pq.ParquetFile, "read"), (pa, "concat_tables")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fail)
+            with pytest.raises(type(error)) as caught:
+                open_records(**arguments)
+            assert caught.value is error
+
+
+def test_masks_of_other_formats_are_to_be_converted(tmp_path):
+    mask = PIL.Image.fromarray(pixels(A) * np.uint8(255))
+    for name in ("JPEG", "BMP", "GIF", "TIFF", "WEBP"):
+        mask.save(tmp_path / "mask.png", name)
+        with pytest.raises(OSError, match=rf"mask .*mask.png cannot be read \(it is {name}\); convert it to PNG.$"):
+            read_png_mask(tmp_path / "mask.png", (HEIGHT, WIDTH), "")
+    (tmp_path / "mask.png").write_bytes(HEIC)
+    with pytest.raises(OSError, match=r"cannot be read \(it is HEIC or AVIF\); convert it to PNG.$"):
+        read_png_mask(tmp_path / "mask.png", (HEIGHT, WIDTH), "")
 
 
 def test_broken_tables_are_named(tmp_path):

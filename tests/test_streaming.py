@@ -1,8 +1,11 @@
 """Streamed rows: in an epoch each is seen once by one worker of one process, and no process waits for another."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_refer import not_waiting
 from torch.utils.data import DataLoader
 
 from data.prepare import STORED
@@ -163,6 +166,26 @@ def test_what_is_no_whole_parquet_file_is_named(files, tmp_path):
     rows = StreamedRows([str(path)])
     with pytest.raises(OSError, match="rows.parquet cannot be read"):
         read(rows, 4)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "device.parquet").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with not_waiting(), pytest.raises(ValueError, match=f"{name}.parquet is no regular file"):
+            StreamedRows([str(tmp_path / f"{name}.parquet")])
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), pa.lib.ArrowMemoryError("no room")])
+def test_want_of_memory_is_not_told_as_a_broken_file(files, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    rows = StreamedRows(files)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(type(error)) as caught:
+        read(rows, 4)
+    assert caught.value is error
 
 
 def test_missing_columns_are_named(tmp_path):

@@ -48,6 +48,7 @@ CITATION = """
 }
 """
 COUNTS = ("intersection", "union", "reference_area")  # pixels that are kept of each pair
+MAX_COUNT = 2**40  # pixels; sums of those of eight million pairs stay within 64 bits
 
 
 class ReferringIou(evaluate.Metric):
@@ -91,16 +92,22 @@ class ReferringIou(evaluate.Metric):
     def add_batch(
         self, *, predictions=None, references=None, intersection=None, union=None, reference_area=None
     ) -> None:
-        """Count pairs of masks (H, W), or take over pairs already counted, each count as (N,)."""
+        """Count pairs of masks (H, W), or take over pairs already counted, each count as (N,).
+
+        Raises:
+            ValueError: as `count`, or counts are no whole numbers that pixels of two masks can have.
+        """
         counted = (intersection, union, reference_area)
         if predictions is not None and references is not None:
             if len(predictions) != len(references):
                 raise ValueError(f"There are {len(predictions)} predictions but {len(references)} references.")
             counts = [self.count(*pair) for pair in zip(predictions, references, strict=True)]
         elif all(count is not None for count in counted):
+            counted = [_whole_numbers(count, name) for name, count in zip(COUNTS, counted, strict=True)]
             if len({len(count) for count in counted}) > 1:
                 lengths = ", ".join(f"{len(count)} of {name}" for name, count in zip(COUNTS, counted, strict=True))
                 raise ValueError(f"Each pair has one of each count, but there are {lengths}.")
+            _refuse_impossible(*counted)
             counts = [tuple(map(int, pair)) for pair in zip(*counted, strict=True)]
         else:
             raise ValueError(f"Masks are given as predictions and references, counts as {', '.join(COUNTS)}.")
@@ -141,12 +148,36 @@ class ReferringIou(evaluate.Metric):
         return figures
 
 
+def _whole_numbers(counts: Any, name: str) -> np.ndarray:
+    """Counts (N,) of any kind as an array of integers."""
+    counts = np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
+    if counts.ndim != 1 or (counts.dtype.kind not in "iu" and counts.size):
+        raise ValueError(
+            f"{name} holds {counts.dtype} values of shape {counts.shape}; give a whole number of pixels for each pair."
+        )
+    return counts
+
+
+def _refuse_impossible(intersection: np.ndarray, union: np.ndarray, reference_area: np.ndarray) -> None:
+    possible = (
+        (intersection >= 0) & (intersection <= reference_area) & (reference_area <= union) & (union <= MAX_COUNT)
+    )
+    if not possible.all():
+        pair = int(np.argmin(possible))
+        raise ValueError(
+            f"Pair {pair} has {intersection[pair]} pixels in both masks, {union[pair]} in at least one and "
+            f"{reference_area[pair]} in the reference, which no two masks have; count them by `count`."
+        )
+
+
 def _foreground(mask: Any, name: str) -> np.ndarray:
     """Where a binary mask (H, W) is not zero."""
     mask = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
     if mask.ndim != 2:
         raise ValueError(f"A {name} is one mask (height, width), but its shape is {tuple(mask.shape)}.")
+    if not isinstance(mask, torch.Tensor) and mask.dtype.kind not in "biuf":
+        raise ValueError(f"A {name} holds {mask.dtype} values; give numbers, zero outside the object.")
     foreground = mask != 0
-    if "float" in str(mask.dtype) and (mask[foreground] != 1).any():
+    if ("float" in str(mask.dtype) or "complex" in str(mask.dtype)) and (mask[foreground] != 1).any():
         raise ValueError(f"A {name} holds numbers other than 0 and 1; threshold it first.")
     return foreground.cpu().numpy() if isinstance(foreground, torch.Tensor) else foreground
