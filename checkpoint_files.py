@@ -32,8 +32,6 @@ ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64
 SHARING = 2
 ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
-KEYS = (str, int, float, bool, type(None))  # hashing tuples in one another takes for ever
-MAX_KEY = 2**60  # Python's hashes of integers below differ: a dictionary of equal ones takes for ever
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -104,15 +102,7 @@ class _ScriptObject:
 
 
 def _dictionary(pairs: Iterable = ()) -> dict:
-    return _fill({}, pairs.items() if isinstance(pairs, dict) else pairs)
-
-
-def _fill(target: dict, pairs: Iterable) -> dict:
-    for key, value in pairs:
-        if type(key) not in KEYS or type(key) is int and not -MAX_KEY < key < MAX_KEY:
-            raise ValueError(f"it has a {type(key).__name__} {short(key)} as a dictionary's key")
-        target[key] = value
-    return target
+    return PlainUnpickler.set_items({}, pairs.items() if isinstance(pairs, dict) else pairs)
 
 
 def _tensor_v2(storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None):
@@ -170,7 +160,7 @@ class _AskedFor(ValueError):
     """A pickle names what it may not."""
 
 
-# Of the oldest protocol, which torch has never written: their keys and numbers may be any, so that all hash alike.
+# Of the oldest protocol, which torch has never written.
 OLDEST = {code[0] for code in (pickle.DICT, pickle.PUT, pickle.GET)}
 
 
@@ -233,24 +223,10 @@ class _TensorUnpickler(PlainUnpickler):
         elif not isinstance(target, (dict, _Unread)):  # attributes of those are no matter
             raise ValueError(f"it sets attributes of a {type(target).__name__}")
 
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-
-    def load_setitems(self) -> None:
-        self._set_items(self.pop_mark())
-
-    def _set_items(self, items: list) -> None:
-        if type(self.stack[-1]) is not dict:
-            raise ValueError(f"it sets items of a {type(self.stack[-1]).__name__}")
-        _fill(self.stack[-1], zip(items[::2], items[1::2], strict=True))
-
     dispatch |= {
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_newobj,
         pickle.BUILD[0]: load_build,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
     }
 
 

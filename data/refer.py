@@ -166,6 +166,8 @@ def raise_if_memory_is_short(error: BaseException | None) -> None:
         error = error.__cause__
 
 
+KEYS = (str, int, float, bool, type(None))  # of a dictionary
+MAX_KEY = 2**60  # Python's hashes of integers below differ
 PLAIN_OPCODES = set(
     "PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE "
     "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
@@ -179,12 +181,45 @@ class PlainUnpickler(pickle._Unpickler):
     """Builds containers, strings and numbers; refuses by name everything a pickle would have to import.
 
     It is Python's own and not C's, which makes room for as many objects as the largest number that a pickle gives one:
-    20 bytes could take gigabytes. RefCOCO's refs take 3 seconds. Tuples, of which refs have none, are refused as well:
-    hashing those in one another overflows the stack, or takes for ever.
+    20 bytes could take gigabytes. RefCOCO's refs take 3 seconds. Tuples, of which refs have none, are refused as well,
+    and so are large integers as keys: hashing tuples in one another overflows the stack, and many integers of the same
+    hash take for ever.
     """
 
     dispatch = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for name, code in vars(pickle).items() if name in PLAIN_OPCODES
+    }
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items(self.stack[-1], [(key, value)])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(self.set_items({}, zip(items[::2], items[1::2], strict=True)))
+
+    def load_put(self) -> None:
+        self.set_items(self.memo, [(int(self.readline()[:-1]), self.stack[-1])])
+
+    @staticmethod
+    def set_items(target: Any, items: Iterable[tuple[Any, Any]]) -> dict:
+        if type(target) is not dict:
+            raise ValueError(f"it sets items of a {type(target).__name__}")
+        for key, value in items:
+            if type(key) not in KEYS or type(key) is int and not -MAX_KEY < key < MAX_KEY:
+                raise ValueError(f"it has a {type(key).__name__} {short(key)} as a dictionary's key")
+            target[key] = value
+        return target
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.PUT[0]: load_put,
     }
 
     def find_class(self, module: str, name: str):

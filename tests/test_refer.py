@@ -7,6 +7,7 @@ import os
 import pickle
 import runpy
 import signal
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -301,6 +302,9 @@ def test_broken_pickles_are_named(refer, tmp_path):
             load_plain_pickle(path)
 
 
+SAME_HASHES = [n * sys.hash_info.modulus for n in range(2, 50_000)]
+
+
 def test_numbers_given_to_objects_take_no_memory(tmp_path):
     """C's unpickler would make room for 4 billion objects, twice."""
     (tmp_path / "refs.p").write_bytes(b"\x80\x02]r\xff\xff\xff\xff.")
@@ -315,6 +319,11 @@ def test_numbers_given_to_objects_take_no_memory(tmp_path):
         b"\x80\x05(t" + b"2\x86" * 28 + b"Q.",  # an external object that would be printed so often
         b"\x80\x05\x96" + (3 << 30).to_bytes(8, "little") + b".",  # bytes that are not there
         b"c" + b"A" * 5_000_000 + b"\nfoo\n.",
+        # Keys and numbers of objects whose hashes are equal: each is compared with all before it.
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0b" + (n * HASH_MODULUS).to_bytes(11, "little") + b"N" for n in range(2, 50_000))
+        + b"u.",
+        b"]" + b"".join(b"p%d\n" % (n * HASH_MODULUS) for n in range(2, 50_000)) + b".",
     ],
 )
 def test_small_pickles_of_great_things_are_refused(tmp_path, content):

@@ -1,4 +1,4 @@
-"""Folders of models and adapters: what saving leaves, what loading refuses, and what PEFT and transformers do with them."""
+"""Folders of models and adapters: what saving leaves, what loading refuses, and what PEFT does with them."""
 
 import copy
 import json
@@ -209,9 +209,7 @@ def test_a_device_map_of_one_device_is_followed(saved, kind, device_map):
 
 @pytest.mark.parametrize("rest", ["disk", "meta", 0])
 def test_a_device_map_that_divides_the_model_is_refused(saved, kind, rest, tmp_path):
-    with pytest.raises(
-        ValueError, match=rf"parts of the model on \['{rest}', 'cpu'\]|\['cpu', '{rest}'\].*one device"
-    ):
+    with pytest.raises(ValueError, match=rf"parts of the model on .*'{rest}'.*one device"):
         DetrisForReferringSegmentation.from_pretrained(
             saved / kind, device_map={"": "cpu", "neck": rest}, offload_folder=tmp_path
         )
@@ -248,11 +246,12 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
 
 
 def test_fields_of_the_configuration_are_changed_on_loading(saved, kind):
-    model = DetrisForReferringSegmentation.from_pretrained(saved / kind, image_size=28, mask_threshold=0.5)
-    assert (model.config.image_size, model.config.mask_threshold) == (28, 0.5)
+    changes = {"mask_threshold": 0.5} | ({"image_size": 28} if kind == "whole" else {})
+    model = DetrisForReferringSegmentation.from_pretrained(saved / kind, **changes)
+    assert {name: getattr(model.config, name) for name in changes} == changes
 
 
-# --- Sizes, files and numbers that cannot be --------------------------------------------------------------------------
+# --- Sizes, files and numbers that cannot be -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,7 +300,7 @@ def test_widths_that_adapters_do_not_have_are_refused_before_memory_is_taken(sav
         "load_adapter": lambda: model.load_adapter(folder, adapter_name="other"),
         "PeftModel": lambda: PeftModel.from_pretrained(model, folder, adapter_name="other"),
     }[way]
-    with pytest.raises(ValueError, match=r"word_attention.* of which \(16,\) is saved and \(16384,\)|\(48, 16\)"):
+    with pytest.raises(ValueError, match=r"attention.in_proj_bias, of which \(48,\) is saved and \(49152,\)"):
         load()
     assert max(built, default=0) < 10**6
 
@@ -336,7 +335,7 @@ def test_pipes_and_files_are_no_folders(saved, tmp_path, kind):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("leaf", ["mask_head.output_projection.bias", "running_var", "detris_adapter.*up.weight"])
+@pytest.mark.parametrize("leaf", ["mask_head.*output_projection.bias", "running_var", "detris_adapter.*up.weight"])
 def test_weights_that_are_no_numbers_are_refused_by_name(saved, tmp_path, kind, leaf, value):
     folder = Path(shutil.copytree(saved / kind, tmp_path / kind))
 
