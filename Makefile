@@ -1,10 +1,14 @@
 # make quickstart   train on the synthetic set, print a table, leave runs/quickstart/
 # make test         all tests
 # make style        ruff: lint and format
+# make lock         resolve requirements.txt and requirements-dev.txt anew into the two .lock files
+# make newest       all tests with the newest packages that the requirements allow; WITH=transformers==5.23.0 asks for one
+# make oldest       all tests with the oldest packages that they allow
 # make backbones    pretrain the small frozen backbones in backbones/ anew (28 minutes on two cores)
 
 PYTHON := .venv/bin/python
-# Its vocabulary file is what the tests tokenize with.
+PYTHON_OF_THE_MACHINE := $$(command -v python3.11 || command -v python3)
+# Its vocabulary file is what the tests tokenize with; what it depends on is not installed.
 OPEN_CLIP := open-clip-torch==3.3.0
 # Nothing here needs a model or a data set from the Hub.
 export HF_HUB_OFFLINE := 1
@@ -12,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: quickstart test style backbones
+.PHONY: quickstart test style lock newest oldest backbones
 
 quickstart: .venv/installed
 	$(PYTHON) quickstart.py
@@ -27,13 +31,42 @@ style: .venv/installed-dev
 backbones: .venv/installed
 	$(PYTHON) -m backbones.pretrain --output_dir backbones
 
-# Stamps: the environment is made, and made up to date, when a list of requirements is newer.
-.venv/installed: requirements.txt
-	test -x $(PYTHON) || $$(command -v python3.11 || command -v python3) -m venv .venv
-	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+# A CPU build of torch calls its version 2.13.0+cpu, which other machines do not find.
+FREEZE = .venv-lock/bin/python -m pip freeze | sed 's/+cpu$$//'
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON_OF_THE_MACHINE) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --requirement requirements.txt
+	(echo "# Made by make lock from requirements.txt: what make quickstart installs." && $(FREEZE)) > requirements.lock
+	.venv-lock/bin/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
+	(echo "# Made by make lock: what make test installs on top of requirements.lock." \
+		&& $(FREEZE) | grep -vxFf requirements.lock) > requirements-dev.lock
+	rm -rf .venv-lock
+
+newest: REQUIREMENTS = cat requirements.txt requirements-dev.txt
+newest: .venv-newest/tests
+oldest: REQUIREMENTS = sed 's/>=\([^,]*\),.*/==\1/' requirements.txt requirements-dev.txt
+oldest: .venv-oldest/tests
+
+.venv-%/tests: FORCE
+	rm -rf .venv-$*
+	$(PYTHON_OF_THE_MACHINE) -m venv .venv-$*
+	$(REQUIREMENTS) > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --requirement .venv-$*/requirements.txt $(WITH)
+	.venv-$*/bin/python -m pip install --quiet --no-deps $(OPEN_CLIP)
+	.venv-$*/bin/python -m pip freeze
+	.venv-$*/bin/python -m pytest
+
+FORCE:
+
+# Stamps: the environment is made, and made up to date, when a lock is newer.
+.venv/installed: requirements.lock
+	test -x $(PYTHON) || $(PYTHON_OF_THE_MACHINE) -m venv .venv
+	$(PYTHON) -m pip install --quiet --requirement requirements.lock
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+.venv/installed-dev: requirements-dev.lock .venv/installed
+	$(PYTHON) -m pip install --quiet --requirement requirements-dev.lock
 	$(PYTHON) -m pip install --quiet --no-deps $(OPEN_CLIP)
 	touch $@
