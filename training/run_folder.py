@@ -83,10 +83,11 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
     if not older:
         return
     if not overwrite:
+        names = ", ".join(path.name for path in older[:3]) + (" and more" if len(older) > 3 else "")
+        go_on = f"go on with it by --resume_from_checkpoint {LAST}, " if checkpoints_in(folder) else ""
         raise ValueError(
-            f"{folder} holds an older run ({', '.join(path.name for path in older[:3])}"
-            f"{' and more' if len(older) > 3 else ''}): go on with it by --resume_from_checkpoint {LAST}, name "
-            "another --output_dir, or give --overwrite_output_dir to delete it."
+            f"{folder} holds an older run ({names}): {go_on}name another --output_dir, or give --overwrite_output_dir "
+            "to delete it."
         )
     for source in filter(None, sources):
         path = Path(source).resolve()
