@@ -216,7 +216,7 @@ def test_nothing_to_do_is_an_error(config_file):
 
 
 def test_resuming_from_a_folder_that_is_no_checkpoint_is_refused_early(config_file, tmp_path):
-    with pytest.raises(ValueError, match="saved is no folder: give a folder checkpoint-<step>"):
+    with pytest.raises(ValueError, match="saved is no folder: resume from a folder checkpoint-<step>"):
         main([config_file, "--do_train", "--resume_from_checkpoint", str(tmp_path / "saved")])
 
 
