@@ -1090,9 +1090,12 @@ def run(trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, d
         except RunStopped:
             stopped = True
     if stopped:
-        trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # loggers write what they hold
+        in_training = args.do_train and not metrics
+        if in_training:
+            trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # loggers write what they hold
         if trainer.is_world_process_zero():
-            print(how_to_go_on(stop.received, args, trainer.state, trained=bool(metrics)), file=sys.stderr)
+            said = how_to_go_on(stop.received, args, trainer.state, in_training)
+            print(f"\n{said}", file=sys.stderr)  # below a progress bar
     else:
         metrics |= evaluated
         if trainer.is_world_process_zero():

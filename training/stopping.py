@@ -41,7 +41,7 @@ class StopAtSignal(TrainerCallback):
     def __exit__(self, error_type, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.received and error_type is None:  # it came too late for what stops here
+        if self.received and not self.agreed and error_type is None:  # it came after the last step and batch
             signal.raise_signal(self.received)
 
     def _receive(self, number: int, frame) -> None:
@@ -96,16 +96,16 @@ def _end_at_the_parents_word() -> None:
     os._exit(0)
 
 
-def how_to_go_on(number: int, args: TrainingArguments, state: TrainerState, trained: bool) -> str:
+def how_to_go_on(number: int, args: TrainingArguments, state: TrainerState, in_training: bool) -> str:
     """What a person who reads the log of a run that signal `number` has stopped needs to know.
 
     Args:
-        trained: training had ended and its model is saved.
+        in_training: else the model is trained and saved.
     """
     name = signal.Signals(number).name
     if not args.do_train:
         return f"{name} has stopped the evaluation: start it again."
-    if trained:
+    if not in_training:
         return (
             f"{name} has stopped the evaluation; the trained model is in {args.output_dir}: evaluate it with "
             f"--model_name_or_path {args.output_dir} in the place of --do_train and of what the model was made from."
