@@ -806,8 +806,8 @@ class DetrisTrainer(CheckpointingTrainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if not isinstance(self.train_dataset, StreamedRows):
             loader = super().get_train_dataloader()
-            seed_worker = loader.worker_init_fn
-            loader.worker_init_fn = lambda worker: (leave_signals_to_main_process(), seed_worker(worker))
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate's has torch's inside
+            inner.worker_init_fn = functools.partial(leave_signals_to_main_process, then=inner.worker_init_fn)
             return loader
         args = self.args
         workers = max(args.dataloader_num_workers, 1)  # without any this process does their work

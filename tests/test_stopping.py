@@ -145,7 +145,7 @@ def test_an_evaluation_ends_at_its_next_batch(arguments, config_file, tmp_path, 
 
 
 PROGRAM = """
-import os, signal, sys, train_hf
+import os, signal, time, train_hf
 original, calls = train_hf.DetrisTrainer.training_step, []
 def step(self, *args):
     calls.append(1)
@@ -169,9 +169,12 @@ def run_program(arguments: list[str], send: str) -> subprocess.CompletedProcess:
 
 
 def test_workers_outlive_a_signal_to_the_whole_group(arguments, tmp_path):
-    """As launchers and clusters send it; a loader's workers would die, and the run with them before it can save."""
+    """As launchers and clusters send it; a loader's workers would die, and the run with them before it can save.
+
+    Not sent by the main process itself, whom its workers obey.
+    """
     arguments += ["--dataloader_num_workers", "2", "--dataloader_persistent_workers"]
-    ended = run_program(arguments, "os.killpg(0, signal.SIGTERM)")
+    ended = run_program(arguments, "os.fork() or (os.killpg(0, signal.SIGTERM), os._exit(0)); time.sleep(1)")
     assert ended.returncode == 143 and "go on from checkpoint-3" in ended.stderr, ended.stderr
     check_whole(tmp_path / "run" / "checkpoint-3", False)
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,11 +80,16 @@ class StopAtSignal(TrainerCallback):
             raise RunStopped
 
 
-def leave_signals_to_main_process(*_) -> None:
-    """In a loader's worker process, outlive a signal that all processes get; the main one needs its workers to stop.
+def leave_signals_to_main_process(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """A loader's `worker_init_fn`: a worker outlives a signal that all processes get, for the main one still needs it.
 
-    A worker still ends when its main process tells it so, by SIGTERM too.
+    It ends when its main process tells it so, by SIGTERM too.
+
+    Args:
+        then: is called with the worker's number, too.
     """
+    if then is not None:
+        then(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux has it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
