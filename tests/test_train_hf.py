@@ -189,6 +189,93 @@ def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, m
         parse_arguments([str(path)])
 
 
+NAN, INF = float("nan"), float("inf")
+WRONG_NUMBERS = {
+    "learning_rate": [NAN, INF, -1e-4, "fast"],
+    "adapter_learning_rate_multiplier": [NAN, -1],
+    "weight_decay": [NAN, -1],
+    "adam_beta1": [NAN, 1, -0.1],
+    "adam_beta2": [NAN, 1.5],
+    "adam_epsilon": [NAN, 0, -1e-8],
+    "max_grad_norm": [NAN, INF, -1],
+    "milestone_factor": [NAN, INF, 0, -0.1],
+    "num_train_epochs": [NAN, INF, 0, -3],
+    "max_steps": [0, -2, 1.5],
+    "warmup_steps": [NAN, INF, -1],
+    "per_device_train_batch_size": [0, -4, 2.5],
+    "per_device_eval_batch_size": [0, -4],
+    "global_batch_size": [0, -8],
+    "gradient_accumulation_steps": [0, -1],
+    "dataloader_num_workers": [-1, 0.5],
+    "dataloader_prefetch_factor": [0],
+    "logging_steps": [0, -1, NAN],
+    "save_steps": [0, -1, INF],
+    "eval_steps": [0, -1, NAN],
+    "eval_delay": [-1, NAN],
+    "eval_accumulation_steps": [0, -1],
+    "save_total_limit": [0, -1],
+    "early_stopping_patience": [0, -1],
+    "seed": [-1, 2**32, 1.5],
+    "data_seed": [-1, 2**32],
+    "image_size": [0, -32, 32.5],
+    "max_text_length": [0, -1],
+    "max_train_samples": [0, -1],
+    "max_eval_samples": [0, -1],
+    "shuffle_buffer_size": [0, -1, 2.5],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_NUMBERS.items() for value in values])
+def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, name, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {name: value, "do_train": True, "output_dir": str(tmp_path / "run")}))
+    written = str(value) if isinstance(value, str) or int(value if abs(value) < INF else 0) != value else repr(value)
+    with pytest.raises(
+        ValueError, match=rf"(?s){name}.* {re.escape(written)}|{name}.*'{re.escape(written)}'"
+    ) as refused:
+        parse_arguments([str(path)])
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"milestones": [35, 25]}, r"milestones is \[35, 25\]: give each epoch once, in their order"),
+        ({"milestones": [35, 35]}, "milestones is .*once"),
+        ({"milestones": [NAN]}, "A milestone is nan: give a finite number above 0"),
+        ({"milestones": [-1]}, "A milestone is -1"),
+        ({"milestones": 35}, "milestones is 35.0: give a list"),
+        ({"warmup_steps": 100}, "warmup_steps is 100.0, but .* such as constant_with_warmup"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is true"),
+        ({"learning_rate": True}, "learning_rate is True: give a finite number"),
+        ({"learning_rate": [1e-4]}, r"learning_rate is \[0.0001\]: give a finite number"),
+        ({"learning_rate": None}, "learning_rate is None"),
+        ({"model_config": 0}, "model_config is 0: give a mapping"),
+        ({"shapes_config": []}, r"shapes_config is \[\]: give a mapping"),
+        ({"tokenizer": ""}, "tokenizer is empty: give a value, or leave it out"),
+        ({"peft_method": ""}, "peft_method is empty"),
+        ({"metric_for_best_model": ""}, "metric_for_best_model is ''"),
+        ({"data_root": ""}, "data_root is empty"),
+        ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
+    ],
+)
+def test_nothing_that_is_given_is_ignored(config, tmp_path, changes, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | changes))
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "ViT-B-16.pt", "model.safetensors", "weights"])
+def test_a_file_of_weights_is_to_be_converted_first(tmp_path, name):
+    path = tmp_path / name
+    if name == "weights":
+        path.touch()
+    command = rf"convert it first, by `python convert_detris_checkpoint.py {path} <folder>`"
+    with pytest.raises(ValueError, match=f"model_name_or_path is {path}, a file of weights: {command}"):
+        ModelArguments(model_name_or_path=str(path))
+
+
 @pytest.mark.parametrize(
     "content, message", [("", "holds no arguments"), ("- 1", "holds no arguments"), ("a: [", "is not YAML")]
 )
@@ -206,6 +293,45 @@ def test_one_backbone_beside_a_saved_model_is_refused():
 def test_arguments_are_not_abbreviated(config_file, capsys):
     with pytest.raises(ValueError, match="--learning_rat"):
         parse_arguments([config_file, "--learning_rat", "1"])
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--learning_rate", "nan"], "learning_rate is nan: give a finite number of at least 0."),
+        (
+            ["--learning_rate", "x"],
+            "argument --learning_rate/--learning-rate: invalid float value: 'x' (`--help` lists all arguments)",
+        ),
+        (["--do_train", "--dataset", "refcocoo"], "The data set 'refcocoo' is neither 'shapes' nor a folder: "),
+        (["--do_train", "--text_backbone", "nosuch/folder"], ""),  # said by transformers
+    ],
+)
+def test_the_program_tells_what_a_person_did_wrong_in_a_sentence(config_file, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", config_file, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train_hf.run_as_program()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told.strip().splitlines()[-1]
+    assert "Traceback" not in told and "usage" not in told
+
+
+def test_the_program_shows_where_a_fault_of_ours_is(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", config_file, "--do_eval"])
+    for module, name in ((train_hf, "build_model"), (train_hf, "evaluate_and_predict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, None)
+            with pytest.raises(TypeError, match="not callable"):
+                train_hf.run_as_program()
+
+    def fail(*args) -> None:
+        raise FloatingPointError("The loss is nan.")
+
+    monkeypatch.setattr(train_hf, "evaluate_and_predict", fail)
+    with pytest.raises(SystemExit) as ended:
+        train_hf.run_as_program()
+    assert ended.value.code == 1 and capsys.readouterr().err.splitlines()[-1] == "The loss is nan."
 
 
 def test_nothing_to_do_is_an_error(config_file):
@@ -794,6 +920,79 @@ def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
     assert 0.01 < np.mean(ious) < 0.99
     assert output.metrics["test_mean_iou"] == pytest.approx(np.mean(ious), abs=1e-3)
     assert trainer.evaluate()["eval_mean_iou"] == output.metrics["test_mean_iou"]
+
+
+@pytest.fixture
+def talkative(shapes):
+    """Val, in which the second object has 101 phrases, all others at most 3."""
+    phrases = [f"the {number} thing" for number in range(101)]
+    return shapes["val"].map(lambda row, index: {"sentences": phrases if index == 1 else row["sentences"]}, True)
+
+
+def test_phrases_go_through_in_chunks_to_the_same_counts_and_masks(make_trainer, talkative):
+    """Of at most `per_device_eval_batch_size` phrases, whose images alone go through with them."""
+    outputs = {}
+    for size in (1, 8, 1000):
+        trainer = make_trainer(model_config={"mask_threshold": 0.35}, per_device_eval_batch_size=size)
+        randomize(trainer.model)  # so that each phrase gets a mask of its own
+        forward, sizes = trainer.model.forward, []
+
+        def recording_forward(*args, forward=forward, sizes=sizes, **inputs):
+            sizes.append((len(inputs["input_ids"]), len(inputs["pixel_values"])))
+            return forward(*args, **inputs)
+
+        trainer.model.forward = recording_forward
+        outputs[size] = (trainer.predict(talkative).predictions, trainer.predicted_masks)
+        phrases = sum(map(len, talkative["sentences"]))
+        assert sum(number for number, _ in sizes) == phrases and max(number for number, _ in sizes) == min(
+            size, phrases
+        )
+        if size == 1:
+            assert len(sizes) == phrases
+        assert all(images <= number for number, images in sizes) or size == 1000
+    whole_counts, whole_masks = outputs.pop(1000)
+    for counts, masks in outputs.values():
+        assert np.array_equal(counts, whole_counts) and masks == whole_masks
+    segmented = whole_counts[..., 1][whole_counts[..., 0] >= 0]
+    assert len(segmented) == phrases and len(set(segmented.tolist())) > 9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_of_gathering_change_nothing(config_file, make_trainer, talkative, tmp_path, options):
+    plain, other = make_trainer(), make_trainer(**options)
+    expected, found = plain.predict(talkative), other.predict(talkative)
+    assert np.array_equal(found.predictions, expected.predictions)
+    assert other.predicted_masks == plain.predicted_masks
+    figures = {name for name in expected.metrics if "iou" in name or "precision" in name}
+    assert figures and all(found.metrics[name] == expected.metrics[name] for name in figures)
+    assert other.evaluate(talkative)["eval_mean_iou"] == expected.metrics["test_mean_iou"]
+    arguments = [config_file, "--do_predict", "--test_splits", "val", "--do_eval"]
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    main(arguments)
+    assert json.loads((tmp_path / "run" / "table.json").read_text())[0]["phrases"] > 0
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_logits_that_are_not_finite_stop_an_evaluation_and_name_the_object(make_trainer, shapes, value, command):
+    """As masks they would be empty: mIoU 0, and right for every phrase that names nothing."""
+    trainer, rows = make_trainer(), shapes["val"]
+    forward, seen = trainer.model.forward, []
+
+    def failing_forward(*args, **inputs):
+        output = forward(*args, **inputs)
+        seen.extend(range(len(output.logits)))
+        if len(seen) > len(rows[0]["sentences"]):
+            output.logits[-1, 0, 0] = value
+        return output
+
+    trainer.model.forward = failing_forward
+    with pytest.raises(FloatingPointError, match=f"logits are not finite .* with ref_id {rows[1]['ref_id']}:"):
+        getattr(trainer, command)(rows)
 
 
 def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(config_file, tmp_path):
