@@ -22,6 +22,8 @@ from huggingface_hub import ModelCard
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
 from test_refer import HOSTILE_RLES, ReferFolder
+from tiny_models import randomize
+from tiny_runs import MODEL_CONFIG, SIZES, losses
 from transformers import BitsAndBytesConfig
 
 import train_hf
@@ -34,7 +36,6 @@ from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
-    DetrisTrainer,
     DetrisTrainingArguments,
     EvaluationCollator,
     ModelArguments,
@@ -52,94 +53,8 @@ from train_hf import (
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-SIZES = {"train": 14, "val": 4, "testA": 3, "testB": 0, "unseen": 0}
-MODEL_CONFIG = {
-    "vision_adapter_layers": [1],
-    "vision_adapter_dim": 16,
-    "text_adapter_layers": [0],
-    "text_adapter_dim": 16,
-    "aligner_attention_dim": 16,
-    "aligner_attention_heads": 2,
-    "feature_layers": [0, 1],
-    "decoder_dim": 16,
-    "decoder_layers": 1,
-    "decoder_heads": 2,
-    "decoder_ffn_dim": 16,
-    "mask_threshold": 0.1,  # after a few steps the model then segments parts of the images
-}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model_arguments(tiny_backbones):
-    return {
-        "vision_backbone": str(tiny_backbones / "vision"),
-        "text_backbone": str(tiny_backbones / "text"),
-        "image_size": 32,
-        "max_text_length": 24,
-    }
-
-
-@pytest.fixture(scope="module")
-def config(model_arguments):
-    """What an argument file for the tiny model holds."""
-    return model_arguments | {
-        "model_config": MODEL_CONFIG,
-        "shapes_config": {"sizes": SIZES, "image_size": 48},
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 2,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-
-
-@pytest.fixture
-def config_file(config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config | {"output_dir": str(tmp_path / "run")}))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def shapes():
-    splits = load_shapes(sizes=SIZES, image_size=48)
-    return splits.cast_column("image", datasets.Image(decode=False))
-
-
-@pytest.fixture
-def make_trainer(model_arguments, shapes, tmp_path):
-    """Builds a trainer over the first `rows` objects of train, or over those given; further arguments go to
-    DetrisTrainingArguments."""
-
-    def make(rows: int | StreamedRows = 20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "do_train": True,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "report_to": "none",
-        }
-        args = DetrisTrainingArguments(**defaults | arguments)
-        torch.manual_seed(args.seed)
-        model, processor = build_model(
-            ModelArguments(**model_arguments, model_config=MODEL_CONFIG | (model_config or {}))
-        )
-        train_rows = shapes["train"].take(rows) if isinstance(rows, int) else rows
-        return DetrisTrainer(model, args, processor, train_rows, shapes["val"])
-
-    return make
-
-
-def losses(trainer: DetrisTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
