@@ -2,7 +2,7 @@
 
     python train_hf.py configs/quickstart.yaml --learning_rate 5e-4
     accelerate launch --num_processes 4 train_hf.py configs/base_refcoco.yaml --data_root path/to/refer
-    python train_hf.py configs/quickstart.yaml --resume_from_checkpoint runs/quickstart/checkpoint-100
+    python train_hf.py configs/base_refcoco.yaml --data_root path/to/refer --resume_from_checkpoint last
     python train_hf.py --model_name_or_path runs/base_refcoco --data_root path/to/refer \
         --test_splits refcoco:unc:val refcoco:unc:testA refcoco+:unc:val refcocog:umd:test --do_predict
 
@@ -102,8 +102,8 @@ def _from_json(value: dict | str | None, name: str) -> dict:
     """A dictionary argument, which is JSON on the command line."""
     try:
         value = json.loads(value) if isinstance(value, str) else {} if value is None else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {value!r}, which is not JSON ({error}).") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name} is {short(value)}, which is not JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
@@ -315,14 +315,16 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
         path, argv = Path(argv[0]), argv[1:]
         try:
             defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
         if not isinstance(defaults, dict):
             raise ValueError(f"{path} holds no arguments: write one to a line, such as 'learning_rate: 1e-4'.")
         known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
         unknown = set(defaults) - known
         if unknown:
-            raise ValueError(f"{path} sets {sorted(unknown)}, which are no arguments; `--help` lists those there are.")
+            raise ValueError(
+                f"{path} sets {sorted(unknown, key=str)}, which are no arguments; `--help` lists those there are."
+            )
         # As text, a number is read as on the command line: 1.5 is no seed.
         numbers = {name: str(value) for name, value in defaults.items() if type(value) in (int, float)}
         parser.set_defaults(**defaults | numbers)

@@ -186,7 +186,7 @@ def test_a_second_interrupt_ends_at_once(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(arguments, tmp_path):
+def test_two_processes_stop_together(arguments, tmp_path):
     """Only the launcher gets the signal, as from a cluster; it hands it on, to each process at a time of its own."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
     launch += [*arguments, "--use_cpu", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1000"]

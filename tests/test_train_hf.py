@@ -171,6 +171,9 @@ def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, 
         ({"peft_method": ""}, "peft_method is empty"),
         ({"metric_for_best_model": ""}, "metric_for_best_model is ''"),
         ({"data_root": ""}, "data_root is empty"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give `last`, or a folder"),
+        ({"model_config": "[" * 10**5}, "model_config is .*which is not JSON"),
+        ({1: 2, "learning_rat": 3}, r"sets \[1, 'learning_rat'\], which are no arguments"),
         ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
     ],
 )
@@ -192,10 +195,18 @@ def test_a_file_of_weights_is_to_be_converted_first(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("", "holds no arguments"), ("- 1", "holds no arguments"), ("a: [", "is not YAML")]
+    "content, message",
+    [
+        (b"", "holds no arguments"),
+        (b"- 1", "holds no arguments"),
+        (b"a: [", "is not YAML"),
+        (b"\xff\xfe", "is not YAML"),
+        (b"[" * 10**4, "is not YAML"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value,
 )
 def test_a_file_without_arguments_is_refused(tmp_path, content, message):
-    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.yaml {message}"):
         parse_arguments([str(tmp_path / "config.yaml")])
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from model_card import METRIC_NAMES
 
+from .checkpoints import LAST
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -111,3 +113,7 @@ def check_training_arguments(args: Any) -> None:
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics is true, but the metric is of whole splits: leave it out.")
     check_not_empty(args, "output_dir", "resume_from_checkpoint")
+    if not isinstance(args.resume_from_checkpoint, str | None):
+        raise ValueError(
+            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}: give `{LAST}`, or a folder checkpoint-<step>."
+        )
