@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_runs import SIZES
 
 from train_hf import DetrisTrainer, main
 from training.checkpoints import check_whole
+from training.stopping import StopAtSignal
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,6 +185,14 @@ def test_a_second_interrupt_ends_at_once(arguments, tmp_path):
     ended = run_program(arguments, "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)")
     assert ended.returncode == -signal.SIGINT and "has stopped" not in ended.stderr
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    stop, args = StopAtSignal(), SimpleNamespace(world_size=2, device="cpu")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: stop._receive(signal.SIGTERM, None))
+    assert not stop._agree(args)  # the others have not heard of it
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    assert stop._agree(args) and stop.received == signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -53,11 +53,13 @@ class StopAtSignal(TrainerCallback):
         os.write(2, f"\n{signal.Signals(number).name}: stopping. A second Ctrl-C ends the run at once.\n".encode())
 
     def _agree(self, args: TrainingArguments) -> bool:
+        received = self.received
         if args.world_size > 1:
-            received = torch.tensor(self.received, device=args.device)
-            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(received)
-        self.agreed = bool(self.received)
+            of_all = torch.tensor(received, device=args.device)
+            torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX)
+            received = int(of_all)
+        self.received = received or self.received  # which a signal may have set meanwhile: then all agree next time
+        self.agreed = bool(received)
         return self.agreed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
