@@ -18,6 +18,7 @@ class CheckpointingTrainer(Trainer):
     """Trainer that gives a checkpoint its name when it is whole, saves only finite weights, and resumes strictly."""
 
     unfinished: Path | None = None  # where a checkpoint is being written
+    resumed: Path | None = None  # the checkpoint that this run has gone on from
 
     def _get_output_dir(self, trial) -> str:
         return str(self.unfinished or super()._get_output_dir(trial))
@@ -51,10 +52,11 @@ class CheckpointingTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME).exists():
+        self.resumed = Path(resume_from_checkpoint)
+        if (self.resumed / ADAPTER_CONFIG_NAME).exists():
             self.model.load_adapter(resume_from_checkpoint)
         else:
-            check_tensors(Path(resume_from_checkpoint), self.model)
+            check_tensors(self.resumed, self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_finite(self.model, f"in {resume_from_checkpoint}")
 
@@ -65,26 +67,16 @@ class CheckpointingTrainer(Trainer):
             check_tensors(Path(self.state.best_model_checkpoint), self.model)
             super()._load_best_model()
 
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        started = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is not None:
-            checkpoint = Path(resume_from_checkpoint)
-            best = best_model_of(checkpoint, read_state(checkpoint))
-            if best is not None and best.resolve().parent == Path(self.args.output_dir).resolve():
-                best = Path(self.args.output_dir, best.name)  # Trainer, who keeps it, compares names
-            self.state.best_model_checkpoint = None if best is None else str(best)
-        return started
-
     def _load_callback_state(self) -> None:
+        """Called when Trainer has read the state of the checkpoint: mend what it reads of it, or does not."""
         super()._load_callback_state()
-        states = self.state.stateful_callbacks
+        best = best_model_of(self.resumed, read_state(self.resumed))
+        if best is not None and best.resolve().parent == Path(self.args.output_dir).resolve():
+            best = Path(self.args.output_dir, best.name)  # Trainer, who keeps it, compares names
+        self.state.best_model_checkpoint = None if best is None else str(best)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):  # else its count of evaluations would begin anew
-                state = states.setdefault(type(callback).__name__, callback.state())
+                state = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
                 count = "early_stopping_patience_counter"
                 setattr(callback, count, state["attributes"][count])
 

@@ -1,6 +1,7 @@
 """A run's folder: one run at a time, and never two runs' files in it."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ def find_checkpoint(args: TrainingArguments) -> list[Path]:
     else:
         check_whole(Path(args.resume_from_checkpoint), args.save_adapter_only)
     checkpoint = Path(args.resume_from_checkpoint)
-    check_fits_run(checkpoint, args.world_size, args.mixed_precision == "fp16", args.load_best_model_at_end)
+    fp16 = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"  # as Trainer decides
+    check_fits_run(checkpoint, args.world_size, fp16, args.load_best_model_at_end)
     if not lies_in(args.resume_from_checkpoint, output_dir):
         return []
     step = read_state(checkpoint).global_step
