@@ -4,14 +4,13 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from tiny_runs import losses
+from tiny_runs import in_child, losses
 
 from train_hf import DetrisTrainer
 from training.run_folder import CLEARING, check_unused, clear, find_checkpoint, locked, set_aside
@@ -20,23 +19,6 @@ MOMENTS = 10
 REFUSED = 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """The exit status of a process that is this one's copy and does `action`."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            action()
-            status = 0
-        except ValueError as error:
-            status = REFUSED if "resume" in str(error) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def count_changes(folder: Path, at_change: Callable[[Path | None], None]) -> None:
@@ -74,11 +56,14 @@ def count_changes(folder: Path, at_change: Callable[[Path | None], None]) -> Non
 
 
 def train(trainer: DetrisTrainer, run: Path, result: Path, resumed: bool = False) -> None:
-    """What `main` does with the run's folder, and how the training ends."""
+    """What `main` does with the run's folder, and how the training ends; exits with `REFUSED` where it is refused."""
     with locked(run):
         if resumed:
             trainer.args.resume_from_checkpoint = "last"
-            set_aside(find_checkpoint(trainer.args))
+            try:
+                set_aside(find_checkpoint(trainer.args))
+            except ValueError:
+                sys.exit(REFUSED)
         else:
             check_unused(run, True, ())
             clear(run)

@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import SIZES
+from tiny_runs import SIZES, in_child
 
-from train_hf import DetrisTrainer, main
+from train_hf import DetrisTrainer, main, run_as_program
 from training.checkpoints import check_whole
 from training.stopping import StopAtSignal
 
@@ -146,44 +147,51 @@ def test_an_evaluation_ends_at_its_next_batch(arguments, config_file, tmp_path, 
     assert stopped(again, signal.SIGTERM, capsys) == "SIGTERM has stopped the evaluation: start it again."
 
 
-PROGRAM = """
-import os, signal, time, train_hf
-original, calls = train_hf.DetrisTrainer.training_step, []
-def step(self, *args):
-    calls.append(1)
-    if len(calls) == 3:
-        SEND
-    return original(self, *args)
-train_hf.DetrisTrainer.training_step = step
-train_hf.run_as_program()
-"""
+def run_program(arguments: list[str], log: Path, monkeypatch, at_third_step: Callable[[], None]) -> int:
+    """The exit status of `python train_hf.py` in a process group of its own; what it says is in `log`."""
+    original, calls = DetrisTrainer.training_step, []
+
+    def training_step(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            at_third_step()
+        return original(self, *args)
+
+    def program() -> None:
+        os.setsid()
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)  # in the place of pytest's
+        run_as_program()
+
+    monkeypatch.setattr(DetrisTrainer, "training_step", training_step)
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", *arguments])
+    return in_child(program)
 
 
-def run_program(arguments: list[str], send: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("SEND", send), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        start_new_session=True,  # a group of its own
-        timeout=120,
-    )
-
-
-def test_workers_outlive_a_signal_to_the_whole_group(arguments, tmp_path):
+def test_workers_outlive_a_signal_to_the_whole_group(arguments, tmp_path, monkeypatch):
     """As launchers and clusters send it; a loader's workers would die, and the run with them before it can save.
 
     Not sent by the main process itself, whom its workers obey.
     """
+
+    def send() -> None:
+        assert in_child(lambda: os.killpg(0, signal.SIGTERM)) == 0
+        time.sleep(1)  # in which a dead worker would be noticed
+
     arguments += ["--dataloader_num_workers", "2", "--dataloader_persistent_workers"]
-    ended = run_program(arguments, "os.fork() or (os.killpg(0, signal.SIGTERM), os._exit(0)); time.sleep(1)")
-    assert ended.returncode == 143 and "go on from checkpoint-3" in ended.stderr, ended.stderr
+    status = run_program(arguments, tmp_path / "log", monkeypatch, send)
+    assert status == 143 and "go on from checkpoint-3" in (tmp_path / "log").read_text()
     check_whole(tmp_path / "run" / "checkpoint-3", False)
 
 
-def test_a_second_interrupt_ends_at_once(arguments, tmp_path):
-    ended = run_program(arguments, "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)")
-    assert ended.returncode == -signal.SIGINT and "has stopped" not in ended.stderr
+def test_a_second_interrupt_ends_at_once(arguments, tmp_path, monkeypatch):
+    def send() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run_program(arguments, tmp_path / "log", monkeypatch, send) == -signal.SIGINT
+    assert "has stopped" not in (tmp_path / "log").read_text()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
