@@ -73,7 +73,6 @@ def train(trainer: DetrisTrainer, run: Path, result: Path, resumed: bool = False
     torch.save({"losses": losses(trainer), "weights": trainer.model.state_dict()}, result)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("adapter_only", [False, True], ids=["whole", "adapter only"])
 def test_a_killed_save_leads_to_the_straight_runs_numbers_or_a_refusal(make_trainer, tmp_path, adapter_only, used):
@@ -132,4 +131,4 @@ def test_a_killed_save_leads_to_the_straight_runs_numbers_or_a_refusal(make_trai
             assert all(torch.equal(found["weights"][name], value) for name, value in expected["weights"].items())
         else:
             assert status == REFUSED and not result.exists(), deadly
-    assert resumed == sorted(resumed) and sum(resumed) >= MOMENTS // 2  # refused where nothing was whole yet
+    assert resumed == sorted(resumed) and sum(resumed) >= MOMENTS // 3  # refused where nothing was whole yet

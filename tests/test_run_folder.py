@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,6 @@ from safetensors.torch import load_file
 
 from train_hf import main
 from training.run_folder import check_unused, clear, locked
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,17 +127,20 @@ def test_what_a_killed_deletion_has_left_is_no_run(tmp_path, monkeypatch):
 
 def test_a_second_run_is_refused_while_the_first_lives(arguments, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    program = f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); from training.run_folder import locked\n"
-    program += f"with locked(pathlib.Path({str(run)!r})): print('held', flush=True); sys.stdin.read()"
-    first = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline() == "held\n"
+    read, write = os.pipe()
+    first = os.fork()
+    if not first:
+        with locked(run):
+            os.write(write, b"held")
+            signal.pause()
+    assert os.read(read, 4) == b"held"
     with monkeypatch.context() as patch:
         patch.setattr("train_hf.load_rows", None)
         for task in ([], ["--do_train", "false", "--do_eval"], ["--resume_from_checkpoint", "last"]):
             with pytest.raises(ValueError, match="Another run is at work in .*/run: wait until it has ended"):
                 main([*arguments, *task])
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
     main(arguments)
     assert (run / "model.safetensors").exists()
 
