@@ -152,7 +152,7 @@ def check_model_files(folder: Path, adapter_only: bool) -> list[Path]:
         try:
             with safe_open(path, "pt"):  # compares the header with the file's length
                 pass
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # safetensors' own has no other base
             raise ValueError(f"{path} is broken ({error}): {REMEDY}.") from error
@@ -228,7 +228,7 @@ def _check_saved_by_torch(path: Path, keys: set[str]) -> None:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(content, dict) or keys - content.keys():
             raise ValueError(f"it does not hold {', '.join(sorted(keys))}")
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what damage makes torch raise has no common base
         reason = str(error).split("\n")[0]
