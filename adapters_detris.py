@@ -583,7 +583,7 @@ class DetrisAdapterConfig(PeftConfig):
         dense = "detris" in self.peft_method
         return (self.vision_adapter_layers, self.text_adapter_layers) if dense else ([], [])
 
-    def _check_fields(self, model_config: PreTrainedConfig) -> PreTrainedConfig:
+    def check_fields(self, model_config: PreTrainedConfig) -> PreTrainedConfig:
         """The model's configuration with the fields of these adapters; ValueError if they cannot be."""
         return type(model_config)(**model_config.to_dict() | fields_of(self, ADAPTER_FIELDS))
 
@@ -592,7 +592,7 @@ class DetrisAdapterConfig(PeftConfig):
 
         This takes no memory: sizes that a stranger wrote are compared before anything is built of them.
         """
-        model_config = self._check_fields(model_config)
+        model_config = self.check_fields(model_config)
         if self.saved_shapes is None:
             return
         check_count("decoder_layers", model_config.decoder_layers, len(self.saved_shapes))
@@ -606,7 +606,7 @@ class DetrisAdapterConfig(PeftConfig):
             ValueError: if they differ, or a field has a value that cannot work; the message names both sides, or field
                 and value.
         """
-        self._check_fields(model.config)
+        self.check_fields(model.config)
         for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
             linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
             own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]

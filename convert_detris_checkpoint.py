@@ -10,7 +10,6 @@ backbones, DINOv2's `.pth` and OpenAI's CLIP, are read here too, for `DetrisForR
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -38,7 +36,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from checkpoint_files import bare_state_dict, read_tensors, require_file
-from configuration_detris import DetrisConfig
+from configuration_detris import DetrisConfig, check_values, refusing
 from data.refer import cut, short
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
@@ -321,15 +319,9 @@ def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConf
 
 
 def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
-    for field, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}.{field} is {value}: give a finite number.")
-    try:
+    check_values(fields, name)
+    with refusing(f"{name} has a field of a wrong type"):
         return config_class(**fields)
-    except ValueError:
-        raise
-    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{name} has a field of a wrong type: {cut(' '.join(str(error).split()))}") from None
 
 
 # --- files --------------------------------------------------------------------------------------------------------

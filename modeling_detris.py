@@ -854,7 +854,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
             # Before memory is taken for what the configurations say.
             adapter_config = cls._read_adapter_config(source, hub_kwargs)
-            cls._check_same_adapters(config, adapter_config)
+            config = adapter_config.check_fields(config)
             adapter_config.check_saved_shapes(cls, config)
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
@@ -1110,7 +1110,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         raise ValueError("Hotswapping needs no preparation here: load_adapter replaces an adapter of the same name.")
 
     @staticmethod
-    def _check_same_adapters(present: DetrisAdapterConfig | DetrisConfig, loaded: DetrisAdapterConfig) -> None:
+    def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
         for name in ADAPTER_FIELDS:
             old, new = getattr(present, name), getattr(loaded, name)
             if old != new and not name.endswith("dropout"):

@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
     for method in args.methods:
         model_config = json.dumps(model_args.model_config | METHODS[method])
         folder = output_dir / method if runs else output_dir
-        runs[method] = train([CONFIG, *argv, "--model_config", model_config, "--output_dir", str(folder)])
+        changes = ["--model_config", model_config, "--output_dir", str(folder)]
+        runs[method] = train([CONFIG, "--overwrite_output_dir", *argv, *changes])  # an earlier quickstart
     (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
     draw_gallery(sections).save(output_dir / "gallery.png")

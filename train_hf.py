@@ -2,7 +2,7 @@
 
     python train_hf.py configs/quickstart.yaml --learning_rate 5e-4
     accelerate launch --num_processes 4 train_hf.py configs/base_refcoco.yaml --data_root path/to/refer
-    python train_hf.py configs/quickstart.yaml --resume_from_checkpoint runs/quickstart/checkpoint-100
+    python train_hf.py configs/base_refcoco.yaml --data_root path/to/refer --resume_from_checkpoint last
     python train_hf.py --model_name_or_path runs/base_refcoco --data_root path/to/refer \
         --test_splits refcoco:unc:val refcoco:unc:testA refcoco+:unc:val refcocog:umd:test --do_predict
 
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME, is_bitsandbytes_available
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
@@ -82,8 +82,14 @@ from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, MAX_CHANNELS, BoxedMask, DetrisProcessor
+from training.argument_checks import COUNT, check_not_empty, check_number, check_training_arguments, refuse_arguments
+from training.checkpointing_trainer import CheckpointingTrainer
+from training.processes import in_all_processes, leave_process_group
+from training.run_folder import check_unused, clear, find_checkpoint, lies_in, locked, set_aside
+from training.stopping import RunStopped, StopAtSignal, how_to_go_on, leave_signals_to_main_process
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
@@ -101,9 +107,9 @@ logger = logging.getLogger(__name__)
 def _from_json(value: dict | str | None, name: str) -> dict:
     """A dictionary argument, which is JSON on the command line."""
     try:
-        value = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {value!r}, which is not JSON ({error}).") from None
+        value = json.loads(value) if isinstance(value, str) else {} if value is None else value
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name} is {short(value)}, which is not JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
@@ -137,10 +143,19 @@ class ModelArguments:
     def __post_init__(self):
         self.model_config = _from_json(self.model_config, "model_config")
         DetrisConfig.refuse_unknown(self.model_config)
+        check_not_empty(self, "model_name_or_path", "vision_backbone", "text_backbone", "tokenizer", "peft_method")
+        for name in ("image_size", "max_text_length"):
+            check_number(name, getattr(self, name), COUNT, optional=True)
         backbones = [self.vision_backbone, self.text_backbone]
         new = all(backbones)
         if any(backbones) != new or new == bool(self.model_name_or_path):
             raise ValueError("Give either model_name_or_path, or both vision_backbone and text_backbone.")
+        saved = self.model_name_or_path
+        if saved is not None and (Path(saved).suffix in WEIGHTS_SUFFIXES or Path(saved).is_file()):
+            raise ValueError(
+                f"model_name_or_path is {saved}, a file of weights: convert it first, by `python "
+                f"convert_detris_checkpoint.py {saved} <folder>`, and give that folder."
+            )
         for name in ("model_config", "peft_method"):
             if getattr(self, name) and not new:
                 raise ValueError(f"{name} describes a new model; the one at model_name_or_path has its own.")
@@ -204,16 +219,15 @@ class DataArguments:
 
     def __post_init__(self):
         self.shapes_config = _from_json(self.shapes_config, "shapes_config")
+        check_not_empty(self, "dataset", "data_root", "train_split", "eval_split")
         for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more, or leave it out for all rows.")
+            check_number(name, getattr(self, name), COUNT, optional=True)
+        check_number("shuffle_buffer_size", self.shuffle_buffer_size, COUNT)
         if self.images is not None and self.data_root is None:
             raise ValueError("images is the folder of a REFER set's images: give data_root, too, or leave it out.")
-        if self.shuffle_buffer_size < 1:
-            raise ValueError(f"shuffle_buffer_size is {self.shuffle_buffer_size}: give 1 (no shuffling) or more.")
         if self.streaming and self.max_train_samples:
             raise ValueError("streaming reads whole splits: leave max_train_samples out.")
-        if isinstance(self.test_splits, str):
+        if not isinstance(self.test_splits, list) or not all(isinstance(name, str) for name in self.test_splits):
             raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
         for name in self.test_splits:
             if name.count(":") > 2:
@@ -260,6 +274,12 @@ class DetrisTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # or else bf16 is refused there
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete an older run's checkpoints, model and results in output_dir; not read when resuming."
+        },
+    )
     save_adapter_only: bool = field(
         default=False,
         metadata={"help": "Save adapters and head alone, with where the frozen backbones are from."},
@@ -274,21 +294,14 @@ class DetrisTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_training_arguments(self)
         if not self.do_train:  # then nothing is evaluated or saved on the way
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
         super().__post_init__()
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}: DETRIS's loss has none, give 0."
-            )
-        if self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_") not in METRIC_NAMES:
-            raise ValueError(
-                f"metric_for_best_model is {self.metric_for_best_model!r}: give one of {', '.join(METRIC_NAMES)}."
-            )
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
-            if parts < 1 or self.global_batch_size < 1 or self.global_batch_size % parts:
+            if self.global_batch_size % parts:
                 raise ValueError(
                     f"global_batch_size is {self.global_batch_size}: it must be a positive multiple of {parts}, which "
                     f"is {self.world_size} processes times {self.gradient_accumulation_steps} accumulated steps."
@@ -311,19 +324,24 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, DetrisTrainingArguments), description=__doc__, allow_abbrev=False
     )
+    parser.error = refuse_arguments
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         path, argv = Path(argv[0]), argv[1:]
         try:
             defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
         if not isinstance(defaults, dict):
             raise ValueError(f"{path} holds no arguments: write one to a line, such as 'learning_rate: 1e-4'.")
         known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
         unknown = set(defaults) - known
         if unknown:
-            raise ValueError(f"{path} sets {sorted(unknown)}, which are no arguments; `--help` lists those there are.")
-        parser.set_defaults(**defaults)
+            raise ValueError(
+                f"{path} sets {sorted(unknown, key=str)}, which are no arguments; `--help` lists those there are."
+            )
+        # As text, a number is read as on the command line: 1.5 is no seed.
+        numbers = {name: str(value) for name, value in defaults.items() if type(value) in (int, float)}
+        parser.set_defaults(**defaults | numbers)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
@@ -731,7 +749,7 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
     return model, processor
 
 
-class DetrisTrainer(Trainer):
+class DetrisTrainer(CheckpointingTrainer):
     """Trainer with DETRIS's optimizer, schedule and evaluation; `predicted_masks` holds what `predict` segmented.
 
     Evaluation runs over objects, each with all its phrases, and gives no loss: a batch's mean would depend on how rows
@@ -820,21 +838,12 @@ class DetrisTrainer(Trainer):
                 revision=self.args.hub_revision,
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME).exists():
-            self.model.load_adapter(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if Path(self.state.best_model_checkpoint, ADAPTER_CONFIG_NAME).exists():
-            self.model.load_adapter(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if not isinstance(self.train_dataset, StreamedRows):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate's has torch's inside
+            inner.worker_init_fn = functools.partial(leave_signals_to_main_process, then=inner.worker_init_fn)
+            return loader
         args = self.args
         workers = max(args.dataloader_num_workers, 1)  # without any this process does their work
         loader = torch.utils.data.DataLoader(
@@ -843,6 +852,7 @@ class DetrisTrainer(Trainer):
             ),
             batch_size=None,  # the rows come in batches
             collate_fn=self.data_collator,
+            worker_init_fn=leave_signals_to_main_process,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
@@ -862,6 +872,7 @@ class DetrisTrainer(Trainer):
             self.eval_dataset if eval_dataset is None else eval_dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=self.evaluation_collator,
+            worker_init_fn=leave_signals_to_main_process,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # a loader draws a seed: training's random numbers stay as they are
@@ -880,36 +891,61 @@ class DetrisTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Segment the phrases of `B` objects, at most `K` each.
+        """Segment the phrases of `B` objects, at most `K` each, and at most `per_device_eval_batch_size` at once.
 
         Returns:
             No loss; pixels in intersection, in union and in the truth `(B, K, 3)`, padded; the objects' ids `(B,)`.
+
+        Raises:
+            FloatingPointError: logits are not finite; masks of them would be empty, and count as such.
         """
         masks, ref_ids, original_sizes = (inputs.pop(name) for name in ("masks", "ref_ids", "original_sizes"))
         image_index = inputs["image_index"]  # (N,)
-        predictions = self.processing_class.post_process_referring_segmentation(
-            model(**inputs), original_sizes, image_index=image_index
-        )
-        of_object = [[] for _ in masks]
-        for index, prediction in zip(image_index.tolist(), predictions, strict=True):
-            of_object[index].append(prediction)
-        counts = torch.full((len(masks), max(map(len, of_object)), 3), PADDING, device=ref_ids.device)
-        for index, (mask, predicted) in enumerate(zip(masks, of_object, strict=True)):
-            for phrase, prediction in enumerate(predicted):
-                counts[index, phrase] = torch.tensor(self.metric.count(prediction, mask))
+        counts = torch.full((len(masks), int(image_index.bincount().max()), 3), PADDING, device=ref_ids.device)
+        encoded = [[] for _ in masks]
+        seen = [0] * len(masks)  # phrases of each object
+        for phrases in torch.arange(len(image_index), device=image_index.device).split(self.args.eval_batch_size):
+            images, index = image_index[phrases].unique(return_inverse=True)
+            texts = {name: inputs[name][phrases] for name in ("input_ids", "attention_mask")}
+            output = model(pixel_values=inputs["pixel_values"][images], image_index=index, **texts)
+            finite = output.logits.isfinite().all(dim=(1, 2))  # (phrases,)
+            objects = images[index].tolist()
+            if not finite.all():
+                raise FloatingPointError(
+                    f"The logits are not finite for a phrase of the object with ref_id "
+                    f"{ref_ids[objects[finite.tolist().index(False)]]}: the model is broken, or too large for half "
+                    "precision; evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
+                )
+            predictions = self.processing_class.post_process_referring_segmentation(
+                output, original_sizes[images.to(original_sizes.device)], image_index=index
+            )
+            for number, prediction in zip(objects, predictions, strict=True):
+                counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
+                seen[number] += 1
+                if self.predicted_masks is not None:
+                    encoded[number].append(_encode(prediction))
         if self.predicted_masks is not None:
-            encoded = [[_encode(prediction) for prediction in predicted] for predicted in of_object]
             self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
         return None, counts, ref_ids
 
     def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
-        counts = results.predictions.reshape(-1, 3)
+        counts = _in_one_array(results.predictions).reshape(-1, 3)
         intersection, union, reference_area = counts[counts[:, 0] != PADDING].T
         return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
 
-    def predict(self, *args, **kwargs):
+    def predict(self, *args, **kwargs) -> PredictionOutput:
         self.predicted_masks = [] if self.args.save_masks else None
-        return super().predict(*args, **kwargs)
+        output = super().predict(*args, **kwargs)
+        return output._replace(predictions=_in_one_array(output.predictions))
+
+
+def _in_one_array(counts: np.ndarray | list[np.ndarray]) -> np.ndarray:
+    """Counts (R, K, 3) of all objects; without `eval_do_concat_batches` they come by batches, each with its own K."""
+    if isinstance(counts, np.ndarray):
+        return counts
+    phrases = max(batch.shape[1] for batch in counts)
+    padding = [((0, 0), (0, phrases - batch.shape[1]), (0, 0)) for batch in counts]
+    return np.concatenate([np.pad(batch, pad, constant_values=PADDING) for batch, pad in zip(counts, padding)])
 
 
 def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingArguments) -> dict[str, Any]:
@@ -1002,18 +1038,45 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run what the arguments ask for and return all metrics."""
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    """Run what the arguments ask for and return all metrics.
+
+    Raises:
+        ValueError, OSError: an argument, the data, the model, the checkpoint or the output folder cannot be.
+        FloatingPointError: loss, logits or weights are not finite.
+        SystemExit: SIGTERM or SIGINT has stopped the run; its code is 128 and the signal's number.
+    """
+    with ExitStack() as stack:
+        return run(*prepare(sys.argv[1:] if argv is None else argv, stack))
+
+
+def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArguments, dict[str, datasets.Dataset]]:
+    """All that can refuse a run: its arguments, folder and checkpoint first, then what takes long, data and model.
+
+    Args:
+        stack: holds the run's folder until it is closed.
+
+    Returns:
+        The trainer, the data's arguments and the rows of each test split.
+    """
+    model_args, data_args, training_args = parse_arguments(argv)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("There is nothing to do: give --do_train, --do_eval, --do_predict or several of them.")
     if training_args.do_predict and not data_args.test_splits:
         raise ValueError("do_predict needs test_splits: name the splits to segment.")
+    if training_args.resume_from_checkpoint and not training_args.do_train:
+        raise ValueError(
+            "resume_from_checkpoint goes on with training: give --do_train, or model_name_or_path instead."
+        )
+    output_dir, broken = Path(training_args.output_dir), []
+    in_all_processes(lambda: stack.enter_context(locked(output_dir, training_args.should_save)))
     if training_args.resume_from_checkpoint:
-        # A folder without these would be trained from its first step, by an optimizer that knows nothing.
-        folder = Path(training_args.resume_from_checkpoint)
-        missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if not (folder / name).exists()]
-        if missing:
-            raise ValueError(f"{folder} has no {' and no '.join(missing)}: resume from a folder checkpoint-<step>.")
+        broken = in_all_processes(lambda: find_checkpoint(training_args))
+    checkpoint = training_args.resume_from_checkpoint
+    goes_on = bool(checkpoint) and lies_in(checkpoint, output_dir)
+    if training_args.do_train and not goes_on:
+        sources = (model_args.model_name_or_path, model_args.vision_backbone, model_args.text_backbone)
+        sources += (model_args.tokenizer, checkpoint)
+        in_all_processes(lambda: check_unused(output_dir, training_args.overwrite_output_dir, sources))
 
     with training_args.main_process_first(desc="reading the data"):
         train_rows, eval_rows, test_rows = load_rows(
@@ -1039,23 +1102,76 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.do_train and training_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
     trainer = DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
-    output_dir = Path(training_args.output_dir)
+    if training_args.do_train and training_args.should_save:  # nothing refuses the run any more
+        if training_args.overwrite_output_dir and not goes_on:
+            clear(output_dir)
+        set_aside(broken)
+    return trainer, data_args, test_rows
 
-    metrics = {}
-    if training_args.do_train:
+
+def run(trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, datasets.Dataset]) -> dict[str, float]:
+    """Train, evaluate, predict and push, as far as it is asked for; return all metrics.
+
+    Raises:
+        SystemExit: a signal has stopped the run.
+    """
+    args, metrics, stopped = trainer.args, {}, False
+    with StopAtSignal() as stop:
+        trainer.add_callback(stop)
+        try:
+            if args.do_train:
+                metrics |= train(trainer)
+            evaluated, results = evaluate_and_predict(trainer, data_args, test_rows)
+        except RunStopped:
+            stopped = True
+    if stopped:
+        in_training = args.do_train and not metrics
+        if in_training:
+            trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # loggers write what they hold
         if trainer.is_world_process_zero():
-            model.print_trainable_parameters()
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model(_internal_call=True)  # or it would be pushed before it is evaluated
-        trainer.save_state()
-        trained = {"trained_parameters": model.num_parameters(only_trainable=True)}
-        metrics |= _report(trainer, "train", result.metrics | trained)
+            said = how_to_go_on(stop.received, args, trainer.state, in_training)
+            print(f"\n{said}", file=sys.stderr)  # below a progress bar
+    else:
+        metrics |= evaluated
+        if trainer.is_world_process_zero():
+            write_card(trainer, parse_mixture(data_args.dataset, data_args.train_split), results)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+    # Without it a process could end, and its launcher end the others, while the main one still writes.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    if stopped:
+        raise SystemExit(128 + stop.received)
+    return metrics
+
+
+def train(trainer: DetrisTrainer) -> dict[str, float]:
+    """Train, save the model, and return what is known of the training."""
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(_internal_call=True)  # or it would be pushed before it is evaluated
+    trainer.save_state()
+    trained = {"trained_parameters": trainer.model.num_parameters(only_trainable=True)}
+    return _report(trainer, "train", result.metrics | trained)
+
+
+def evaluate_and_predict(
+    trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, datasets.Dataset]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Evaluate and predict, as far as it is asked for, and write predictions and table.
+
+    Returns:
+        All metrics; for each split `dataset`, `split` and its metrics.
+    """
+    args, metrics = trainer.args, {}
+    output_dir = Path(args.output_dir)
     members = parse_mixture(data_args.dataset, data_args.train_split)
     own_set = _name_of(members[0].name)
     lines, results = [], []
     first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
     first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
-    if training_args.do_eval:
+    if args.do_eval:
         figures = _report(trainer, "eval", trainer.evaluate())
         metrics |= figures
         results.append(
@@ -1080,12 +1196,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
     if lines and trainer.is_world_process_zero():
         print(f"\n{write_table(output_dir, lines)}\n")
-    if trainer.is_world_process_zero():
-        write_card(trainer, members, results)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.end()
-    return metrics
+    return metrics, results
 
 
 def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict[str, Any]]) -> None:
@@ -1127,5 +1238,22 @@ def _report(trainer: Trainer, name: str, metrics: dict[str, float]) -> dict[str,
     return metrics
 
 
+def run_as_program() -> None:
+    """`main` for the command line: a person's fault is told in its one sentence, ours with its traceback."""
+    with ExitStack() as stack:
+        try:
+            prepared = prepare(sys.argv[1:], stack)
+        except (ValueError, OSError) as error:
+            logger.debug("The run is refused.", exc_info=True)
+            print(error, file=sys.stderr)
+            leave_process_group()
+            sys.exit(2)
+        try:
+            run(*prepared)
+        except FloatingPointError as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    run_as_program()

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 
 import pytest
+from tiny_runs import MODEL_CONFIG, SIZES
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a test imports any Hugging Face library, so transformers comes late below
 
@@ -76,3 +77,78 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model_arguments(tiny_backbones):
+    return {
+        "vision_backbone": str(tiny_backbones / "vision"),
+        "text_backbone": str(tiny_backbones / "text"),
+        "image_size": 32,
+        "max_text_length": 24,
+    }
+
+
+@pytest.fixture(scope="session")
+def config(model_arguments):
+    """What an argument file for the tiny model holds."""
+    return model_arguments | {
+        "model_config": MODEL_CONFIG,
+        "shapes_config": {"sizes": SIZES, "image_size": 48},
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+@pytest.fixture
+def config_file(config, tmp_path):
+    import yaml
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {"output_dir": str(tmp_path / "run")}))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    import datasets
+
+    from data.shapes import load_shapes
+
+    splits = load_shapes(sizes=SIZES, image_size=48)
+    return splits.cast_column("image", datasets.Image(decode=False))
+
+
+@pytest.fixture
+def make_trainer(model_arguments, shapes, tmp_path):
+    """Builds a trainer over the first `rows` objects of train, or over those given; further arguments go to
+    DetrisTrainingArguments."""
+    import torch
+
+    from train_hf import DetrisTrainer, DetrisTrainingArguments, ModelArguments, build_model
+
+    def make(rows=20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "do_train": True,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+        args = DetrisTrainingArguments(**defaults | arguments)
+        torch.manual_seed(args.seed)
+        model, processor = build_model(
+            ModelArguments(**model_arguments, model_config=MODEL_CONFIG | (model_config or {}))
+        )
+        train_rows = shapes["train"].take(rows) if isinstance(rows, int) else rows
+        return DetrisTrainer(model, args, processor, train_rows, shapes["val"])
+
+    return make

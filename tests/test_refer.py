@@ -517,7 +517,7 @@ def test_want_of_memory_is_not_told_as_a_broken_file(refer, monkeypatch, error):
         raise error
 
     for target, name in (
-        (data.refer._PlainUnpickler, "load"),
+        (data.refer.PlainUnpickler, "load"),
         (PIL.Image, "open"),
         (coco_mask, "merge"),
         (json, "loads"),

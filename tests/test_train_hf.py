@@ -22,6 +22,8 @@ from huggingface_hub import ModelCard
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
 from test_refer import HOSTILE_RLES, ReferFolder
+from tiny_models import randomize
+from tiny_runs import MODEL_CONFIG, SIZES, losses
 from transformers import BitsAndBytesConfig
 
 import train_hf
@@ -34,7 +36,6 @@ from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
-    DetrisTrainer,
     DetrisTrainingArguments,
     EvaluationCollator,
     ModelArguments,
@@ -52,94 +53,8 @@ from train_hf import (
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-SIZES = {"train": 14, "val": 4, "testA": 3, "testB": 0, "unseen": 0}
-MODEL_CONFIG = {
-    "vision_adapter_layers": [1],
-    "vision_adapter_dim": 16,
-    "text_adapter_layers": [0],
-    "text_adapter_dim": 16,
-    "aligner_attention_dim": 16,
-    "aligner_attention_heads": 2,
-    "feature_layers": [0, 1],
-    "decoder_dim": 16,
-    "decoder_layers": 1,
-    "decoder_heads": 2,
-    "decoder_ffn_dim": 16,
-    "mask_threshold": 0.1,  # after a few steps the model then segments parts of the images
-}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model_arguments(tiny_backbones):
-    return {
-        "vision_backbone": str(tiny_backbones / "vision"),
-        "text_backbone": str(tiny_backbones / "text"),
-        "image_size": 32,
-        "max_text_length": 24,
-    }
-
-
-@pytest.fixture(scope="module")
-def config(model_arguments):
-    """What an argument file for the tiny model holds."""
-    return model_arguments | {
-        "model_config": MODEL_CONFIG,
-        "shapes_config": {"sizes": SIZES, "image_size": 48},
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 2,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-
-
-@pytest.fixture
-def config_file(config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config | {"output_dir": str(tmp_path / "run")}))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def shapes():
-    splits = load_shapes(sizes=SIZES, image_size=48)
-    return splits.cast_column("image", datasets.Image(decode=False))
-
-
-@pytest.fixture
-def make_trainer(model_arguments, shapes, tmp_path):
-    """Builds a trainer over the first `rows` objects of train, or over those given; further arguments go to
-    DetrisTrainingArguments."""
-
-    def make(rows: int | StreamedRows = 20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "do_train": True,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "report_to": "none",
-        }
-        args = DetrisTrainingArguments(**defaults | arguments)
-        torch.manual_seed(args.seed)
-        model, processor = build_model(
-            ModelArguments(**model_arguments, model_config=MODEL_CONFIG | (model_config or {}))
-        )
-        train_rows = shapes["train"].take(rows) if isinstance(rows, int) else rows
-        return DetrisTrainer(model, args, processor, train_rows, shapes["val"])
-
-    return make
-
-
-def losses(trainer: DetrisTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -176,8 +91,8 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"model_config": [1]}, "model_config"),
         ({"test_splits": ["val", "a:b:c:val"]}, "'a:b:c:val'.*'refcoco\\+:unc:testA'"),
         ({"test_splits": "val"}, "test_splits is 'val': give a list"),
-        ({"max_eval_samples": 0}, "max_eval_samples is 0: give 1 or more"),
-        ({"max_train_samples": -1}, "max_train_samples is -1: give 1 or more"),
+        ({"max_eval_samples": 0}, "max_eval_samples is 0: give a whole number of at least 1, or leave it out"),
+        ({"max_train_samples": -1}, "max_train_samples is -1: give a whole number of at least 1"),
         ({"metric_for_best_model": "miou"}, "metric_for_best_model is 'miou': give one of mean_iou"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
@@ -189,11 +104,109 @@ def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, m
         parse_arguments([str(path)])
 
 
+NAN, INF = float("nan"), float("inf")
+WRONG_NUMBERS = {
+    "learning_rate": [NAN, INF, -1e-4, "fast"],
+    "adapter_learning_rate_multiplier": [NAN, -1],
+    "weight_decay": [NAN, -1],
+    "adam_beta1": [NAN, 1, -0.1],
+    "adam_beta2": [NAN, 1.5],
+    "adam_epsilon": [NAN, 0, -1e-8],
+    "max_grad_norm": [NAN, INF, -1],
+    "milestone_factor": [NAN, INF, 0, -0.1],
+    "num_train_epochs": [NAN, INF, 0, -3],
+    "max_steps": [0, -2, 1.5],
+    "warmup_steps": [NAN, INF, -1],
+    "per_device_train_batch_size": [0, -4, 2.5],
+    "per_device_eval_batch_size": [0, -4],
+    "global_batch_size": [0, -8],
+    "gradient_accumulation_steps": [0, -1],
+    "dataloader_num_workers": [-1, 0.5],
+    "dataloader_prefetch_factor": [0],
+    "logging_steps": [0, -1, NAN],
+    "save_steps": [0, -1, INF],
+    "eval_steps": [0, -1, NAN],
+    "eval_delay": [-1, NAN],
+    "eval_accumulation_steps": [0, -1],
+    "save_total_limit": [0, -1],
+    "early_stopping_patience": [0, -1],
+    "seed": [-1, 2**32, 1.5],
+    "data_seed": [-1, 2**32],
+    "image_size": [0, -32, 32.5],
+    "max_text_length": [0, -1],
+    "max_train_samples": [0, -1],
+    "max_eval_samples": [0, -1],
+    "shuffle_buffer_size": [0, -1, 2.5],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_NUMBERS.items() for value in values])
+def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, name, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {name: value, "do_train": True, "output_dir": str(tmp_path / "run")}))
+    written = str(value) if isinstance(value, str) or int(value if abs(value) < INF else 0) != value else repr(value)
+    with pytest.raises(
+        ValueError, match=rf"(?s){name}.* {re.escape(written)}|{name}.*'{re.escape(written)}'"
+    ) as refused:
+        parse_arguments([str(path)])
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
-    "content, message", [("", "holds no arguments"), ("- 1", "holds no arguments"), ("a: [", "is not YAML")]
+    "changes, message",
+    [
+        ({"milestones": [35, 25]}, r"milestones is \[35, 25\]: give each epoch once, in their order"),
+        ({"milestones": [35, 35]}, "milestones is .*once"),
+        ({"milestones": [NAN]}, "A milestone is nan: give a finite number above 0"),
+        ({"milestones": [-1]}, "A milestone is -1"),
+        ({"milestones": 35}, "milestones is 35.0: give a list"),
+        ({"warmup_steps": 100}, "warmup_steps is 100.0, but .* such as constant_with_warmup"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is true"),
+        ({"learning_rate": True}, "learning_rate is True: give a finite number"),
+        ({"learning_rate": [1e-4]}, r"learning_rate is \[0.0001\]: give a finite number"),
+        ({"learning_rate": None}, "learning_rate is None"),
+        ({"model_config": 0}, "model_config is 0: give a mapping"),
+        ({"shapes_config": []}, r"shapes_config is \[\]: give a mapping"),
+        ({"tokenizer": ""}, "tokenizer is empty: give a value, or leave it out"),
+        ({"peft_method": ""}, "peft_method is empty"),
+        ({"metric_for_best_model": ""}, "metric_for_best_model is ''"),
+        ({"data_root": ""}, "data_root is empty"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give `last`, or a folder"),
+        ({"model_config": "[" * 10**5}, "model_config is .*which is not JSON"),
+        ({1: 2, "learning_rat": 3}, r"sets \[1, 'learning_rat'\], which are no arguments"),
+        ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
+    ],
+)
+def test_nothing_that_is_given_is_ignored(config, tmp_path, changes, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | changes))
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "ViT-B-16.pt", "model.safetensors", "weights"])
+def test_a_file_of_weights_is_to_be_converted_first(tmp_path, name):
+    path = tmp_path / name
+    if name == "weights":
+        path.touch()
+    command = rf"convert it first, by `python convert_detris_checkpoint.py {path} <folder>`"
+    with pytest.raises(ValueError, match=f"model_name_or_path is {path}, a file of weights: {command}"):
+        ModelArguments(model_name_or_path=str(path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "holds no arguments"),
+        (b"- 1", "holds no arguments"),
+        (b"a: [", "is not YAML"),
+        (b"\xff\xfe", "is not YAML"),
+        (b"[" * 10**4, "is not YAML"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value,
 )
 def test_a_file_without_arguments_is_refused(tmp_path, content, message):
-    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.yaml {message}"):
         parse_arguments([str(tmp_path / "config.yaml")])
 
@@ -208,6 +221,45 @@ def test_arguments_are_not_abbreviated(config_file, capsys):
         parse_arguments([config_file, "--learning_rat", "1"])
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--learning_rate", "nan"], "learning_rate is nan: give a finite number of at least 0."),
+        (
+            ["--learning_rate", "x"],
+            "argument --learning_rate/--learning-rate: invalid float value: 'x' (`--help` lists all arguments)",
+        ),
+        (["--do_train", "--dataset", "refcocoo"], "The data set 'refcocoo' is neither 'shapes' nor a folder: "),
+        (["--do_train", "--text_backbone", "nosuch/folder"], ""),  # said by transformers
+    ],
+)
+def test_the_program_tells_what_a_person_did_wrong_in_a_sentence(config_file, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", config_file, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train_hf.run_as_program()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told.strip().splitlines()[-1]
+    assert "Traceback" not in told and "usage" not in told
+
+
+def test_the_program_shows_where_a_fault_of_ours_is(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", config_file, "--do_eval"])
+    for module, name in ((train_hf, "build_model"), (train_hf, "evaluate_and_predict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, None)
+            with pytest.raises(TypeError, match="not callable"):
+                train_hf.run_as_program()
+
+    def fail(*args) -> None:
+        raise FloatingPointError("The loss is nan.")
+
+    monkeypatch.setattr(train_hf, "evaluate_and_predict", fail)
+    with pytest.raises(SystemExit) as ended:
+        train_hf.run_as_program()
+    assert ended.value.code == 1 and capsys.readouterr().err.splitlines()[-1] == "The loss is nan."
+
+
 def test_nothing_to_do_is_an_error(config_file):
     with pytest.raises(ValueError, match="--do_train"):
         main([config_file])
@@ -216,7 +268,7 @@ def test_nothing_to_do_is_an_error(config_file):
 
 
 def test_resuming_from_a_folder_that_is_no_checkpoint_is_refused_early(config_file, tmp_path):
-    with pytest.raises(ValueError, match="saved has no trainer_state.json and no scheduler.pt: resume from a folder"):
+    with pytest.raises(ValueError, match="saved is no folder: resume from a folder checkpoint-<step>"):
         main([config_file, "--do_train", "--resume_from_checkpoint", str(tmp_path / "saved")])
 
 
@@ -242,13 +294,10 @@ def test_a_mixture_of_nothing_or_the_same_is_refused(two_sets, name):
         load_rows(DataArguments(dataset=name, data_root="unused"), do_train=True, do_eval=False, do_predict=False)
 
 
-@pytest.mark.parametrize("global_batch_size", [20, 0, -8])
-def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch, global_batch_size):
+def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(DetrisTrainingArguments, "world_size", 4)
-    with pytest.raises(
-        ValueError, match=f"global_batch_size is {global_batch_size}: .* multiple of 8, .* 4 processes"
-    ):
-        DetrisTrainingArguments(global_batch_size=global_batch_size, gradient_accumulation_steps=2, report_to="none")
+    with pytest.raises(ValueError, match="global_batch_size is 20: .* multiple of 8, .* 4 processes"):
+        DetrisTrainingArguments(global_batch_size=20, gradient_accumulation_steps=2, report_to="none")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -734,6 +783,7 @@ def test_adapters_are_trained_in_quantised_backbones(config_file, tmp_path, bits
 def test_fewer_objects_than_a_batch_are_trained_on_all_the_same(config_file, caplog):
     arguments = [config_file, "--do_train", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     arguments += ["--load_best_model_at_end", "false", "--dataloader_drop_last"]
+    arguments += ["--overwrite_output_dir"]
     assert main([*arguments, "--max_train_samples", "3"])["epoch"] == 2
     assert "dataloader_drop_last is off: 3 objects fill no batch of 4" in caplog.text
     caplog.clear()
@@ -798,6 +848,79 @@ def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
     assert trainer.evaluate()["eval_mean_iou"] == output.metrics["test_mean_iou"]
 
 
+@pytest.fixture
+def talkative(shapes):
+    """Val, in which the second object has 101 phrases, all others at most 3."""
+    phrases = [f"the {number} thing" for number in range(101)]
+    return shapes["val"].map(lambda row, index: {"sentences": phrases if index == 1 else row["sentences"]}, True)
+
+
+def test_phrases_go_through_in_chunks_to_the_same_counts_and_masks(make_trainer, talkative):
+    """Of at most `per_device_eval_batch_size` phrases, whose images alone go through with them."""
+    outputs = {}
+    for size in (1, 8, 1000):
+        trainer = make_trainer(model_config={"mask_threshold": 0.35}, per_device_eval_batch_size=size)
+        randomize(trainer.model)  # so that each phrase gets a mask of its own
+        forward, sizes = trainer.model.forward, []
+
+        def recording_forward(*args, forward=forward, sizes=sizes, **inputs):
+            sizes.append((len(inputs["input_ids"]), len(inputs["pixel_values"])))
+            return forward(*args, **inputs)
+
+        trainer.model.forward = recording_forward
+        outputs[size] = (trainer.predict(talkative).predictions, trainer.predicted_masks)
+        phrases = sum(map(len, talkative["sentences"]))
+        assert sum(number for number, _ in sizes) == phrases and max(number for number, _ in sizes) == min(
+            size, phrases
+        )
+        if size == 1:
+            assert len(sizes) == phrases
+        assert all(images <= number for number, images in sizes) or size == 1000
+    whole_counts, whole_masks = outputs.pop(1000)
+    for counts, masks in outputs.values():
+        assert np.array_equal(counts, whole_counts) and masks == whole_masks
+    segmented = whole_counts[..., 1][whole_counts[..., 0] >= 0]
+    assert len(segmented) == phrases and len(set(segmented.tolist())) > 9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_of_gathering_change_nothing(config_file, make_trainer, talkative, tmp_path, options):
+    plain, other = make_trainer(), make_trainer(**options)
+    expected, found = plain.predict(talkative), other.predict(talkative)
+    assert np.array_equal(found.predictions, expected.predictions)
+    assert other.predicted_masks == plain.predicted_masks
+    figures = {name for name in expected.metrics if "iou" in name or "precision" in name}
+    assert figures and all(found.metrics[name] == expected.metrics[name] for name in figures)
+    assert other.evaluate(talkative)["eval_mean_iou"] == expected.metrics["test_mean_iou"]
+    arguments = [config_file, "--do_predict", "--test_splits", "val", "--do_eval"]
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    main(arguments)
+    assert json.loads((tmp_path / "run" / "table.json").read_text())[0]["phrases"] > 0
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_logits_that_are_not_finite_stop_an_evaluation_and_name_the_object(make_trainer, shapes, value, command):
+    """As masks they would be empty: mIoU 0, and right for every phrase that names nothing."""
+    trainer, rows = make_trainer(), shapes["val"]
+    forward, seen = trainer.model.forward, []
+
+    def failing_forward(*args, **inputs):
+        output = forward(*args, **inputs)
+        seen.extend(range(len(output.logits)))
+        if len(seen) > len(rows[0]["sentences"]):
+            output.logits[-1, 0, 0] = value
+        return output
+
+    trainer.model.forward = failing_forward
+    with pytest.raises(FloatingPointError, match=f"logits are not finite .* with ref_id {rows[1]['ref_id']}:"):
+        getattr(trainer, command)(rows)
+
+
 def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(config_file, tmp_path):
     metrics = main(
         [config_file, "--do_train", "--do_predict", "--test_splits", "testA", "--num_train_epochs", "2"]
@@ -831,6 +954,7 @@ def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(co
     common += ["--shapes_config", json.dumps({"sizes": SIZES, "image_size": 48}), "--max_eval_samples", "5"]
     common += ["--per_device_eval_batch_size", "2", "--disable_tqdm", "true"]
     assert main([*common, "--do_eval"])["eval_mean_iou"] == metrics["eval_mean_iou"]
+    common += ["--overwrite_output_dir"]
     main([*common, "--do_train", "--max_steps", "1", "--image_size", "48", "--max_text_length", "30"])
     model, processor = build_model(ModelArguments(model_name_or_path=str(tmp_path / "again")))
     assert (model.config.image_size, processor.image_processor.size["height"]) == (48, 48)

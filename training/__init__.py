@@ -1,0 +1,1 @@
+"""What `train_hf.py` puts together: checks of arguments, the run's folder and its checkpoints, and how a run ends."""

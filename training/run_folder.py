@@ -1,0 +1,178 @@
+"""A run's folder: one run at a time, and never two runs' files in it."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from transformers import TrainingArguments
+
+from .checkpoints import (
+    LAST,
+    check_fits_run,
+    check_whole,
+    checkpoints_in,
+    newest_whole_checkpoint,
+    read_state,
+    step_of,
+)
+
+LOCK = ".lock"
+UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole
+CLEARING = ".clearing"  # there while an older run is deleted: what is left of it is no run's
+BROKEN = "broken-"  # before the name of a checkpoint that is set aside
+OF_A_RUN = (
+    "checkpoint-*",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "all_results.json",
+)
+BESIDES = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, main_process: bool = True) -> Iterator[None]:
+    """Hold the folder for this run; the operating system lets it go when the process ends, however it ends.
+
+    Args:
+        main_process: whether this process is the one that holds it for all.
+
+    Raises:
+        ValueError: another run has it.
+        OSError: it cannot be written.
+    """
+    if not main_process:
+        yield
+        return
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(
+            f"Another run is at work in {folder}: wait until it has ended, or name another output_dir."
+        ) from None
+    except OSError as error:
+        raise OSError(f"The output_dir {folder} cannot be written ({error}): name another one.") from error
+    try:
+        if (folder / CLEARING).exists():
+            clear(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -> None:
+    """Refuse to begin a run where an older one's checkpoints or model are.
+
+    Args:
+        overwrite: they may be deleted.
+        sources: what the run starts from, which may not be deleted.
+
+    Raises:
+        ValueError: names the folder and what to do.
+    """
+    older = _in_folder(folder, OF_A_RUN)
+    if not older:
+        return
+    if not overwrite:
+        names = ", ".join(path.name for path in older[:3]) + (" and more" if len(older) > 3 else "")
+        go_on = f"go on with it by --resume_from_checkpoint {LAST}, " if checkpoints_in(folder) else ""
+        raise ValueError(
+            f"{folder} holds an older run ({names}): {go_on}name another --output_dir, or give --overwrite_output_dir "
+            "to delete it."
+        )
+    for source in filter(None, sources):
+        path = Path(source).resolve()
+        if path.exists() and folder.resolve() in (path, *path.parents):
+            raise ValueError(
+                f"overwrite_output_dir would delete {source}, which this run starts from: name another output_dir."
+            )
+
+
+def clear(folder: Path) -> None:
+    """Delete what an older run has left in the folder, other files not."""
+    (folder / CLEARING).touch()
+    for path in _in_folder(folder, (*OF_A_RUN, *BESIDES)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / CLEARING).unlink()
+
+
+def find_checkpoint(args: TrainingArguments) -> list[Path]:
+    """Turn `resume_from_checkpoint` into the folder that it means, once that is known to lead to the same numbers.
+
+    Args:
+        args: with `save_adapter_only` too.
+
+    Returns:
+        Newer checkpoints of the same run that are broken.
+
+    Raises:
+        ValueError: there is none, a file of it is missing or broken, or it does not fit this run.
+    """
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint == LAST:
+        args.resume_from_checkpoint = str(newest_whole_checkpoint(output_dir, args.save_adapter_only))
+    else:
+        check_whole(Path(args.resume_from_checkpoint), args.save_adapter_only)
+    checkpoint = Path(args.resume_from_checkpoint)
+    fp16 = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"  # as Trainer decides
+    check_fits_run(checkpoint, args.world_size, fp16, args.load_best_model_at_end)
+    if not lies_in(args.resume_from_checkpoint, output_dir):
+        return []
+    step = read_state(checkpoint).global_step
+    return _newer_broken_checkpoints(output_dir, checkpoint, step, args.save_adapter_only)
+
+
+def _newer_broken_checkpoints(folder: Path, checkpoint: Path, step: int, adapter_only: bool) -> list[Path]:
+    """Checkpoints in a run's folder that are newer than the one to go on from, of `step`, and broken.
+
+    Raises:
+        ValueError: one of them is whole, so that the run's next checkpoints would get mixed with it.
+    """
+    broken = []
+    for newer in checkpoints_in(folder):
+        if step_of(newer) > step:
+            try:
+                check_whole(newer, adapter_only)
+            except ValueError:
+                broken.append(newer)
+                continue
+            raise ValueError(
+                f"{folder} holds {newer.name}, which is newer than {checkpoint.name}: resume from `{LAST}`, "
+                "delete it, or name another --output_dir."
+            )
+    return broken
+
+
+def set_aside(checkpoints: list[Path]) -> None:
+    """Rename broken checkpoints, so that they neither count as ones nor are written into."""
+    for checkpoint in checkpoints:
+        target = checkpoint.with_name(BROKEN + checkpoint.name)
+        shutil.rmtree(target, ignore_errors=True)
+        checkpoint.rename(target)
+        logger.warning(f"{checkpoint} is not whole and is called {target.name} now.")
+
+
+def _in_folder(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Rename a checkpoint that is whole now; delete what was in its place and the folder it was written in."""
+    if target.exists():
+        target.rename(written.with_name("replaced"))
+    written.rename(target)
+    shutil.rmtree(written.parent)
+
+
+def lies_in(path: str, folder: Path) -> bool:
+    return Path(path).resolve().parent == folder.resolve()
