@@ -16,13 +16,16 @@ export HF_HUB_OFFLINE := 1
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
+# In two processes with a thread each, which suits tests of small models better than one process with more threads.
+TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2
+
 .PHONY: quickstart test style lock newest oldest backbones
 
 quickstart: .venv/installed
 	$(PYTHON) quickstart.py
 
 test: .venv/installed-dev
-	$(PYTHON) -m pytest
+	$(TESTS)
 
 style: .venv/installed-dev
 	$(PYTHON) -m ruff check
@@ -49,14 +52,15 @@ newest: .venv-newest/tests
 oldest: REQUIREMENTS = sed 's/>=\([^,]*\),.*/==\1/' requirements.txt requirements-dev.txt
 oldest: .venv-oldest/tests
 
+.venv-%/tests: PYTHON = .venv-$*/bin/python
 .venv-%/tests: FORCE
 	rm -rf .venv-$*
 	$(PYTHON_OF_THE_MACHINE) -m venv .venv-$*
 	$(REQUIREMENTS) > .venv-$*/requirements.txt
-	.venv-$*/bin/python -m pip install --quiet --requirement .venv-$*/requirements.txt $(WITH)
-	.venv-$*/bin/python -m pip install --quiet --no-deps $(OPEN_CLIP)
-	.venv-$*/bin/python -m pip freeze
-	.venv-$*/bin/python -m pytest
+	$(PYTHON) -m pip install --quiet --requirement .venv-$*/requirements.txt $(WITH)
+	$(PYTHON) -m pip install --quiet --no-deps $(OPEN_CLIP)
+	$(PYTHON) -m pip freeze
+	$(TESTS)
 
 FORCE:
 
