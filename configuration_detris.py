@@ -288,9 +288,10 @@ class DetrisConfig(PreTrainedConfig):
         for field in ("aligner_dropout", "decoder_dropout", "lora_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it is a probability, at least 0 and below 1.")
-        if not 2 <= self.max_text_length <= text.max_position_embeddings:
+        # Start, end and a word, as the processor asks for.
+        if not 3 <= self.max_text_length <= text.max_position_embeddings:
             raise ValueError(
-                f"max_text_length is {self.max_text_length}: it must lie between 2 and the "
+                f"max_text_length is {self.max_text_length}: it must lie between 3 and the "
                 f"{text.max_position_embeddings} positions of the text backbone."
             )
         if not 0 < self.mask_threshold < 1:

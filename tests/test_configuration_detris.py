@@ -60,8 +60,8 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, registers):
         ({"decoder_dim": 30, "decoder_heads": 3}, "decoder_dim is 30: it must be a positive multiple of 4"),
         ({"aligner_attention_heads": 0}, "aligner_attention_heads is 0"),
         ({"decoder_heads": 0}, "decoder_heads is 0"),
-        ({"max_text_length": 17}, "max_text_length is 17: it must lie between 2 and the 16 positions"),
-        ({"max_text_length": 1}, "max_text_length is 1: it must lie between 2"),
+        ({"max_text_length": 17}, "max_text_length is 17: it must lie between 3 and the 16 positions"),
+        ({"max_text_length": 2}, "max_text_length is 2: it must lie between 3"),
         ({"mask_threshold": 1.0}, "mask_threshold is 1.0: it is a probability between 0 and 1"),
         ({"vision_config": {"model_type": "vit"}}, "vision_config.model_type is 'vit': give a config of 'dinov2' or"),
         (

@@ -21,6 +21,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from adapters_detris import first_not_finite
+
 LAST = "last"  # what --resume_from_checkpoint may say in the place of a folder
 RNG_STATE = "rng_state"
 CONTENT = {  # what each of the files that torch.save writes must hold
@@ -179,15 +181,14 @@ def check_tensors(checkpoint: Path, model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
 def check_finite(model: nn.Module, where: str) -> None:
     """Raise a FloatingPointError that names the first of the model's tensors with a value that is not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FloatingPointError(
-                f"{name} is not finite {where}. Lower the learning rate, or try bf16 or fp32 for fp16, and go on from "
-                "the last checkpoint."
-            )
+    name = first_not_finite(model.state_dict())
+    if name is not None:
+        raise FloatingPointError(
+            f"{name} is not finite {where}. Lower the learning rate, or try bf16 or fp32 for fp16, and go on from "
+            "the last checkpoint."
+        )
 
 
 def _rng_states_in(checkpoint: Path) -> set[str]:
