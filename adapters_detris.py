@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -130,9 +130,9 @@ def check_shapes(given: Shapes, expected: Shapes) -> None:
     if wrong:
         name = min(wrong)
         raise ValueError(
-            f"it does not fit the configuration: {len(wrong)} tensors are missing, too many or of another shape than "
-            f"that says, such as {name}, of which {given.get(name, 'nothing')} is saved and "
-            f"{expected.get(name, 'nothing')} is expected. Save or download it again."
+            f"what is saved does not fit the configuration: {len(wrong)} tensors are missing, too many or of another "
+            f"shape than it says, such as {name} (saved: {given.get(name, 'nothing')}, expected: "
+            f"{expected.get(name, 'nothing')}). Save or download it again."
         )
 
 
@@ -169,6 +169,7 @@ def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: 
 
     Raises:
         OSError: if a file is damaged or no regular file.
+        ValueError: if an index names no files beside it.
     """
     for name in names:
         file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
@@ -178,6 +179,8 @@ def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: 
         if name.endswith(".index.json"):
             with refusing(f"{file} is no index of weights"), open(file, encoding="utf-8") as index:
                 shards = sorted(set(json.load(index)["weight_map"].values()))
+                if not shards or any(os.path.basename(shard) != shard for shard in shards):
+                    raise ValueError(f"{file} names no files beside it: save or download it again.")
             files = [cached_file(source, shard, **hub_kwargs) for shard in shards]
         return {tensor: shape for file in files for tensor, shape in _file_shapes(file).items()}
     return {}
@@ -187,12 +190,15 @@ def _file_shapes(file: str) -> Shapes:
     if not os.path.isfile(file):  # a pipe would be waited for
         raise OSError(f"{file} is no regular file: save or download it again.")
     try:
-        if not file.endswith(".safetensors"):
-            return shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=True))
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        raise OSError(f"{file} is cut short or damaged ({error}): save or download it again.") from error
+        with refusing("it is cut short or damaged"):
+            if file.endswith(".safetensors"):
+                with safe_open(file, framework="pt") as tensors:
+                    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            # torch maps no files of the format that it wrote before version 1.6.
+            mapped = zipfile.is_zipfile(file)
+            return shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+    except ValueError as error:
+        raise OSError(f"{file} cannot be read ({error}): save or download it again.") from error
 
 
 def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:

@@ -29,15 +29,20 @@ MAX_MESSAGE = 300  # characters of another library's message
 def refusing(what: str):
     """Turn whatever a broken input makes libraries raise inside into one ValueError that begins with `what`.
 
-    OSError and plain ValueError speak for themselves and go through. So does lack of memory, which says nothing of the
-    input.
+    OSError and plain ValueError speak for themselves and pass through. Lack of memory says nothing about the input and
+    passes through too.
     """
     try:
         yield
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        if type(error) is ValueError or type(error).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+        cause = error
+        while cause is not None:  # libraries raise errors of their own from others
+            if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
+                raise cause from None
+            cause = cause.__cause__
+        if type(error) is ValueError:
             raise
         reason = " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
         raise ValueError(f"{what}: {reason}") from error

@@ -134,6 +134,7 @@ WEIGHT_PATTERNS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+SAVE_KWARGS = ("max_shard_size", "token")  # what save_pretrained takes besides what is for the Hub
 SCRATCH_PREFIX = ".saving-"  # of the folder in which what is being saved lies until it is whole
 
 logger = logging.get_logger(__name__)
@@ -220,7 +221,7 @@ def _place_of(source: str | os.PathLike) -> str:
 
 @contextmanager
 def _naming(source: str | os.PathLike | None) -> Iterator[None]:
-    """Begin what a broken folder raises inside with its name."""
+    """Put the name of the folder in front of ValueErrors that are raised inside."""
     try:
         yield
     except ValueError as error:
@@ -585,6 +586,13 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             raise ValueError(
                 "save_original_format is True, but DETRIS is saved by the names of its state_dict: omit it."
             )
+        saving = {"variant": variant, "save_original_format": False}
+        saving |= {name: kwargs[name] for name in SAVE_KWARGS if name in kwargs}
+        unknown = kwargs.keys() - {*saving, "safe_serialization"}
+        if unknown and not push_to_hub:
+            raise TypeError(
+                f"save_pretrained takes no {', '.join(sorted(unknown))} without push_to_hub: leave it out."
+            )
         if not is_main_process:
             return
         with _naming("The model cannot be saved"):
@@ -597,20 +605,18 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             # and wrong if they have been trained.
             if not self.config.freeze_backbones or os.path.exists(kept[name] or ""):
                 setattr(self.config, name, None)
-        upload = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr") if name in kwargs}
+        replaced = [pattern.format(f".{variant}" if variant else "") for pattern in WEIGHT_PATTERNS]
         try:
-            with _saving(
-                Path(save_directory), [name.format(f".{variant}" if variant else "") for name in WEIGHT_PATTERNS]
-            ) as folder:
-                super().save_pretrained(
-                    folder, state_dict=state_dict, variant=variant, **kwargs | {"save_original_format": False}
-                )
+            with _saving(Path(save_directory), replaced) as folder:
+                super().save_pretrained(folder, state_dict=copy.copy(state_dict), **saving)
+            if push_to_hub:  # when all is saved here, whatever becomes of the upload
+                upload = {"repo_id": Path(save_directory).name} | {k: kwargs[k] for k in kwargs.keys() - saving.keys()}
+                with tempfile.TemporaryDirectory() as folder:
+                    super().save_pretrained(folder, state_dict=state_dict, push_to_hub=True, **saving, **upload)
         finally:
             self._hf_peft_config_loaded = has_adapters
             for name, value in kept.items():
                 setattr(self.config, name, value)
-        if push_to_hub:
-            self.push_to_hub(**{"repo_id": Path(save_directory).name, "token": kwargs.get("token")} | upload)
 
     def _enter_auto_map(self) -> None:
         # transformers enters a class under the last of the auto classes that it was registered for.
@@ -748,6 +754,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         _require_folder(source)
+        if kwargs.get("subfolder") and source is not None:
+            _require_folder(os.path.join(source, kwargs["subfolder"]))
         # Given a folder of adapters without a config.json, AutoModel loads the model that their adapter_config.json
         # names, and hands on the folder here.
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
@@ -761,7 +769,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             model = cls._from_adapter(source, hub_kwargs, kwargs)
         else:
             model = cls._from_whole(source, args, hub_kwargs, kwargs)
-        return (model, {"missing_keys": set(), "unexpected_keys": set()}) if output_loading_info else model
+        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, nothing) if output_loading_info else model
 
     @classmethod
     def _read_config(cls, source: str | None, hub_kwargs: dict, kwargs: dict) -> DetrisConfig:
@@ -934,7 +943,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             model = cls._read_original_backbone(source, part)
         else:
             _require_folder(source)
-            config = PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
+            config = DetrisConfig.get_config_dict(source, **hub_kwargs)[0]
             if config.get("model_type") == DetrisConfig.model_type:
                 return cls._backbone_of_whole(source, part, hub_kwargs)
             model = cls._read_saved_backbone(source, part, config, quantization_config, hub_kwargs)
@@ -1099,9 +1108,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         if not isinstance(adapter_config, PeftConfig):
             raise TypeError(f"adapter_config is of type {type(adapter_config).__name__}: give a PeftConfig.")
         self._check_new_name(adapter_name)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
-            inject_adapter_in_model(adapter_config, self, adapter_name)
+        present = dict(self.peft_config)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+                inject_adapter_in_model(adapter_config, self, adapter_name)
+        except Exception:
+            self.peft_config = present  # PEFT enters a configuration before it is checked
+            raise
         self.train(self.training)  # new modules start in training mode
         self.set_adapter(adapter_name)
 

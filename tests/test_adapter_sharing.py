@@ -716,11 +716,11 @@ DAMAGES = {
     ),
     "pickled": (pickled, OSError, "adapter_model.safetensors"),
     "pickled plainly": (pickled_plainly, OSError, "adapter_model.safetensors"),
-    "cut": (cut, OSError, "adapter_model.safetensors is cut short or damaged .*incomplete"),
+    "cut": (cut, OSError, "adapter_model.safetensors cannot be read .*incomplete"),
     "cut in the header": (
         lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345"),
         OSError,
-        "adapter_model.safetensors is cut short or damaged .*header",
+        "adapter_model.safetensors cannot be read .*header",
     ),
     "statistic missing": (
         tensors(lambda t: t.pop(f"{DENSE}.running_mean")),
@@ -780,7 +780,7 @@ DAMAGES = {
         fields(vision_adapter_dim=160),
         ValueError,
         r"vision_adapter_dim 160, those .* replace 32"
-        r"|72 tensors .*another shape .*dense.branch1.conv.bias, of which \(16,\) is saved and \(80,\)",
+        r"|72 tensors .*another shape .*dense.branch1.conv.bias .saved: \(16,\), expected: \(80,\)",
     ),
     "width that is no number": (fields(text_adapter_dim="wide"), ValueError, "text_adapter_dim.*expected int"),
     "unknown peft_method": (fields(peft_method="prompt"), ValueError, "peft_method is 'prompt'"),

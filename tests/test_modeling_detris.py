@@ -606,15 +606,15 @@ def test_loading_gives_every_tensor_back(saved):
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
-        ({"decoder_dim": 64}, r"decoder.layers.0.feed_forward.0.weight, of which \(28, 32\) .*\(28, 64\) is expected"),
-        ({"vision_adapter_dim": 48}, r"branch1.conv.bias, of which \(16,\) is saved and \(24,\) is expected"),
+        ({"decoder_dim": 64}, r"decoder.layers.0.feed_forward.0.weight .saved: \(28, 32\), expected: \(28, 64\)"),
+        ({"vision_adapter_dim": 48}, r"branch1.conv.bias .saved: \(16,\), expected: \(24,\)"),
         ({"vision_adapter_layers": [1, 2, 3]}, "85 tensors .*vision_model.encoder.layer.2.*"),
-        ({"text_adapter_layers": [0]}, "text_model.encoder.layers.2.* and nothing is expected"),
-        ({"decoder_layers": 2}, "26 tensors .*decoder.layers.1.* of which nothing is saved"),
+        ({"text_adapter_layers": [0]}, "text_model.encoder.layers.2.* expected: nothing"),
+        ({"decoder_layers": 2}, "26 tensors .*decoder.layers.1.* .saved: nothing"),
     ],
 )
 def test_weights_of_another_shape_are_refused(saved, fields, wrong):
-    with pytest.raises(ValueError, match=f"{saved}: it does not fit the configuration.*{wrong}"):
+    with pytest.raises(ValueError, match=f"{saved}: what is saved does not fit the configuration.*{wrong}"):
         DetrisForReferringSegmentation.from_pretrained(saved, config=small_config(**fields))
 
 

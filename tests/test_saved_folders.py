@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import BACKBONE_FIELDS, randomize, save_backbones, small_config, small_inputs, small_model
@@ -300,7 +301,7 @@ def test_widths_that_adapters_do_not_have_are_refused_before_memory_is_taken(sav
         "load_adapter": lambda: model.load_adapter(folder, adapter_name="other"),
         "PeftModel": lambda: PeftModel.from_pretrained(model, folder, adapter_name="other"),
     }[way]
-    with pytest.raises(ValueError, match=r"attention.in_proj_bias, of which \(48,\) is saved and \(49152,\)"):
+    with pytest.raises(ValueError, match=r"attention.in_proj_bias .saved: \(48,\), expected: \(49152,\)"):
         load()
     assert max(built, default=0) < 10**6
 
@@ -449,3 +450,42 @@ def killed_while_saving(model, way: str, folder: Path, moment: int) -> int:
         finally:
             os._exit(0)
     return os.waitpid(child, 0)[1]
+
+
+def test_a_failed_upload_leaves_what_was_saved_here(saved, tmp_path, monkeypatch):
+    asked = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            asked.append((repo_id, kwargs))
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
+    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
+    with pytest.raises(ConnectionError):
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert asked == [("mine", {"exist_ok": True, "private": True})]
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "mine")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(TypeError, match="takes no private without push_to_hub"):
+        model.save_pretrained(tmp_path / "mine", private=True)
+
+
+def test_adapters_that_cannot_be_added_leave_no_trace(tmp_path):
+    model = small_model(small_config(peft_method="none"))
+    before = dict(model.peft_config)
+    with pytest.raises(ValueError, match="nowhere"):
+        model.add_adapter(LoraConfig(target_modules=["nowhere"]))
+    assert dict(model.peft_config) == before
+    model.save_pretrained(tmp_path)
+
+
+def test_an_index_of_weights_names_files_beside_it(saved, tmp_path):
+    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
+    save(model, "shards", tmp_path / "shards")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for weight_map in ({}, [], {"a": 1}, {name: f"../{shard}" for name, shard in index["weight_map"].items()}):
+        path.write_text(json.dumps(index | {"weight_map": weight_map}))
+        with pytest.raises(ValueError, match="names no files beside it|no index of weights"):
+            DetrisForReferringSegmentation.from_pretrained(tmp_path / "shards")
