@@ -576,7 +576,7 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
         ("image_size: true", "image_size is True, but it must be of type int"),
         ("image_size: 112.5", "image_size is 112.5, but it must be of type int"),
         ("max_text_length: .nan", "max_text_length is nan, but it must be of type int"),
-        ("max_text_length: 0", "max_text_length is 0: it must lie between 2 and"),
+        ("max_text_length: 0", "max_text_length is 0: it must lie between 3 and"),
         ("dataset: [refcoco/unc]", r"dataset is \['refcoco/unc'\], but it must be of type str"),
         ("model_config: {decoder_layers: many}", "cannot be used: .*'decoder_layers'"),
         ("model_config: {decoder_layers: 1000000000}", "decoder_layers is 1000000000: no DETRIS has more"),
