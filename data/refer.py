@@ -29,6 +29,7 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import pyarrow as pa
+import yaml
 from datasets.features.features import register_feature
 from datasets.table import array_cast
 from pycocotools import mask as coco_mask
@@ -67,6 +68,7 @@ EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of a phrase; of all of an object
 MAX_NAME, MAX_SPLIT = 4_096, 200  # characters of a category or file name; bytes of a split's name
 MAX_MESSAGE = 1_000  # characters
+MAX_YAML = 100_000  # bytes; the recipes in configs/ have 2,000
 RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
 
 
@@ -528,6 +530,36 @@ def load_json(path: Path, **options: Any) -> Any:
         return json.loads(content, **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}); get it again from where it was published.") from error
+
+
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """Refuses aliases: with them, 300 bytes stand for more values than anybody can search, or for a list in itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"an alias, *{alias.anchor}, stands where its values must be written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file, or a JSON file, which is YAML too; nothing in it is run.
+
+    Raises:
+        ValueError: it is neither, has aliases, or is larger than `MAX_YAML`.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(MAX_YAML + 1)
+    if len(content) > MAX_YAML:
+        raise ValueError(f"{path} has over {MAX_YAML:,} bytes, which no file of settings needs: give another.")
+    try:
+        return yaml.load(content.decode(), _LoaderWithoutAliases)
+    except Exception as error:  # PyYAML raises many types where a value does not fit its tag
+        raise_if_memory_is_short(error)
+        raise ValueError(f"{path} is not YAML ({cut(error)}): correct it there.") from error
 
 
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
