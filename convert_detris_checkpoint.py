@@ -416,7 +416,7 @@ def from_official(
     official = read_tensors(checkpoint)
     try:
         config = recognize_config(official, **fields)
-        processor = _make_processor(tokenizer, config)
+        processor = make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
@@ -433,7 +433,17 @@ def from_official(
         folder.rename(output_dir)
 
 
-def _make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+    """
+    The processor of a model with this configuration.
+
+    Args:
+        tokenizer_name: Hub id or folder of CLIP's tokenizer.
+
+    Raises:
+        OSError: if the tokenizer cannot be read.
+        ValueError: if it has more symbols than the model's text backbone reads.
+    """
     _require_regular_files(tokenizer_name)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)

@@ -569,8 +569,8 @@ def test_pipes_and_devices_are_not_read(refer, name, kind):
     ("content", "message"),
     [
         ("a: &x [1]\nb: *x", r"file\.yaml is not YAML \(an alias, \*x, stands .* line 2, column 4"),
-        ("a: &x [*x]", "an alias, *x"),
-        ("a: &x {b: 1}\nc: {<<: *x}", "an alias, *x"),
+        ("a: &x [*x]", r"an alias, \*x"),
+        ("a: &x {b: 1}\nc: {<<: *x}", r"an alias, \*x"),
         ("a: [", "is not YAML"),
         ("[" * 10_000, "is not YAML"),
         ("a: !!int ''", "is not YAML"),  # IndexError, AttributeError, KeyError and OverflowError of PyYAML
@@ -586,7 +586,7 @@ def test_yaml_is_plain(tmp_path, content, message):
     path.write_text("a: {b: [1, 2.5, text, null]}")
     assert data.refer.load_yaml(path) == {"a": {"b": [1, 2.5, "text", None]}}
     path.write_text(content)
-    with pytest.raises(ValueError, match=message if "\\" in message else re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         data.refer.load_yaml(path)
 
 
