@@ -753,10 +753,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def cut(message: Any) -> str:
-    """A message that can be printed, at most `MAX_MESSAGE` characters of it."""
-    message = str(message)[: MAX_MESSAGE + 1].encode("utf-8", "backslashreplace").decode()
-    message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], message)
-    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
+    """A message that can be printed on one line, at most `MAX_MESSAGE` characters of it."""
+    message = str(message)
+    line = " ".join(message[:MAX_MESSAGE].split()).encode("utf-8", "backslashreplace").decode()
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], line)
+    return line if max(len(message), len(line)) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
 
 
 def checked_text(value: str, name: str, limit: int) -> str:

@@ -590,6 +590,21 @@ def test_yaml_is_plain(tmp_path, content, message):
         data.refer.load_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("one\n  two\tthree\r\n", "one two three"),
+        (OSError("a\x1b[31m\0b\udcff"), "a\\x1b[31m\\x00b\\udcff"),
+        ("x" * 1000, "x" * 1000),
+        ("x" * 1001, "x" * 1000 + " …"),
+        ("\0" * 1000, "\\x00" * 250 + " …"),
+        (" " * 2000, " …"),
+    ],
+)
+def test_messages_are_cut_to_one_line(message, line):
+    assert data.refer.cut(message) == line
+
+
 def set_segmentation(value):
     return lambda refs, instances: instances["annotations"][0].update(segmentation=value)
 
