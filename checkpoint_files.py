@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +26,10 @@ from data.refer import PlainUnpickler, cut, short
 MAX_PICKLE = 2**21  # bytes; a large DETRIS with an optimizer for every tensor has 820,000
 MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000 entries have 600,000
 MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
-MAX_DEPTH, MAX_MODULES = 64, 100_000  # of a TorchScript's modules in one another, and of all of them
+MAX_DEPTH = 64  # of a TorchScript's modules in one another
+MAX_ATTRIBUTES = 100_000  # of all modules of a TorchScript, those that share an object counted each; CLIP has 3,000
+MAX_NAME = 1_000  # characters of a tensor's or a class's full name
+MAX_ARGUMENTS = 8  # of a call in a pickle; torch's own tensors have the most
 MAX_DIMENSIONS = 64  # torch has no more
 ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64, the older format does not
 # How many times its size a file's tensors may take, since some may share memory.
@@ -68,7 +72,7 @@ class _Function:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unread:
-    """What is no plain tensor, and is not needed as long as it is none of the weights."""
+    """Something other than a plain tensor; an error only if it stands among the weights."""
 
     kind: str
 
@@ -102,7 +106,7 @@ class _ScriptObject:
 
 
 def _dictionary(pairs: Iterable = ()) -> dict:
-    return PlainUnpickler.set_items({}, pairs.items() if isinstance(pairs, dict) else pairs)
+    return pairs if isinstance(pairs, dict) else PlainUnpickler.set_items({}, pairs)
 
 
 def _tensor_v2(storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None):
@@ -160,14 +164,10 @@ class _AskedFor(ValueError):
     """A pickle names what it may not."""
 
 
-# Of the oldest protocol, which torch has never written.
-OLDEST = {code[0] for code in (pickle.DICT, pickle.PUT, pickle.GET)}
-
-
 class _TensorUnpickler(PlainUnpickler):
     """Builds containers, numbers, strings, and records of tensors that stay in the file."""
 
-    dispatch = {code: load for code, load in PlainUnpickler.dispatch.items() if code not in OLDEST} | {
+    dispatch = PlainUnpickler.dispatch | {
         code[0]: pickle._Unpickler.dispatch[code[0]]
         for code in (pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
     }
@@ -175,8 +175,11 @@ class _TensorUnpickler(PlainUnpickler):
     def __init__(self, file: io.BytesIO, **options: Any) -> None:
         super().__init__(file, **options)
         self.storages: dict[str, _Storage] = {}
+        self.items_given = 0  # to all calls
 
     def find_class(self, module: str, name: str) -> Any:
+        if len(module) + len(name) > MAX_NAME:
+            raise _AskedFor(f"{module[:MAX_NAME]}…")
         if module.partition(".")[0] == "__torch__":
             return _ScriptClass(module, name)
         full_name = f"{module}.{name}"
@@ -192,6 +195,8 @@ class _TensorUnpickler(PlainUnpickler):
         raise _AskedFor(f"the registered object {code}")
 
     def persistent_load(self, key: Any) -> _Storage:
+        if type(key) is not tuple or len(key) not in (5, 6):
+            raise ValueError(f"it asks for the external object {short(key)}")
         kind, dtype, name, _, numel, *view = key
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(name) is not str or any(view):
             raise ValueError(f"it asks for the external object {short(key)}")
@@ -206,9 +211,18 @@ class _TensorUnpickler(PlainUnpickler):
         if isinstance(function, _ScriptClass):  # a named tuple
             self.stack[-1] = _Unread("a tuple")
         elif isinstance(function, _Function):
+            self._count_items(arguments)
             self.stack[-1] = function.call(*arguments)
         else:
             raise ValueError(f"it calls a {type(function).__name__}")
+
+    def _count_items(self, arguments: Any) -> None:
+        """Refuse calls that are given, by a few bytes each, the same many items again and again."""
+        if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+            raise ValueError(f"a call in it has over {MAX_ARGUMENTS} arguments")
+        self.items_given += sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple)))
+        if self.items_given > MAX_PICKLE:
+            raise ValueError(f"its calls are given over {MAX_PICKLE:,} items")
 
     def load_newobj(self) -> None:
         arguments, script_class = self.stack.pop(), self.stack.pop()
@@ -275,7 +289,9 @@ class _Archive:
                 raise zipfile.BadZipFile(f"{name} is missing") from None
             return default
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > limit:
-            raise ValueError(f"{short(name)} in it is packed or larger than {limit:,} bytes, which none is")
+            raise ValueError(
+                f"{short(name)} in it is larger than {limit:,} bytes or packed by a method that torch does not use"
+            )
         with self._zip.open(info) as entry:
             data = entry.read(limit + 1)  # `zipfile` gives no more than what it says
         return data
@@ -318,7 +334,7 @@ class _LegacyFile:
         except (ValueError, EOFError):
             known = False
         if not known:
-            raise ValueError("it does not begin as one")
+            raise ValueError("its first bytes are not those of torch.save")
         (_, _), (system, _) = _unpickle(pickles), _unpickle(pickles)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ValueError("its numbers have the byte order of another machine")
@@ -329,7 +345,7 @@ class _LegacyFile:
     def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
         """Begin and end of storages in the file."""
         if not isinstance(self._keys, list) or not all(type(key) is str for key in self._keys):
-            raise ValueError("the list of its storages is none")
+            raise ValueError("its list of storages is not a list of names")
         places, end = {}, self._begin
         for key in self._keys:
             self._file.seek(end)
@@ -370,15 +386,19 @@ def _script_tensors(root: _ScriptObject, source_of: Callable[[str], str]) -> dic
             source = source_of(place)
             code_size += len(source)
             declared[place] = _declared(source)
-        count += 1
-        if depth > MAX_DEPTH or count > MAX_MODULES or code_size > MAX_CODE:
-            raise ValueError("its modules are too many or too deep in one another")
+        if depth > MAX_DEPTH or code_size > MAX_CODE:
+            raise ValueError("its modules are too deep in one another or have too much code")
         if name not in declared[place]:  # a class, but no module
             continue
         names = declared[place][name]
         if names is None or not isinstance(module.state, dict):
             raise _AskedFor(f"{place}.{name}.__setstate__")
+        count += len(module.state)
+        if count > MAX_ATTRIBUTES:
+            raise ValueError("its modules have too many attributes")
         for key, value in module.state.items():
+            if type(key) is not str or len(prefix) + len(key) > MAX_NAME:
+                raise ValueError(f"an attribute of a module is named {short(key)}, which is too long or no text")
             if isinstance(value, _ScriptObject):
                 modules.append((f"{prefix}{key}.", value, depth + 1))
             elif key in names and value is not None:
@@ -404,9 +424,7 @@ def bare_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ValueError(f"{short(name)} names weights: names are text, so save the state_dict alone.")
         parts = [part for part in name.split(".") if part != "_orig_mod"]
-        while len(parts) > 1 and parts[0] == "module":
-            parts = parts[1:]
-        bare_name = ".".join(parts)
+        bare_name = ".".join([*dropwhile("module".__eq__, parts[:-1]), *parts[-1:]])
         if bare_name in bare:
             raise ValueError(f"{short(bare_name)} stands in it twice, once with a prefix: save the state_dict alone.")
         bare[bare_name] = value
@@ -436,7 +454,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     require_file(path, "a checkpoint")
     with _BoundedFile(io.FileIO(path)) as file:
         size = os.fstat(file.fileno()).st_size
-        with _naming(path):
+        with _naming_file(path):
             is_zip = file.read(len(ZIP)) == ZIP
             file.seek(0)
             stored_file = (_Archive if is_zip else _LegacyFile)(file)
@@ -456,7 +474,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
                     f"{path} holds no state dict: {short(name)} is {kind}, not a plain tensor. Save the model's "
                     "state_dict alone, dense and not quantised."
                 )
-        with _naming(path):
+        with _naming_file(path):
             places = stored_file.places({tensor.storage.key for tensor in stored.values()}, size)
     for name, tensor in stored.items():
         begin, end = places[tensor.storage.key]
@@ -473,7 +491,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     storages = {}
     for key, (begin, end) in places.items():
         storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
-    return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
+    with _naming_file(path):  # torch refuses shapes of no numbers whose other sides are too long
+        return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
 
 
 def _tensor(stored: _StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -481,8 +500,8 @@ def _tensor(stored: _StoredTensor, storage: torch.UntypedStorage) -> torch.Tenso
 
 
 @contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
-    """Say of which file what is raised inside is the fault."""
+def _naming_file(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file in the errors raised inside, and say what to do."""
     try:
         yield
     except _AskedFor as error:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -35,9 +34,10 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from adapters_detris import skeleton
 from checkpoint_files import bare_state_dict, read_tensors, require_file
 from configuration_detris import DetrisConfig, check_values, refusing
-from data.refer import cut, short
+from data.refer import cut, load_yaml, short
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from official_layout import (
@@ -67,7 +67,6 @@ OTHER_MODELS = {
     "of DINOv2 alone": ("patch_embed.", "blocks."),
     "in the layout of this project already": ("vision_model.", "text_model."),
 }
-MAX_RECIPE = 100_000  # bytes; those in configs/ have 2,000
 # What a model's tensors may be stored as; whatever is narrower than float16 needs scales that no checkpoint here has.
 STORED_AS = {
     torch.float32: (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -83,23 +82,11 @@ BACKBONES = {
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model whose tensors have names and shapes, and take no memory."""
-    with torch.device("meta"):
-        return model_class(config)
-
-
 def _expected_tensors(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, table: Iterable[tuple]
 ) -> dict[str, torch.Tensor]:
     """Tensors of the model that has this configuration, without numbers, by our names in `table`."""
-    try:
-        tensors = _skeleton(model_class, config).state_dict()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
-        reason = cut(str(error).partition("\n")[0])
-        raise ValueError(f"No model can be made of this configuration ({reason}): look at its sizes.") from None
+    tensors = skeleton(model_class, config).state_dict()
     other = tensors.keys() ^ {name for _, names, _ in table for name in names}
     if other:
         raise ValueError(f"The official code has no model of this configuration: {min(other)} does not fit.")
@@ -111,7 +98,7 @@ def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     tensors = bare_state_dict(official)
     for model, beginnings in OTHER_MODELS.items():
         if all(any(name.startswith(beginning) for name in tensors) for beginning in beginnings):
-            raise ValueError(f"This is a checkpoint {model}, none of an official DETRIS: give one of those.")
+            raise ValueError(f"This is a checkpoint {model}, not of an official DETRIS: give one of those.")
     return _plain(tensors)
 
 
@@ -149,7 +136,7 @@ def _checked(
     remedy: str,
 ) -> dict[str, torch.Tensor]:
     """
-    Refuse tensors whose names, shapes or kinds of numbers are not those expected, and numbers that are none.
+    Refuse tensors whose names, shapes or types are not those expected, and numbers that are NaN or infinite.
 
     Args:
         names: those expected; looked at before `make_expected`, which takes time and gives the shapes.
@@ -250,6 +237,11 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
             infinite; the message names them.
     """
     _require_official(config)
+    if config.vision_config.model_type != "dinov2_with_registers":
+        raise ValueError(
+            f"The vision backbone is of type {config.vision_config.model_type}: the official code has only DINOv2 "
+            "with registers."
+        )
     _check_depths(config)
     table = name_table(config)
     checked = _checked(
@@ -276,7 +268,7 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
 
     Raises:
         ValueError: if it is the checkpoint of another model, a tensor is missing or misshapen that the configuration
-            is read from, or sizes or fields cannot be.
+            is read from, or a size or field is invalid.
     """
     DetrisConfig.refuse_unknown(fields)
     official = _official_tensors(official)
@@ -319,8 +311,8 @@ def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConf
 
 
 def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
-    check_values(fields, name)
     with refusing(f"{name} has a field of a wrong type"):
+        check_values(fields, name)
         return config_class(**fields)
 
 
@@ -416,11 +408,11 @@ def from_official(
     official = read_tensors(checkpoint)
     try:
         config = recognize_config(official, **fields)
-        processor = _make_processor(tokenizer, config)
+        processor = make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    model = _skeleton(DetrisForReferringSegmentation, config)
+    model = skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
     origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
     card = make_model_card(config, output_dir.name, origin, dataset)
@@ -433,16 +425,25 @@ def from_official(
         folder.rename(output_dir)
 
 
-def _make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
+    """
+    The processor of a model with this configuration.
+
+    Args:
+        tokenizer_name: Hub id or folder of CLIP's tokenizer.
+
+    Raises:
+        OSError: if the tokenizer cannot be read.
+        ValueError: if it has more symbols than the model's text backbone reads.
+    """
     _require_regular_files(tokenizer_name)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)
     except MemoryError:
         raise
     except Exception as error:  # `tokenizers` raises no other for broken files
-        reason = cut(" ".join(str(error).split()))
         raise OSError(
-            f"The tokenizer {tokenizer_name} cannot be read ({reason}): give the Hub id or folder of CLIP's."
+            f"The tokenizer {tokenizer_name} cannot be read ({cut(error)}): give the Hub id or folder of CLIP's."
         ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
@@ -474,17 +475,6 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
     require_file(weights, "a whole DETRIS, saved as a folder in one piece")
     _require_regular_files(folder)
     config = DetrisConfig.from_pretrained(folder)
-    if "lora" in config.peft_method:
-        raise ValueError(
-            f"{folder} has low-rank adapters (peft_method is {config.peft_method}): the official code has none."
-        )
-    if config.vision_config.model_type != "dinov2_with_registers" or len(config.feature_layers) + 1 != len(
-        NECK_LEVELS
-    ):
-        raise ValueError(
-            f"{folder} has a backbone of type {config.vision_config.model_type} and {len(config.feature_layers)} "
-            f"feature_layers: the official code has registers and {len(NECK_LEVELS) - 1} feature layers only."
-        )
     try:
         tensors = load_file(weights)  # which maps the file: a model would copy it
     except SafetensorError as error:
@@ -502,12 +492,7 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     require_file(path, "a file such as those in configs/")
-    with open(path, "rb") as file:
-        content = file.read(MAX_RECIPE + 1)
-    try:
-        recipe = yaml.safe_load(content.decode()) if len(content) <= MAX_RECIPE else None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        recipe = None
+    recipe = load_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
         raise ValueError(f"{path} is no recipe: give a file such as those in configs/.")
     for name, kind in (("dataset", str), ("image_size", int), ("max_text_length", int)):

@@ -29,6 +29,7 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import pyarrow as pa
+import yaml
 from datasets.features.features import register_feature
 from datasets.table import array_cast
 from pycocotools import mask as coco_mask
@@ -67,6 +68,7 @@ EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of a phrase; of all of an object
 MAX_NAME, MAX_SPLIT = 4_096, 200  # characters of a category or file name; bytes of a split's name
 MAX_MESSAGE = 1_000  # characters
+MAX_YAML = 100_000  # bytes; the recipes in configs/ have 2,000
 RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
 
 
@@ -530,6 +532,36 @@ def load_json(path: Path, **options: Any) -> Any:
         raise ValueError(f"{path} is not a JSON file ({error}); get it again from where it was published.") from error
 
 
+class _LoaderWithoutAliases(yaml.SafeLoader):
+    """Refuses aliases: with them, 300 bytes stand for more values than anybody can search, or for a list in itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"an alias, *{alias.anchor}, stands where its values must be written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file, or a JSON file, which is YAML too; nothing in it is run.
+
+    Raises:
+        ValueError: it is neither, has aliases, or is larger than `MAX_YAML`.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(MAX_YAML + 1)
+    if len(content) > MAX_YAML:
+        raise ValueError(f"{path} has over {MAX_YAML:,} bytes, which no file of settings needs: give another.")
+    try:
+        return yaml.load(content.decode(), _LoaderWithoutAliases)
+    except Exception as error:  # PyYAML raises many types where a value does not fit its tag
+        raise_if_memory_is_short(error)
+        raise ValueError(f"{path} is not YAML ({cut(error)}): correct it there.") from error
+
+
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
     """Read `instances.json`: its images, annotations and categories, each by id.
 
@@ -721,10 +753,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def cut(message: Any) -> str:
-    """A message that can be printed, at most `MAX_MESSAGE` characters of it."""
-    message = str(message)[: MAX_MESSAGE + 1].encode("utf-8", "backslashreplace").decode()
-    message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], message)
-    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " …"
+    """A message that can be printed on one line, at most `MAX_MESSAGE` characters of it."""
+    message = str(message)
+    line = " ".join(message[:MAX_MESSAGE].split()).encode("utf-8", "backslashreplace").decode()
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], line)
+    return line if max(len(message), len(line)) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
 
 
 def checked_text(value: str, name: str, limit: int) -> str:

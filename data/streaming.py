@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .refer import FEATURES, raise_if_memory_is_short, require_columns, require_regular
+from .refer import FEATURES, cut, raise_if_memory_is_short, require_columns, require_regular
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
@@ -89,8 +89,7 @@ def _opened(file: str) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise_if_memory_is_short(error)
-        reason = " ".join(str(error).split())  # Arrow's have several lines
-        raise OSError(f"{file} cannot be read ({reason}): restore it, or prepare the data set anew.") from error
+        raise OSError(f"{file} cannot be read ({cut(error)}): restore it, or prepare the data set anew.") from error
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):

@@ -202,8 +202,8 @@ def test_what_is_no_plain_tensor_is_refused_by_name(official, make, said):
 
 
 OTHERS = {  # names of their checkpoints, as their code makes them
-    "of CRIS, none of": ["backbone.visual.conv1.weight", "backbone.token_embedding.weight", "neck.txt_proj.0.weight"],
-    "of ETRIS, none of": ["backbone.visual.conv1.weight", "bridger.fusion_v.0.weight", "neck.txt_proj.0.weight"],
+    "of CRIS, not of": ["backbone.visual.conv1.weight", "backbone.token_embedding.weight", "neck.txt_proj.0.weight"],
+    "of ETRIS, not of": ["backbone.visual.conv1.weight", "bridger.fusion_v.0.weight", "neck.txt_proj.0.weight"],
     "of CLIP alone": ["visual.conv1.weight", "token_embedding.weight", "transformer.resblocks.0.ln_1.weight"],
     "of DINOv2 alone": ["cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"],
     "in the layout of this project already": ["vision_model.layernorm.weight", "text_model.final_layer_norm.weight"],
@@ -559,17 +559,24 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
     ("content", "message"),
     [
         ("", "recipe.yaml is no recipe: give a file"),
-        ("a: [", "recipe.yaml is no recipe"),
+        ("a: [", "recipe.yaml is not YAML"),
         ("model_config: [1]", "recipe.yaml is no recipe"),
         ("model_config: {vision_adapter_layer: [1]}", r"\['vision_adapter_layer'\] are no fields of DetrisConfig"),
         ("model_config: {feature_layers: [1]}", r"feature_layers is \[1\]: an official DETRIS has 2"),
         ("just text", "recipe.yaml is no recipe"),
         ("3", "recipe.yaml is no recipe"),
-        ("\udcff", "recipe.yaml is no recipe"),
-        ("a: " + "9" * 5000, "recipe.yaml is no recipe"),
-        ("[" * 5000, "recipe.yaml is no recipe"),
-        ("a: b\n" * 50_000, "recipe.yaml is no recipe"),
-        ("!!python/object/apply:os.system ['touch written']", "recipe.yaml is no recipe"),
+        ("\udcff", "recipe.yaml is not YAML"),
+        ("a: " + "9" * 5000, "recipe.yaml is not YAML"),
+        ("[" * 5000, "recipe.yaml is not YAML"),
+        ("a: b\n" * 50_000, "recipe.yaml has over 100,000 bytes"),
+        ("!!python/object/apply:os.system ['touch written']", "recipe.yaml is not YAML"),
+        ("model_config: {vision_config: &a {of: *a}}", r"recipe.yaml is not YAML \(an alias, \*a, stands"),
+        (  # 2**60 values
+            "a0: &a0 [1, 2]\n"
+            + "".join(f"a{step}: &a{step} [*a{step - 1}, *a{step - 1}]\n" for step in range(1, 60))
+            + "model_config: {feature_layers: *a59}",
+            r"recipe.yaml is not YAML \(an alias",
+        ),
         ("model_config: {1: 2}", "model_config names its fields by text only"),
         ("image_size: large", "image_size is 'large', but it must be of type int"),
         ("image_size: [112]", r"image_size is \[112\], but it must be of type int"),
@@ -585,14 +592,14 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_leaves_no_folder(
         ("model_config: {vision_config: base}", "vision_config is 'base': give a mapping of fields"),
         ("model_config: {vision_config: {num_atention_heads: 4}}", "give a mapping of fields that Dinov2With"),
         ("model_config: {vision_config: {num_attention_heads: four}}", "vision_config has a field of a wrong type"),
-        ("model_config: {vision_config: {num_attention_heads: 0}}", "No model can be made of this configuration"),
+        ("model_config: {vision_config: {num_attention_heads: 0}}", "No model can be built from its configuration: "),
         (
             "model_config: {vision_config: {layer_norm_eps: .inf}}",
             "vision_config.layer_norm_eps is inf: give a finite",
         ),
         ("model_config: {vision_config: {num_hidden_layers: 1000000000}}", "but the checkpoint has 4"),
         ("model_config: {vision_config: {model_type: dinov2}}", "is 'dinov2', but the checkpoint has dinov2_with_reg"),
-        ("model_config: {vision_config: {hidden_act: text}}", "No model can be made of this configuration"),
+        ("model_config: {vision_config: {hidden_act: text}}", "No model can be built from its configuration: "),
         ("model_config: {text_config: {projection_dim: [1]}}", "text_config has a field of a wrong type"),
     ],
 )
@@ -743,7 +750,7 @@ def test_memory_that_runs_out_is_told_as_that(official, monkeypatch):
         def fail(*_, error=error):
             raise error("out of memory")
 
-        monkeypatch.setattr("convert_detris_checkpoint._skeleton", fail)
+        monkeypatch.setattr("convert_detris_checkpoint.skeleton", fail)
         with pytest.raises(error):
             convert_state_dict(official, official_config())
 
@@ -778,8 +785,24 @@ def test_models_that_the_official_code_does_not_have_stay_here(tmp_path):
     )
     config.save_pretrained(tmp_path)
     save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="type dinov2 and 2 feature_layers: the official code has registers"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: The vision backbone is of type dinov2: the"):
         main([str(tmp_path), str(tmp_path / "official.pth"), "--to-official"])
+
+
+def test_weights_without_registers_do_not_become_official(converted):
+    config = official_config()
+    vision_config = config.vision_config.to_dict() | {"model_type": "dinov2"}
+    weights = {name: tensor for name, tensor in converted.items() if not name.endswith("register_tokens")}
+    assert len(weights) == len(converted) - 1
+    with pytest.raises(ValueError, match="The vision backbone is of type dinov2: the official code has only DINOv2 w"):
+        convert_to_official(weights, DetrisConfig(**config.to_dict() | {"vision_config": vision_config}))
+
+
+def test_a_configuration_in_itself_is_refused(official):
+    endless = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="model_config has a field of a wrong type: maximum recursion depth"):
+        recognize_config(official, feature_layers=endless)
 
 
 def peak_memory(arguments):

@@ -560,9 +560,49 @@ def test_pipes_and_devices_are_not_read(refer, name, kind):
     os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
     with not_waiting(), pytest.raises((ValueError, OSError), match="is no regular file|link that leads out"):
         load_refer(refer.root, "refcoco", "unc")
-    for read in (load_plain_pickle, data.refer.load_json):
+    for read in (load_plain_pickle, data.refer.load_json, data.refer.load_yaml):
         with not_waiting(), pytest.raises(ValueError, match="is no regular file"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &x [1]\nb: *x", r"file\.yaml is not YAML \(an alias, \*x, stands .* line 2, column 4"),
+        ("a: &x [*x]", r"an alias, \*x"),
+        ("a: &x {b: 1}\nc: {<<: *x}", r"an alias, \*x"),
+        ("a: [", "is not YAML"),
+        ("[" * 10_000, "is not YAML"),
+        ("a: !!int ''", "is not YAML"),  # IndexError, AttributeError, KeyError and OverflowError of PyYAML
+        ("a: !!timestamp ''", "is not YAML"),
+        ("a: !!bool ''", "is not YAML"),
+        ("a: 1" + ":59" * 1_000 + ".5", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("a: b\n" * 50_000, "has over 100,000 bytes"),
+    ],
+)
+def test_yaml_is_plain(tmp_path, content, message):
+    path = tmp_path / "file.yaml"
+    path.write_text("a: {b: [1, 2.5, text, null]}")
+    assert data.refer.load_yaml(path) == {"a": {"b": [1, 2.5, "text", None]}}
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.refer.load_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("one\n  two\tthree\r\n", "one two three"),
+        (OSError("a\x1b[31m\0b\udcff"), "a\\x1b[31m\\x00b\\udcff"),
+        ("x" * 1000, "x" * 1000),
+        ("x" * 1001, "x" * 1000 + " …"),
+        ("\0" * 1000, "\\x00" * 250 + " …"),
+        (" " * 2000, " …"),
+    ],
+)
+def test_messages_are_cut_to_one_line(message, line):
+    assert data.refer.cut(message) == line
 
 
 def set_segmentation(value):
