@@ -97,7 +97,7 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
 )
-def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, message):
+def test_an_invalid_argument_is_refused_by_name(config, tmp_path, changes, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | changes))
     with pytest.raises(ValueError, match=message):
@@ -130,8 +130,8 @@ WRONG_NUMBERS = {
     "eval_accumulation_steps": [0, -1],
     "save_total_limit": [0, -1],
     "early_stopping_patience": [0, -1],
-    "seed": [-1, 2**32, 1.5],
-    "data_seed": [-1, 2**32],
+    "seed": [-1, 2**32, 1.5, 10**400],
+    "data_seed": [-1, 2**32, 10**400],
     "image_size": [0, -32, 32.5],
     "max_text_length": [0, -1],
     "max_train_samples": [0, -1],
@@ -141,7 +141,7 @@ WRONG_NUMBERS = {
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_NUMBERS.items() for value in values])
-def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, name, value):
+def test_a_number_that_is_invalid_is_refused_by_name_and_value(config, tmp_path, name, value):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | {name: value, "do_train": True, "output_dir": str(tmp_path / "run")}))
     written = str(value) if isinstance(value, str) or int(value if abs(value) < INF else 0) != value else repr(value)
@@ -171,8 +171,14 @@ def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, 
         ({"peft_method": ""}, "peft_method is empty"),
         ({"metric_for_best_model": ""}, "metric_for_best_model is ''"),
         ({"data_root": ""}, "data_root is empty"),
-        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give `last`, or a folder"),
-        ({"model_config": "[" * 10**5}, "model_config is .*which is not JSON"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give text"),
+        ({"dataset": ["refcoco/unc"]}, r"dataset is \['refcoco/unc'\]: give text"),
+        ({"train_split": None}, "train_split is None: give text"),
+        ({"output_dir": ["a"]}, r"output_dir is \['a'\]: give text"),
+        ({"model_name_or_path": {"a": 1}}, "model_name_or_path is {'a': 1}: give text"),
+        ({"metric_for_best_model": ["x"]}, r"metric_for_best_model is \['x'\]: give text"),
+        ({"eval_strategy": False}, "eval_strategy is False: give text, between quotes"),
+        ({"model_config": "[" * 10**5}, "model_config is .*which is not valid JSON"),
         ({1: 2, "learning_rat": 3}, r"sets \[1, 'learning_rat'\], which are no arguments"),
         ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
     ],
@@ -202,6 +208,8 @@ def test_a_file_of_weights_is_to_be_converted_first(tmp_path, name):
         (b"a: [", "is not YAML"),
         (b"\xff\xfe", "is not YAML"),
         (b"[" * 10**4, "is not YAML"),
+        (b"model_config: {a: &a [1, 2]}\nshapes_config: {b: *a}", "is not YAML .*an alias, .a"),
+        (b"seed: 1" + b"0" * 5000, "is not YAML"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value,
 )
