@@ -163,9 +163,7 @@ def test_tensors_that_are_not_the_models_are_refused(make_trainer, saved, change
     else:
         tensors[name] = tensors[name][:1].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=f"checkpoint-4 is of another model: .* 1 tensors .*{name}.* with the arg"
-    ) as no:
+    with pytest.raises(ValueError, match=f"checkpoint-4 is of another model: .* 1 tens.*{name}.* with the arg") as no:
         make_trainer(max_steps=6, **STEPS).train(resume_from_checkpoint=str(saved / "checkpoint-4"))
     assert re.search(sizes.format(expected=re.escape(expected)).strip(), str(no.value))
 
