@@ -1104,13 +1104,15 @@ def prepare(
     if training_args.do_train and training_args.save_adapter_only and not model.config.freeze_backbones:
         raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
     if training_args.do_train and training_args.save_adapter_only:
-        model.check_adapter_target(training_args.output_dir)
+        in_all_processes(lambda: model.check_adapter_target(training_args.output_dir))
     if training_args.world_size > 1 and training_args.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     callbacks = []
     if training_args.do_train and training_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
-    trainer = DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
+    trainer = in_all_processes(
+        lambda: DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
+    )
     return trainer, data_args, test_rows, BeginRun(training_args.overwrite_output_dir and not goes_on, broken)
 
 
@@ -1260,7 +1262,9 @@ def run_as_program() -> None:
             if prepared and (prepared[-1].begun or not prepared[0].args.do_train):
                 raise
             logger.debug("The run is refused.", exc_info=True)
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes raise it
+            # What `prepare` refuses all processes refuse, but before they meet one may end before another has spoken.
+            told_by_another = not prepared and torch.distributed.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+            if not told_by_another:
                 print(error, file=sys.stderr)
             leave_process_group()
             sys.exit(2)

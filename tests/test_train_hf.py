@@ -254,13 +254,20 @@ def test_the_program_tells_what_a_person_did_wrong_in_a_sentence(config_file, mo
     assert "Traceback" not in told and "usage" not in told
 
 
-@pytest.mark.parametrize("local_rank, lines", [("0", 1), ("1", 0)])
-def test_one_process_of_a_machine_tells_what_was_wrong(config_file, monkeypatch, capsys, local_rank, lines):
-    monkeypatch.setattr(sys, "argv", ["train_hf.py", config_file, "--learning_rat", "1"])
+@pytest.mark.parametrize("met, local_rank, lines", [(True, "0", 1), (True, "1", 0), (False, "1", 1)])
+def test_one_process_of_a_machine_tells_what_was_wrong(monkeypatch, capsys, met, local_rank, lines):
+    """As soon as the processes have met; before, the launcher may end one that has not spoken yet."""
+
+    def refuse(argv, stack):
+        raise ValueError("It is wrong.")
+
+    monkeypatch.setattr(train_hf, "prepare", refuse)
+    monkeypatch.setattr(train_hf, "leave_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: met)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit) as ended:
         train_hf.run_as_program()
-    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
+    assert ended.value.code == 2 and capsys.readouterr().err == "It is wrong.\n" * lines
 
 
 def test_the_program_shows_where_a_fault_of_ours_is(config_file, monkeypatch, capsys):
@@ -579,7 +586,7 @@ def test_a_saved_folder_that_leads_arrow_out_of_its_memory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
-def test_a_summary_that_is_none_is_named(prepared, tmp_path, content):
+def test_a_broken_summary_is_named(prepared, tmp_path, content):
     folder = shutil.copytree(prepared, tmp_path / "out")
     (folder / "summary.json").write_text(content)
     with pytest.raises(ValueError, match="summary.json (is not a JSON file|does not say)"):
