@@ -81,12 +81,14 @@ def main(argv: list[str]) -> None:
     args, argv = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     model_args, data_args, training_args = parse_arguments([CONFIG, *argv])
     output_dir = Path(training_args.output_dir)
+    own_folder = parse_arguments([CONFIG])[2].output_dir
+    overwrite = ["--overwrite_output_dir"] if training_args.output_dir == own_folder else []  # an earlier quickstart
     runs = {}
     for method in args.methods:
         model_config = json.dumps(model_args.model_config | METHODS[method])
         folder = output_dir / method if runs else output_dir
         changes = ["--model_config", model_config, "--output_dir", str(folder)]
-        runs[method] = train([CONFIG, "--overwrite_output_dir", *argv, *changes])  # an earlier quickstart
+        runs[method] = train([CONFIG, *overwrite, *argv, *changes])
     (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
     draw_gallery(sections).save(output_dir / "gallery.png")

@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -34,14 +35,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-import yaml
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from PIL import ExifTags, Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from transformers import (
     BitsAndBytesConfig,
-    CLIPTokenizer,
     EarlyStoppingCallback,
     EvalPrediction,
     HfArgumentParser,
@@ -55,6 +54,7 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig
+from convert_detris_checkpoint import make_processor
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import STORED, SUMMARY, require_whole
 from data.refer import (
@@ -68,6 +68,7 @@ from data.refer import (
     instead_of_lmdb,
     is_int64,
     load_refer,
+    load_yaml,
     mask_size,
     raise_if_memory_is_short,
     require_columns,
@@ -82,10 +83,17 @@ from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, MAX_CHANNELS, BoxedMask, DetrisProcessor
-from training.argument_checks import COUNT, check_not_empty, check_number, check_training_arguments, refuse_arguments
+from training.argument_checks import (
+    COUNT,
+    check_not_empty,
+    check_number,
+    check_texts,
+    check_training_arguments,
+    refuse_arguments,
+)
 from training.checkpointing_trainer import CheckpointingTrainer
 from training.processes import in_all_processes, leave_process_group
-from training.run_folder import check_unused, clear, find_checkpoint, lies_in, locked, set_aside
+from training.run_folder import BeginRun, check_unused, find_checkpoint, lies_in, locked
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on, leave_signals_to_main_process
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
@@ -109,7 +117,7 @@ def _from_json(value: dict | str | None, name: str) -> dict:
     try:
         value = json.loads(value) if isinstance(value, str) else {} if value is None else value
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is {short(value)}, which is not JSON ({error}).") from None
+        raise ValueError(f"{name} is {short(value)}, which is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
@@ -143,6 +151,7 @@ class ModelArguments:
     def __post_init__(self):
         self.model_config = _from_json(self.model_config, "model_config")
         DetrisConfig.refuse_unknown(self.model_config)
+        check_texts(self)
         check_not_empty(self, "model_name_or_path", "vision_backbone", "text_backbone", "tokenizer", "peft_method")
         for name in ("image_size", "max_text_length"):
             check_number(name, getattr(self, name), COUNT, optional=True)
@@ -219,6 +228,7 @@ class DataArguments:
 
     def __post_init__(self):
         self.shapes_config = _from_json(self.shapes_config, "shapes_config")
+        check_texts(self)
         check_not_empty(self, "dataset", "data_root", "train_split", "eval_split")
         for name in ("max_train_samples", "max_eval_samples"):
             check_number(name, getattr(self, name), COUNT, optional=True)
@@ -277,7 +287,8 @@ class DetrisTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Delete an older run's checkpoints, model and results in output_dir; not read when resuming."
+            "help": "Delete an older run's checkpoints, model and results in output_dir; not read when the run there "
+            "is gone on with."
         },
     )
     save_adapter_only: bool = field(
@@ -318,7 +329,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
     """Arguments from a YAML or JSON file, if one comes first, and from the command line, which wins.
 
     Raises:
-        ValueError: an argument is unknown, or its value cannot be.
+        ValueError: an argument is unknown, or its value is invalid.
         OSError: the file cannot be read.
     """
     parser = HfArgumentParser(
@@ -326,11 +337,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Det
     )
     parser.error = refuse_arguments
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        path, argv = Path(argv[0]), argv[1:]
-        try:
-            defaults = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+        path, argv = argv[0], argv[1:]
+        defaults = load_yaml(path)
         if not isinstance(defaults, dict):
             raise ValueError(f"{path} holds no arguments: write one to a line, such as 'learning_rate: 1e-4'.")
         known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
@@ -406,8 +414,9 @@ def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> data
             for split, paths in (files or parquet_files(name)).items():
                 if not len(StreamedRows(paths)):  # says which file's footer is broken, as `datasets` does not
                     raise ValueError(f"Split {split!r} of {name} has no rows: prepare the data set anew.") from error
-            reason = " ".join(str(error.__cause__ or error).split())  # Arrow's have several lines
-            raise OSError(f"{name} cannot be read ({reason}): prepare the data set anew.") from error
+            raise OSError(
+                f"{name} cannot be read ({cut(error.__cause__ or error)}): prepare the data set anew."
+            ) from error
 
 
 @contextmanager
@@ -725,7 +734,7 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
 
     Raises:
         OSError: a folder or Hub id cannot be read.
-        ValueError: a field of the configuration cannot be.
+        ValueError: a field of the configuration is invalid, or the tokenizer has more symbols than the model.
     """
     overrides = {name: getattr(args, name) for name in ("image_size", "max_text_length", "peft_method")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -739,14 +748,7 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
         model = DetrisForReferringSegmentation.from_pretrained(args.model_name_or_path, **overrides)
     source = args.model_name_or_path or args.text_backbone
     name = args.tokenizer or (CLIP_TOKENIZER if Path(source).is_file() else source)
-    tokenizer = CLIPTokenizer.from_pretrained(name)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {name} has {len(tokenizer)} symbols, but the text backbone reads "
-            f"{model.config.text_config.vocab_size}: give the tokenizer that belongs to it."
-        )
-    processor = DetrisProcessor.from_config(model.config, tokenizer)
-    return model, processor
+    return model, make_processor(name, model.config)
 
 
 class DetrisTrainer(CheckpointingTrainer):
@@ -842,7 +844,7 @@ class DetrisTrainer(CheckpointingTrainer):
         if not isinstance(self.train_dataset, StreamedRows):
             loader = super().get_train_dataloader()
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's has torch's inside
-            inner.worker_init_fn = functools.partial(leave_signals_to_main_process, then=inner.worker_init_fn)
+            inner.worker_init_fn = functools.partial(leave_signals_to_main_process, also=inner.worker_init_fn)
             return loader
         args = self.args
         workers = max(args.dataloader_num_workers, 1)  # without any this process does their work
@@ -908,17 +910,20 @@ class DetrisTrainer(CheckpointingTrainer):
             images, index = image_index[phrases].unique(return_inverse=True)
             texts = {name: inputs[name][phrases] for name in ("input_ids", "attention_mask")}
             output = model(pixel_values=inputs["pixel_values"][images], image_index=index, **texts)
-            finite = output.logits.isfinite().all(dim=(1, 2))  # (phrases,)
             objects = images[index].tolist()
-            if not finite.all():
+            try:
+                predictions = self.processing_class.post_process_referring_segmentation(
+                    output, original_sizes[images.to(original_sizes.device)], image_index=index
+                )
+            except ValueError as error:
+                finite = output.logits.isfinite().all(dim=(1, 2)).tolist()  # of each phrase
+                if all(finite):
+                    raise
                 raise FloatingPointError(
                     f"The logits are not finite for a phrase of the object with ref_id "
-                    f"{ref_ids[objects[finite.tolist().index(False)]]}: the model is broken, or too large for half "
-                    "precision; evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
-                )
-            predictions = self.processing_class.post_process_referring_segmentation(
-                output, original_sizes[images.to(original_sizes.device)], image_index=index
-            )
+                    f"{ref_ids[objects[finite.index(False)]]}: the model is broken, or too large for half precision; "
+                    "evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
+                ) from error
             for number, prediction in zip(objects, predictions, strict=True):
                 counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
                 seen[number] += 1
@@ -1041,7 +1046,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run what the arguments ask for and return all metrics.
 
     Raises:
-        ValueError, OSError: an argument, the data, the model, the checkpoint or the output folder cannot be.
+        ValueError, OSError: an argument, the data, the model, the checkpoint or the output folder is invalid.
         FloatingPointError: loss, logits or weights are not finite.
         SystemExit: SIGTERM or SIGINT has stopped the run; its code is 128 and the signal's number.
     """
@@ -1049,14 +1054,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return run(*prepare(sys.argv[1:] if argv is None else argv, stack))
 
 
-def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArguments, dict[str, datasets.Dataset]]:
+def prepare(
+    argv: list[str], stack: ExitStack
+) -> tuple[DetrisTrainer, DataArguments, dict[str, datasets.Dataset], BeginRun]:
     """All that can refuse a run: its arguments, folder and checkpoint first, then what takes long, data and model.
 
     Args:
         stack: holds the run's folder until it is closed.
 
     Returns:
-        The trainer, the data's arguments and the rows of each test split.
+        The trainer, the data's arguments, the rows of each test split, and what training's begin does.
     """
     model_args, data_args, training_args = parse_arguments(argv)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -1067,10 +1074,13 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArg
         raise ValueError(
             "resume_from_checkpoint goes on with training: give --do_train, or model_name_or_path instead."
         )
+    if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
+        raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
     output_dir, broken = Path(training_args.output_dir), []
     in_all_processes(lambda: stack.enter_context(locked(output_dir, training_args.should_save)))
     if training_args.resume_from_checkpoint:
-        broken = in_all_processes(lambda: find_checkpoint(training_args))
+        found, broken = in_all_processes(lambda: find_checkpoint(training_args))
+        training_args.resume_from_checkpoint = str(found)
     checkpoint = training_args.resume_from_checkpoint
     goes_on = bool(checkpoint) and lies_in(checkpoint, output_dir)
     if training_args.do_train and not goes_on:
@@ -1078,10 +1088,11 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArg
         sources += (model_args.tokenizer, checkpoint)
         in_all_processes(lambda: check_unused(output_dir, training_args.overwrite_output_dir, sources))
 
-    with training_args.main_process_first(desc="reading the data"):
-        train_rows, eval_rows, test_rows = load_rows(
-            data_args, training_args.do_train, training_args.do_eval, training_args.do_predict
-        )
+    def read_rows() -> tuple:
+        with training_args.main_process_first(desc="reading the data"):
+            return load_rows(data_args, training_args.do_train, training_args.do_eval, training_args.do_predict)
+
+    train_rows, eval_rows, test_rows = in_all_processes(read_rows)
     batch_size = training_args.train_batch_size * training_args.world_size
     drops_last = training_args.dataloader_drop_last and not data_args.streaming
     if training_args.do_train and drops_last and len(train_rows) < batch_size:
@@ -1089,39 +1100,39 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple["DetrisTrainer", DataArg
         training_args.dataloader_drop_last = False
 
     set_seed(training_args.seed)
-    model, processor = build_model(model_args)
+    model, processor = in_all_processes(lambda: build_model(model_args))
     if training_args.do_train and training_args.save_adapter_only and not model.config.freeze_backbones:
         raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
     if training_args.do_train and training_args.save_adapter_only:
-        model.check_adapter_target(training_args.output_dir)
-    if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
-        raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
+        in_all_processes(lambda: model.check_adapter_target(training_args.output_dir))
     if training_args.world_size > 1 and training_args.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     callbacks = []
     if training_args.do_train and training_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
-    trainer = DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
-    if training_args.do_train and training_args.should_save:  # nothing refuses the run any more
-        if training_args.overwrite_output_dir and not goes_on:
-            clear(output_dir)
-        set_aside(broken)
-    return trainer, data_args, test_rows
+    trainer = in_all_processes(
+        lambda: DetrisTrainer(model, training_args, processor, train_rows, eval_rows, callbacks)
+    )
+    return trainer, data_args, test_rows, BeginRun(training_args.overwrite_output_dir and not goes_on, broken)
 
 
-def run(trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, datasets.Dataset]) -> dict[str, float]:
+def run(
+    trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, datasets.Dataset], begin: BeginRun
+) -> dict[str, float]:
     """Train, evaluate, predict and push, as far as it is asked for; return all metrics.
 
     Raises:
         SystemExit: a signal has stopped the run.
     """
     args, metrics, stopped = trainer.args, {}, False
+    members = parse_mixture(data_args.dataset, data_args.train_split)
+    trainer.add_callback(begin)
     with StopAtSignal() as stop:
         trainer.add_callback(stop)
         try:
             if args.do_train:
                 metrics |= train(trainer)
-            evaluated, results = evaluate_and_predict(trainer, data_args, test_rows)
+            evaluated, results = evaluate_and_predict(trainer, data_args, members, test_rows)
         except RunStopped:
             stopped = True
     if stopped:
@@ -1134,7 +1145,7 @@ def run(trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, d
     else:
         metrics |= evaluated
         if trainer.is_world_process_zero():
-            write_card(trainer, parse_mixture(data_args.dataset, data_args.train_split), results)
+            write_card(trainer, members, results)
         if args.push_to_hub:
             trainer.push_to_hub()
     # Without it a process could end, and its launcher end the others, while the main one still writes.
@@ -1157,7 +1168,7 @@ def train(trainer: DetrisTrainer) -> dict[str, float]:
 
 
 def evaluate_and_predict(
-    trainer: DetrisTrainer, data_args: DataArguments, test_rows: dict[str, datasets.Dataset]
+    trainer: DetrisTrainer, data_args: DataArguments, members: list[Member], test_rows: dict[str, datasets.Dataset]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Evaluate and predict, as far as it is asked for, and write predictions and table.
 
@@ -1166,7 +1177,6 @@ def evaluate_and_predict(
     """
     args, metrics = trainer.args, {}
     output_dir = Path(args.output_dir)
-    members = parse_mixture(data_args.dataset, data_args.train_split)
     own_set = _name_of(members[0].name)
     lines, results = [], []
     first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
@@ -1241,18 +1251,23 @@ def _report(trainer: Trainer, name: str, metrics: dict[str, float]) -> dict[str,
 def run_as_program() -> None:
     """`main` for the command line: a person's fault is told in its one sentence, ours with its traceback."""
     with ExitStack() as stack:
+        prepared = ()
         try:
             prepared = prepare(sys.argv[1:], stack)
-        except (ValueError, OSError) as error:
-            logger.debug("The run is refused.", exc_info=True)
-            print(error, file=sys.stderr)
-            leave_process_group()
-            sys.exit(2)
-        try:
             run(*prepared)
         except FloatingPointError as error:
             print(error, file=sys.stderr)
             sys.exit(1)
+        except (ValueError, OSError) as error:
+            if prepared and (prepared[-1].begun or not prepared[0].args.do_train):
+                raise
+            logger.debug("The run is refused.", exc_info=True)
+            # What `prepare` refuses all processes refuse, but before they meet one may end before another has spoken.
+            told_by_another = not prepared and torch.distributed.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+            if not told_by_another:
+                print(error, file=sys.stderr)
+            leave_process_group()
+            sys.exit(2)
 
 
 if __name__ == "__main__":

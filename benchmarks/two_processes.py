@@ -36,6 +36,7 @@ SAID_LAST = 3000  # characters of a failed run's output
 
 def run(folder: Path) -> subprocess.CompletedProcess:
     """Train, evaluate and predict with two processes."""
+    # Without --multi_gpu accelerate starts a single process where it finds no GPUs.
     command = [
         sys.executable,
         "-m",

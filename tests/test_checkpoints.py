@@ -1,6 +1,7 @@
 """Checkpoints: saved whole or not at all, and resumed to the numbers of a straight run or refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from transformers import EarlyStoppingCallback
 from train_hf import main
 from training.checkpoints import (
     best_model_of,
-    check_finite,
     check_fits_run,
+    check_tensors,
     check_whole,
     newest_whole_checkpoint,
     read_state,
+    stop_if_not_finite,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,9 +66,9 @@ def test_a_part_that_is_missing_empty_or_cut_is_named(saved):
             with pytest.raises(ValueError, match=f"checkpoint-4/{name} is {message}.*resume from another") as refused:
                 check_whole(saved / "checkpoint-4", adapter_only)
             assert "\n" not in str(refused.value)
-            assert newest_whole_checkpoint(saved, adapter_only) == saved / "checkpoint-2"
+            assert newest_whole_checkpoint(saved, adapter_only) == (saved / "checkpoint-2", [saved / "checkpoint-4"])
             path.write_bytes(content)
-    assert newest_whole_checkpoint(saved, adapter_only) == saved / "checkpoint-4"
+    assert newest_whole_checkpoint(saved, adapter_only) == (saved / "checkpoint-4", [])
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -87,10 +89,47 @@ def test_a_part_that_has_changed_inside_is_named(saved):
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "{}", '{"global_step": "x"}', '{"unknown": 1}', "[" * 10**5])
-def test_a_state_that_is_none_is_named(saved, content):
+def test_a_state_that_is_invalid_is_named(saved, content):
     (saved / "checkpoint-4" / "trainer_state.json").write_text(content)
     with pytest.raises(ValueError, match="trainer_state.json is broken"):
         check_whole(saved / "checkpoint-4", False)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": {}},
+        {"weight_map": []},
+        {"weight_map": {"a": ["model-1.safetensors"]}},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../checkpoint-2/model.safetensors"}},
+    ],
+    ids=str,
+)
+def test_an_index_that_leads_to_no_files_is_named(saved, index):
+    (saved / "checkpoint-4" / "model.safetensors").unlink()
+    (saved / "checkpoint-4" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json is broken .it names no files beside it.: resume from another"):
+        check_whole(saved / "checkpoint-4", False)
+    assert newest_whole_checkpoint(saved, False)[0] == saved / "checkpoint-2"
+
+
+def test_the_tensors_of_shards_are_compared(make_trainer, saved):
+    folder = saved / "checkpoint-4"
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    shards = {"model-00001-of-00002.safetensors": tensors[::2], "model-00002-of-00002.safetensors": tensors[1::2]}
+    for name, part in shards.items():
+        save_file(dict(part), folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, part in shards.items() for key, _ in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_whole(folder, False)
+    model = make_trainer().model
+    check_tensors(folder, model)
+    save_file(dict(tensors[3::2]), folder / name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"checkpoint-4 is of another model: .*{tensors[1][0]}"):
+        check_tensors(folder, model)
 
 
 def test_code_in_a_part_is_not_run(saved, tmp_path):
@@ -104,10 +143,18 @@ def test_code_in_a_part_is_not_run(saved, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("change", ["lacks", "has unknown", "has in other shapes"])
-def test_tensors_that_are_not_the_models_are_refused(make_trainer, saved, change):
+@pytest.mark.parametrize(
+    "change, sizes",
+    [
+        ("lacks", "nothing.* {expected} "),
+        ("has unknown", r"\(1,\).* nothing "),
+        ("has in other shapes", r"\(1, .* {expected} "),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused(make_trainer, saved, change, sizes):
     path, name = saved / "checkpoint-4" / "model.safetensors", "mask_head.output_projection.weight"
     tensors = load_file(path)
+    expected = str(tuple(tensors[name].shape))
     if change == "lacks":
         del tensors[name]
     elif change == "has unknown":
@@ -116,8 +163,9 @@ def test_tensors_that_are_not_the_models_are_refused(make_trainer, saved, change
     else:
         tensors[name] = tensors[name][:1].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"model.safetensors {change} 1 of this .*{name}: resume"):
+    with pytest.raises(ValueError, match=f"checkpoint-4 is of another model: .* 1 tens.*{name}.* with the arg") as no:
         make_trainer(max_steps=6, **STEPS).train(resume_from_checkpoint=str(saved / "checkpoint-4"))
+    assert re.search(sizes.format(expected=re.escape(expected)).strip(), str(no.value))
 
 
 @pytest.mark.parametrize("saved", [True], indirect=True)
@@ -158,17 +206,24 @@ def test_weights_that_are_not_finite_are_not_resumed_from(make_trainer, saved):
 def test_another_number_of_processes_is_refused(saved):
     checkpoint = saved / "checkpoint-4"
     check_fits_run(checkpoint, processes=1, fp16=False, with_best=False)
-    with pytest.raises(ValueError, match="checkpoint-4 was saved by 1 processes.* this run has 2.*: start 1"):
+    with pytest.raises(
+        ValueError, match=r"has the random states of 1 processes \(rng_state.pth\), but this run has 2"
+    ):
         check_fits_run(checkpoint, processes=2, fp16=False, with_best=False)
     for index in (0, 1):
         shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{index}.pth")
     (checkpoint / "rng_state.pth").unlink()
     check_fits_run(checkpoint, processes=2, fp16=False, with_best=False)
-    with pytest.raises(ValueError, match="was saved by 2 processes"):
+    with pytest.raises(ValueError, match="has the random states of 2 processes"):
         check_fits_run(checkpoint, processes=1, fp16=False, with_best=False)
-    (checkpoint / "rng_state_0.pth").rename(checkpoint / "rng_state_2.pth")
-    with pytest.raises(ValueError, match="rng_state_0.pth is missing"):
+    # One of them is lost: a run of two is not told to start one.
+    (checkpoint / "rng_state_1.pth").unlink()
+    with pytest.raises(ValueError, match=r"1 processes \(rng_state_0.pth\), but this run has 2.*restore") as lost:
         check_fits_run(checkpoint, processes=2, fp16=False, with_best=False)
+    assert "start 1" not in str(lost.value)
+    (checkpoint / "rng_state_0.pth").rename(checkpoint / "rng_state_2.pth")
+    with pytest.raises(ValueError, match=r"1 processes \(rng_state_2.pth\), but"):
+        check_fits_run(checkpoint, processes=1, fp16=False, with_best=False)
 
 
 def test_the_scaler_is_there_if_the_run_has_one(saved):
@@ -297,12 +352,21 @@ def test_nothing_that_is_not_finite_is_saved(make_trainer, tmp_path, adapter_onl
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+def test_a_save_that_fails_leaves_no_unfinished_folder_to_write_into(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=1, **STEPS | {"save_steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    assert trainer._get_output_dir(None) == str(tmp_path / "run")
+
+
 def test_statistics_that_are_not_finite_are_named():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
-    check_finite(model, "here")
+    stop_if_not_finite(model, "here")
     model[0].running_var[1] = torch.inf
     with pytest.raises(FloatingPointError, match="^0.running_var is not finite here"):
-        check_finite(model, "here")
+        stop_if_not_finite(model, "here")
 
 
 # --- resuming by the command line ---------------------------------------------------------------------------------

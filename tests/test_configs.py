@@ -13,6 +13,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
+import quickstart
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import main, parse_arguments
@@ -90,6 +91,26 @@ def test_a_recipe_is_the_papers(recipe):
     assert trained == counts["adapters"] + counts["head"]
     assert f"{counts['adapters'] / 1e6:.{len(millions.split('.')[1])}f}" == millions
     assert f"{100 * counts['adapters'] / counts['backbones']:.{len(share.split('.')[1])}f}" == share
+
+
+@pytest.mark.parametrize(
+    "given, overwrites",
+    [([], True), (["--output_dir", "runs/base"], False), (["--output-dir=runs/base"], False)],
+    ids=["own folder", "another", "another spelling"],
+)
+def test_the_quickstart_overwrites_its_own_folder_alone(monkeypatch, given, overwrites):
+    monkeypatch.chdir(ROOT)
+    started = []
+
+    def train(argv: list[str]) -> None:
+        started.append(parse_arguments(argv)[2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.main(["--methods", "none", *given])
+    assert started[0].overwrite_output_dir == overwrites
+    assert started[0].output_dir == ("runs/quickstart" if overwrites else "runs/base")
 
 
 @pytest.fixture(scope="module")

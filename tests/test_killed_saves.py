@@ -13,7 +13,7 @@ import torch
 from tiny_runs import in_child, losses
 
 from train_hf import DetrisTrainer
-from training.run_folder import CLEARING, check_unused, clear, find_checkpoint, locked, set_aside
+from training.run_folder import CLEARING, BeginRun, check_unused, find_checkpoint, locked
 
 MOMENTS = 10
 REFUSED = 3
@@ -61,12 +61,14 @@ def train(trainer: DetrisTrainer, run: Path, result: Path, resumed: bool = False
         if resumed:
             trainer.args.resume_from_checkpoint = "last"
             try:
-                set_aside(find_checkpoint(trainer.args))
+                checkpoint, broken = find_checkpoint(trainer.args)
             except ValueError:
                 sys.exit(REFUSED)
+            trainer.args.resume_from_checkpoint = str(checkpoint)
         else:
             check_unused(run, True, ())
-            clear(run)
+            broken = []
+        trainer.add_callback(BeginRun(not resumed, broken))
         trainer.train(trainer.args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()

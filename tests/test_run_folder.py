@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from train_hf import main
-from training.run_folder import check_unused, clear, locked
+from train_hf import main, run_as_program
+from training.run_folder import BeginRun, check_unused, clear, locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +105,44 @@ def test_a_start_that_fails_deletes_nothing(arguments, tmp_path):
     with pytest.raises(ValueError, match="'trian' does not exist"):
         main([*arguments, "--overwrite_output_dir", "--train_split", "trian"])
     assert (run / "checkpoint-7").exists()
+
+
+@pytest.mark.parametrize("other", ["model", "optimizer"])
+def test_a_checkpoint_of_another_run_is_refused_in_a_sentence_before_the_older_run_is_deleted(
+    arguments, tmp_path, monkeypatch, capsys, other
+):
+    run, start = tmp_path / "run", tmp_path / "start"
+    main([*arguments, "--output_dir", str(start), "--max_steps", "1"])
+    main(arguments)
+    before = sorted(run.rglob("*"))
+    path, name = start / "checkpoint-1" / "optimizer.pt", "mask_head.output_projection.weight"
+    if other == "model":
+        path = start / "checkpoint-1" / "model.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
+    else:
+        state = torch.load(path)
+        del state["state"][0]
+        torch.save(state, path)
+    resume = ["--resume_from_checkpoint", str(start / "checkpoint-1"), "--overwrite_output_dir"]
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", *arguments, *resume])
+    with pytest.raises(SystemExit) as ended:
+        run_as_program()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in told
+    assert re.search(name if other == "model" else "optimizer.pt .*is of another model", told.splitlines()[-1])
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_older_run_is_deleted_once_though_training_begins_again(tmp_path):
+    """With auto_find_batch_size it begins again after it has saved checkpoints of its own."""
+    args, state, control = TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl()
+    begin = BeginRun(True, [])
+    (tmp_path / "checkpoint-1").mkdir()
+    begin.on_train_begin(args, state, control)
+    assert not (tmp_path / "checkpoint-1").exists()
+    (tmp_path / "checkpoint-1").mkdir()
+    begin.on_train_begin(args, state, control)
+    assert (tmp_path / "checkpoint-1").exists()
 
 
 def test_what_a_killed_deletion_has_left_is_no_run(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shutil
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from test_refer import HOSTILE_RLES, ReferFolder
 from tiny_models import randomize
 from tiny_runs import MODEL_CONFIG, SIZES, losses
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, CLIPTokenizer
 
 import train_hf
 from convert_detris_checkpoint import from_official
@@ -97,7 +98,7 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     ],
 )
-def test_what_no_argument_can_be_is_refused_by_name(config, tmp_path, changes, message):
+def test_an_invalid_argument_is_refused_by_name(config, tmp_path, changes, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | changes))
     with pytest.raises(ValueError, match=message):
@@ -130,8 +131,8 @@ WRONG_NUMBERS = {
     "eval_accumulation_steps": [0, -1],
     "save_total_limit": [0, -1],
     "early_stopping_patience": [0, -1],
-    "seed": [-1, 2**32, 1.5],
-    "data_seed": [-1, 2**32],
+    "seed": [-1, 2**32, 1.5, 10**400],
+    "data_seed": [-1, 2**32, 10**400],
     "image_size": [0, -32, 32.5],
     "max_text_length": [0, -1],
     "max_train_samples": [0, -1],
@@ -141,10 +142,12 @@ WRONG_NUMBERS = {
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_NUMBERS.items() for value in values])
-def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, name, value):
+def test_a_number_that_is_invalid_is_refused_by_name_and_value(config, tmp_path, name, value):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | {name: value, "do_train": True, "output_dir": str(tmp_path / "run")}))
     written = str(value) if isinstance(value, str) or int(value if abs(value) < INF else 0) != value else repr(value)
+    if value == 10**400:  # of which not all digits are printed
+        written = "1" + "0" * 30
     with pytest.raises(
         ValueError, match=rf"(?s){name}.* {re.escape(written)}|{name}.*'{re.escape(written)}'"
     ) as refused:
@@ -171,8 +174,14 @@ def test_a_number_that_cannot_be_is_refused_by_name_and_value(config, tmp_path, 
         ({"peft_method": ""}, "peft_method is empty"),
         ({"metric_for_best_model": ""}, "metric_for_best_model is ''"),
         ({"data_root": ""}, "data_root is empty"),
-        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give `last`, or a folder"),
-        ({"model_config": "[" * 10**5}, "model_config is .*which is not JSON"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint is True: give text"),
+        ({"dataset": ["refcoco/unc"]}, r"dataset is \['refcoco/unc'\]: give text"),
+        ({"train_split": None}, "train_split is None: give text"),
+        ({"output_dir": ["a"]}, r"output_dir is \['a'\]: give text"),
+        ({"model_name_or_path": {"a": 1}}, "model_name_or_path is {'a': 1}: give text"),
+        ({"metric_for_best_model": ["x"]}, r"metric_for_best_model is \['x'\]: give text"),
+        ({"eval_strategy": False}, "eval_strategy is False: give text, between quotes"),
+        ({"model_config": "[" * 50_000}, "model_config is .*which is not valid JSON"),
         ({1: 2, "learning_rat": 3}, r"sets \[1, 'learning_rat'\], which are no arguments"),
         ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
     ],
@@ -202,6 +211,8 @@ def test_a_file_of_weights_is_to_be_converted_first(tmp_path, name):
         (b"a: [", "is not YAML"),
         (b"\xff\xfe", "is not YAML"),
         (b"[" * 10**4, "is not YAML"),
+        (b"model_config: {a: &a [1, 2]}\nshapes_config: {b: *a}", "is not YAML .*an alias, .a"),
+        (b"seed: 1" + b"0" * 5000, "is not YAML"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value,
 )
@@ -241,6 +252,22 @@ def test_the_program_tells_what_a_person_did_wrong_in_a_sentence(config_file, mo
     told = capsys.readouterr().err
     assert said in told.strip().splitlines()[-1]
     assert "Traceback" not in told and "usage" not in told
+
+
+@pytest.mark.parametrize("met, local_rank, lines", [(True, "0", 1), (True, "1", 0), (False, "1", 1)])
+def test_one_process_of_a_machine_tells_what_was_wrong(monkeypatch, capsys, met, local_rank, lines):
+    """As soon as the processes have met; before, the launcher may end one that has not spoken yet."""
+
+    def refuse(argv, stack):
+        raise ValueError("It is wrong.")
+
+    monkeypatch.setattr(train_hf, "prepare", refuse)
+    monkeypatch.setattr(train_hf, "leave_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: met)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit) as ended:
+        train_hf.run_as_program()
+    assert ended.value.code == 2 and capsys.readouterr().err == "It is wrong.\n" * lines
 
 
 def test_the_program_shows_where_a_fault_of_ours_is(config_file, monkeypatch, capsys):
@@ -559,7 +586,7 @@ def test_a_saved_folder_that_leads_arrow_out_of_its_memory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
-def test_a_summary_that_is_none_is_named(prepared, tmp_path, content):
+def test_a_broken_summary_is_named(prepared, tmp_path, content):
     folder = shutil.copytree(prepared, tmp_path / "out")
     (folder / "summary.json").write_text(content)
     with pytest.raises(ValueError, match="summary.json (is not a JSON file|does not say)"):
@@ -614,13 +641,24 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(model_arguments, clip_tok
         build_model(ModelArguments(**model_arguments | model_config))
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", None], ids=["empty", "of no tokenizer", "pipe"])
+def test_a_broken_tokenizer_is_named(model_arguments, tiny_tokenizer, tmp_path, content):
+    folder = tmp_path / "broken"
+    tiny_tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.unlink()
+    path.write_bytes(content) if content is not None else os.mkfifo(path)
+    with pytest.raises((ValueError, OSError), match="broken cannot be read|tokenizer.json is no regular file"):
+        build_model(ModelArguments(**model_arguments, model_config=MODEL_CONFIG, tokenizer=str(folder)))
+
+
 def test_the_tokenizer_is_the_one_named_or_the_models_own(model_arguments, tiny_tokenizer, tmp_path, monkeypatch):
     def vocabulary(**arguments) -> dict[str, int]:
         _, processor = build_model(ModelArguments(**model_arguments | arguments, model_config=MODEL_CONFIG))
         return processor.tokenizer.get_vocab()
 
     own, other = vocabulary(), tiny_tokenizer.get_vocab()
-    assert own == train_hf.CLIPTokenizer.from_pretrained(model_arguments["text_backbone"]).get_vocab() != other
+    assert own == CLIPTokenizer.from_pretrained(model_arguments["text_backbone"]).get_vocab() != other
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     assert vocabulary(tokenizer=str(tmp_path / "other")) == other
 
@@ -757,6 +795,13 @@ def test_quantised_backbones_are_refused_early(model_arguments, monkeypatch, ava
     monkeypatch.setattr(train_hf, "is_bitsandbytes_available", lambda: available)
     with pytest.raises(ValueError, match=message):
         ModelArguments(**model_arguments, **arguments)
+
+
+def test_quantised_backbones_that_cannot_be_saved_are_refused_before_anything_is_loaded(config_file, monkeypatch):
+    monkeypatch.setattr(train_hf, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(train_hf, "load_rows", None)
+    with pytest.raises(ValueError, match="Quantised backbones cannot be saved: give --save_adapter_only"):
+        main([config_file, "--do_train", "--quantize_backbones", "4bit"])
 
 
 @pytest.mark.parametrize("bits, rounding", [("4bit", 0.5), ("8bit", 0.1)])

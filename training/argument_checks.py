@@ -2,12 +2,12 @@
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
+from data.refer import short
 from model_card import METRIC_NAMES
-
-from .checkpoints import LAST
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Bounds:
 
     def admit(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        if isinstance(value, int) and abs(value) >= 2**63:  # too large for a float, too
             return False
         return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value < self.high
 
@@ -69,7 +71,16 @@ def check_number(name: str, value: Any, bounds: Bounds, optional: bool = False) 
     """Raise a ValueError that names the argument if its value is not within bounds; `optional` admits None."""
     if not (optional and value is None or bounds.admit(value)):
         leave_out = ", or leave it out" if optional else ""
-        raise ValueError(f"{name} is {value!r}: give {bounds}{leave_out}.")
+        raise ValueError(f"{name} is {short(value)}: give {bounds}{leave_out}.")
+
+
+def check_texts(args: Any) -> None:
+    """Raise a ValueError that names the first argument that must be text and is not: YAML reads `[a]` as a list."""
+    for name, kind in get_type_hints(type(args)).items():
+        value = getattr(args, name)
+        optional = kind == str | None
+        if (optional or kind is str) and not (optional and value is None or isinstance(value, (str, os.PathLike))):
+            raise ValueError(f"{name} is {short(value)}: give text, between quotes if it is in a file.")
 
 
 def check_not_empty(args: Any, *names: str) -> None:
@@ -85,7 +96,8 @@ def refuse_arguments(message: str) -> None:
 
 
 def check_training_arguments(args: Any) -> None:
-    """Raise a ValueError that names the first of the training arguments whose value cannot be."""
+    """Raise a ValueError that names the first of the training arguments whose value is invalid."""
+    check_texts(args)
     for name, bounds in NUMBERS.items():
         check_number(name, getattr(args, name), bounds)
     for name, bounds in OPTIONAL_NUMBERS.items():
@@ -113,7 +125,3 @@ def check_training_arguments(args: Any) -> None:
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics is true, but the metric is of whole splits: leave it out.")
     check_not_empty(args, "output_dir", "resume_from_checkpoint")
-    if not isinstance(args.resume_from_checkpoint, str | None):
-        raise ValueError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}: give `{LAST}`, or a folder checkpoint-<step>."
-        )

@@ -10,8 +10,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from .checkpoints import best_model_of, check_finite, check_tensors, read_state
-from .run_folder import UNFINISHED, put_in_place
+from .checkpoints import best_model_of, check_tensors, read_state, stop_if_not_finite
+from .run_folder import UNFINISHED, lies_in, put_in_place
 
 
 class CheckpointingTrainer(Trainer):
@@ -26,12 +26,15 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
         """As Trainer's, but under another name until all processes have written their parts."""
         run, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.unfinished = run / UNFINISHED
+        written = run / UNFINISHED / name
         if self.args.should_save:
-            shutil.rmtree(self.unfinished, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(written.parent, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        written, self.unfinished = self.unfinished / name, None
+        self.unfinished = written.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.unfinished = None
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(run / name)
         self.accelerator.wait_for_everyone()
@@ -48,7 +51,7 @@ class CheckpointingTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        check_finite(self.model, f"after step {self.state.global_step}, so that nothing is saved")
+        stop_if_not_finite(self.model, f"after step {self.state.global_step}, so that nothing is saved")
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -58,7 +61,7 @@ class CheckpointingTrainer(Trainer):
         else:
             check_tensors(self.resumed, self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        check_finite(self.model, f"in {resume_from_checkpoint}")
+        stop_if_not_finite(self.model, f"in {resume_from_checkpoint}")
 
     def _load_best_model(self) -> None:
         if Path(self.state.best_model_checkpoint, ADAPTER_CONFIG_NAME).exists():
@@ -68,10 +71,10 @@ class CheckpointingTrainer(Trainer):
             super()._load_best_model()
 
     def _load_callback_state(self) -> None:
-        """Called when Trainer has read the state of the checkpoint: mend what it reads of it, or does not."""
+        """Correct the best checkpoint's path and early stopping's count, which Trainer reads wrongly or not at all."""
         super()._load_callback_state()
         best = best_model_of(self.resumed, read_state(self.resumed))
-        if best is not None and best.resolve().parent == Path(self.args.output_dir).resolve():
+        if best is not None and lies_in(best, Path(self.args.output_dir)):
             best = Path(self.args.output_dir, best.name)  # Trainer, who keeps it, compares names
         self.state.best_model_checkpoint = None if best is None else str(best)
         for callback in self.callback_handler.callbacks:

@@ -1,6 +1,5 @@
 """Checkpoints of a run: which files a whole one has, which is the newest, and what is wrong with one that is not."""
 
-import json
 import logging
 import re
 import zipfile
@@ -21,7 +20,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from adapters_detris import first_not_finite
+from adapters_detris import check_shapes, first_not_finite, saved_shapes, shapes_of
+from data.refer import cut, load_json
 
 LAST = "last"  # what --resume_from_checkpoint may say in the place of a folder
 RNG_STATE = "rng_state"
@@ -48,18 +48,20 @@ def checkpoints_in(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_whole_checkpoint(run: Path, adapter_only: bool) -> Path:
-    """The newest checkpoint in a run's folder of which no file is missing or broken.
+def newest_whole_checkpoint(run: Path, adapter_only: bool) -> tuple[Path, list[Path]]:
+    """The newest checkpoint in a run's folder of which no file is missing or broken, and the newer ones.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no whole checkpoint.
     """
+    broken = []
     for checkpoint in reversed(checkpoints_in(run)):
         try:
             check_whole(checkpoint, adapter_only)
-            return checkpoint
+            return checkpoint, broken
         except ValueError as error:
             logger.warning(f"{checkpoint} is passed over: {error}")
+            broken.append(checkpoint)
     raise ValueError(
         f"There is no whole checkpoint to resume from in {run}: name the folder of one, or start without "
         "resume_from_checkpoint."
@@ -74,7 +76,7 @@ def read_state(checkpoint: Path) -> TrainerState:
         if not isinstance(state.global_step, int) or state.global_step < 1:
             raise ValueError(f"global_step is {state.global_step!r}")
     except (ValueError, TypeError, RecursionError) as error:  # broken JSON is a ValueError
-        raise ValueError(f"{path} is broken ({error}): {REMEDY}.") from error
+        raise ValueError(f"{path} is broken ({cut(error)}): {REMEDY}.") from error
     return state
 
 
@@ -82,7 +84,8 @@ def check_whole(checkpoint: Path, adapter_only: bool) -> None:
     """Refuse a checkpoint if a file that training goes on from is missing, cut, empty or broken.
 
     Args:
-        adapter_only: what is missing, if there is no model at all.
+        adapter_only: where there are no weights at all, name the adapters' file as the missing one, not the whole
+            model's.
 
     Raises:
         ValueError: names the file.
@@ -111,12 +114,11 @@ def check_fits_run(checkpoint: Path, processes: int, fp16: bool, with_best: bool
         ValueError: names what does not fit.
     """
     found, wanted = _rng_states_in(checkpoint), _rng_states_of(processes)
-    if len(found) == len(wanted) and found != wanted:
-        raise ValueError(f"{checkpoint / min(wanted - found)} is missing: {REMEDY}.")
     if found != wanted:
         raise ValueError(
-            f"{checkpoint} was saved by {len(found)} processes, as its {RNG_STATE} files say, and this run has "
-            f"{processes}, which would draw other random numbers: start {len(found)}."
+            f"{checkpoint} has the random states of {len(found)} processes ({', '.join(sorted(found))}), but this run "
+            f"has {processes}, which would draw other numbers: start as many as the run began with, or restore the "
+            f"{RNG_STATE} files that are missing."
         )
     if fp16 != (checkpoint / SCALER_NAME).exists():
         has, switch = ("no ", "without") if fp16 else ("a ", "with")
@@ -135,15 +137,15 @@ def best_model_of(checkpoint: Path, state: TrainerState) -> Path | None:
     return beside if beside.is_dir() else recorded
 
 
-def check_model_files(folder: Path, adapter_only: bool) -> list[Path]:
-    """The whole model's safetensors files in `folder`, or the adapters'; raises ValueError if one cannot be read."""
+def check_model_files(folder: Path, adapter_only: bool) -> None:
+    """Raise a ValueError if one of the whole model's safetensors files in `folder`, or of the adapters', is broken."""
     whole = [name for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME) if (folder / name).exists()]
     if any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)):
         names, configs = [ADAPTER_SAFE_WEIGHTS_NAME], [CONFIG_NAME, ADAPTER_CONFIG_NAME]
     elif adapter_only and not whole:
         names, configs = [ADAPTER_SAFE_WEIGHTS_NAME], [CONFIG_NAME]
     elif whole == [SAFE_WEIGHTS_INDEX_NAME]:
-        names = sorted(set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values()))
+        names = _shards(folder / SAFE_WEIGHTS_INDEX_NAME)
         configs = [CONFIG_NAME]
     else:
         names, configs = [SAFE_WEIGHTS_NAME], [CONFIG_NAME]
@@ -157,31 +159,32 @@ def check_model_files(folder: Path, adapter_only: bool) -> list[Path]:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # safetensors' own has no other base
-            raise ValueError(f"{path} is broken ({error}): {REMEDY}.") from error
-    return [folder / name for name in names]
+            raise ValueError(f"{path} is broken ({cut(error)}): {REMEDY}.") from error
+
+
+def _shards(path: Path) -> list[str]:
+    """The files beside an index that hold the tensors it lists."""
+    shards = _read_json(path).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{path} is broken (it names no files beside it): {REMEDY}.")
+    return sorted(set(names))
 
 
 def check_tensors(checkpoint: Path, model: nn.Module) -> None:
     """Refuse a checkpoint's whole model if a tensor of `model` is missing there, unknown or of another shape."""
-    files = check_model_files(checkpoint, adapter_only=False)
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for problem, names in (
-        ("lacks", expected.keys() - found.keys()),
-        ("has unknown", found.keys() - expected.keys()),
-        ("has in other shapes", {name for name in expected.keys() & found.keys() if expected[name] != found[name]}),
-    ):
-        if names:
-            raise ValueError(
-                f"{files[0]} {problem} {len(names)} of this model's {len(expected)} tensors, such as {min(names)}: "
-                "resume with the arguments that the run began with, or from another checkpoint."
-            )
+    check_model_files(checkpoint, adapter_only=False)
+    try:
+        check_shapes(
+            saved_shapes(checkpoint, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)), shapes_of(model.state_dict())
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint} is of another model: {error} Or resume with the arguments that the run began with."
+        ) from error
 
 
-def check_finite(model: nn.Module, where: str) -> None:
+def stop_if_not_finite(model: nn.Module, where: str) -> None:
     """Raise a FloatingPointError that names the first of the model's tensors with a value that is not finite."""
     name = first_not_finite(model.state_dict())
     if name is not None:
@@ -208,12 +211,13 @@ def _regular_file(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict:
+    _regular_file(path)
     try:
-        content = json.loads(_regular_file(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is broken ({error}): {REMEDY}.") from error
+        content = load_json(path)
+    except ValueError as error:  # whose own remedy is for data
+        raise ValueError(f"{path} is broken ({cut(error.__cause__)}): {REMEDY}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is broken (it holds no fields): {REMEDY}.")
+        raise ValueError(f"{path} is broken (it is not a JSON object): {REMEDY}.")
     return content
 
 
@@ -232,5 +236,5 @@ def _check_saved_by_torch(path: Path, keys: set[str]) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what damage makes torch raise has no common base
-        reason = str(error).split("\n")[0]
+        reason = cut(str(error).partition("\n")[0])  # the rest is advice to torch's users
         raise ValueError(f"{path} is broken ({reason}): {REMEDY}.") from error

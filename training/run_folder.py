@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoints import (
     LAST,
@@ -33,7 +33,7 @@ OF_A_RUN = (
     "trainer_state.json",
     "all_results.json",
 )
-BESIDES = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
+ALSO_DELETED = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
 
 logger = logging.getLogger(__name__)
 
@@ -101,56 +101,47 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
 def clear(folder: Path) -> None:
     """Delete what an older run has left in the folder, other files not."""
     (folder / CLEARING).touch()
-    for path in _in_folder(folder, (*OF_A_RUN, *BESIDES)):
+    for path in _in_folder(folder, (*OF_A_RUN, *ALSO_DELETED)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CLEARING).unlink()
 
 
-def find_checkpoint(args: TrainingArguments) -> list[Path]:
-    """Turn `resume_from_checkpoint` into the folder that it means, once that is known to lead to the same numbers.
+def find_checkpoint(args: TrainingArguments) -> tuple[Path, list[Path]]:
+    """The checkpoint that `resume_from_checkpoint` means, once it is known to lead to the same numbers.
 
     Args:
         args: with `save_adapter_only` too.
 
     Returns:
-        Newer checkpoints of the same run that are broken.
+        The checkpoint, and newer ones of the same run that are broken.
 
     Raises:
         ValueError: there is none, a file of it is missing or broken, or it does not fit this run.
     """
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint == LAST:
-        args.resume_from_checkpoint = str(newest_whole_checkpoint(output_dir, args.save_adapter_only))
+        checkpoint, broken = newest_whole_checkpoint(output_dir, args.save_adapter_only)
     else:
-        check_whole(Path(args.resume_from_checkpoint), args.save_adapter_only)
-    checkpoint = Path(args.resume_from_checkpoint)
+        checkpoint, broken = Path(args.resume_from_checkpoint), []
+        check_whole(checkpoint, args.save_adapter_only)
     fp16 = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"  # as Trainer decides
     check_fits_run(checkpoint, args.world_size, fp16, args.load_best_model_at_end)
-    if not lies_in(args.resume_from_checkpoint, output_dir):
-        return []
+    if not lies_in(checkpoint, output_dir):
+        return checkpoint, []
     step = read_state(checkpoint).global_step
-    return _newer_broken_checkpoints(output_dir, checkpoint, step, args.save_adapter_only)
-
-
-def _newer_broken_checkpoints(folder: Path, checkpoint: Path, step: int, adapter_only: bool) -> list[Path]:
-    """Checkpoints in a run's folder that are newer than the one to go on from, of `step`, and broken.
-
-    Raises:
-        ValueError: one of them is whole, so that the run's next checkpoints would get mixed with it.
-    """
-    broken = []
-    for newer in checkpoints_in(folder):
-        if step_of(newer) > step:
-            try:
-                check_whole(newer, adapter_only)
-            except ValueError:
-                broken.append(newer)
-                continue
-            raise ValueError(
-                f"{folder} holds {newer.name}, which is newer than {checkpoint.name}: resume from `{LAST}`, "
-                "delete it, or name another --output_dir."
-            )
-    return broken
+    for newer in checkpoints_in(output_dir):
+        if step_of(newer) <= step or newer in broken:
+            continue
+        try:
+            check_whole(newer, args.save_adapter_only)
+        except ValueError:
+            broken.append(newer)
+            continue
+        raise ValueError(  # the run's next checkpoints would get mixed with it
+            f"{output_dir} holds {newer.name}, which is newer than {checkpoint.name}: resume from `{LAST}`, delete "
+            "it, or name another --output_dir."
+        )
+    return checkpoint, broken
 
 
 def set_aside(checkpoints: list[Path]) -> None:
@@ -160,6 +151,29 @@ def set_aside(checkpoints: list[Path]) -> None:
         shutil.rmtree(target, ignore_errors=True)
         checkpoint.rename(target)
         logger.warning(f"{checkpoint} is not whole and is called {target.name} now.")
+
+
+class BeginRun(TrainerCallback):
+    """Deletes an older run and sets broken checkpoints aside when nothing refuses the new run any more.
+
+    That is when training begins, for Trainer compares model and optimizer with the checkpoint just before.
+
+    Args:
+        clears: whether there may be an older run.
+        broken: newer checkpoints than the one to go on from.
+    """
+
+    def __init__(self, clears: bool, broken: list[Path]):
+        self.clears = clears
+        self.broken = broken
+        self.begun = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.should_save and not self.begun:  # with auto_find_batch_size it may begin again
+            if self.clears:
+                clear(Path(args.output_dir))
+            set_aside(self.broken)
+        self.begun = True
 
 
 def _in_folder(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -174,5 +188,5 @@ def put_in_place(written: Path, target: Path) -> None:
     shutil.rmtree(written.parent)
 
 
-def lies_in(path: str, folder: Path) -> bool:
+def lies_in(path: str | Path, folder: Path) -> bool:
     return Path(path).resolve().parent == folder.resolve()

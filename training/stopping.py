@@ -82,16 +82,16 @@ class StopAtSignal(TrainerCallback):
             raise RunStopped
 
 
-def leave_signals_to_main_process(worker: int, then: Callable[[int], None] | None = None) -> None:
+def leave_signals_to_main_process(worker: int, also: Callable[[int], None] | None = None) -> None:
     """A loader's `worker_init_fn`: a worker outlives a signal that all processes get, for the main one still needs it.
 
     It ends when its main process tells it so, by SIGTERM too.
 
     Args:
-        then: is called with the worker's number, too.
+        also: is called first, with the worker's number.
     """
-    if then is not None:
-        then(worker)
+    if also is not None:
+        also(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux has it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -108,7 +108,7 @@ def how_to_go_on(number: int, args: TrainingArguments, state: TrainerState, in_t
     """What a person who reads the log of a run that signal `number` has stopped needs to know.
 
     Args:
-        in_training: else the model is trained and saved.
+        in_training: False if training has ended and the model is saved.
     """
     name = signal.Signals(number).name
     if not args.do_train:
