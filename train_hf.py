@@ -1263,7 +1263,9 @@ def run_as_program() -> None:
                 raise
             logger.debug("The run is refused.", exc_info=True)
             # What `prepare` refuses all processes refuse, but before they meet one may end before another has spoken.
-            told_by_another = not prepared and torch.distributed.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+            told_by_another = (
+                not prepared and torch.distributed.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0"
+            )
             if not told_by_another:
                 print(error, file=sys.stderr)
             leave_process_group()
