@@ -646,8 +646,37 @@ def test_weights_of_another_shape_are_refused(saved, fields, wrong):
         ({"labels": torch.zeros(56, 56)}, r"labels has shape \(56, 56\): give one mask .* each of the 2 phrases"),
         ({"labels": torch.zeros(3, 56, 56)}, r"labels has shape \(3, 56, 56\): give one mask"),
         ({"labels": torch.zeros(2, 1, 56, 56)}, r"labels has shape \(2, 1, 56, 56\): give one mask"),
+        ({"labels": torch.zeros(2, 480, 640)}, r"labels has shape \(2, 480, 640\): give one mask \(56, 56\)"),
+        ({"labels": torch.zeros(2, 56, 56, dtype=torch.complex64)}, "labels has the type torch.complex64"),
     ],
 )
 def test_a_bad_input_is_named_with_its_remedy(change, message):
     with pytest.raises(ValueError, match=message):
         small_model()(**small_inputs(2) | change)
+
+
+@pytest.mark.parametrize("value", [255, -100, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_outside_0_to_1_are_refused(value, training):
+    labels = torch.zeros(2, 56, 56)
+    labels[1, 20, 30] = value
+    with pytest.raises(ValueError, match="labels holds values from .*: give 1 inside the mask, 0 outside"):
+        small_model().train(training)(**small_inputs(2), labels=labels)
+
+
+@pytest.mark.parametrize("value", [255, -100, math.nan])
+def test_labels_that_cannot_be_read_make_the_loss_nan(value, monkeypatch):
+    """Nothing is read from a GPU in training, and by a compiled model neither: the loss stops the run."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model, labels = small_model(), torch.zeros(2, 56, 56)
+    labels[1, 0, 1] = value  # which the nearest-neighbour sampling leaves out
+    assert model(**small_inputs(2), labels=labels).loss.isnan()
+    assert model(**small_inputs(2), labels=labels.clamp(0, 1).nan_to_num()).loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64, torch.bfloat16])
+def test_labels_of_any_type_give_the_same_loss(dtype):
+    model, labels = small_model(), torch.zeros(2, 56, 56)
+    labels[:, 10:40, 20:50] = 1
+    expected = model(**small_inputs(2), labels=labels).loss
+    assert torch.equal(model(**small_inputs(2), labels=labels.to(dtype)).loss, expected)
