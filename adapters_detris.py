@@ -137,18 +137,25 @@ def check_shapes(given: Shapes, expected: Shapes) -> None:
 
 
 def first_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity."""
+    """The name of the first tensor that holds NaN, infinity, or a negative variance, whose root is NaN."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if tensor.dtype == torch.float64:  # what float32 cannot hold becomes infinite
+            tensor = tensor.float()
+        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
             return name
     return None
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors that hold NaN or infinity with a `ValueError` that names the first of them."""
+    """Refuse tensors that `first_not_finite` finds with a `ValueError` that names the first of them."""
     name = first_not_finite(tensors)
     if name is not None:
-        raise ValueError(f"the tensor {name} holds NaN or infinity: take weights of a run that did not diverge.")
+        raise ValueError(
+            f"the tensor {name} holds NaN or infinity, or a negative variance: take weights of a run that did not "
+            "diverge."
+        )
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
@@ -196,7 +203,10 @@ def _file_shapes(file: str) -> Shapes:
                     return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
             # torch maps no files of the format that it wrote before version 1.6.
             mapped = zipfile.is_zipfile(file)
-            return shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+            shapes = shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+            if sum(map(math.prod, shapes.values())) > os.path.getsize(file):  # a number takes a byte at least
+                raise ValueError("its tensors claim more numbers than it has bytes")
+            return shapes
     except ValueError as error:
         raise OSError(f"{file} cannot be read ({error}): save or download it again.") from error
 

@@ -267,10 +267,11 @@ def _saving(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
 
 def _refuse_several_devices(device_map: Any) -> None:
     """Refuse with a ValueError to divide a model: what its parts share is on one device."""
-    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
+    devices = sorted(set(map(str, device_map.values()))) if isinstance(device_map, dict) else [str(device_map)]
+    if len(devices) > 1 or not {"disk", "meta"}.isdisjoint(devices):
         raise ValueError(
-            f"device_map puts parts of the model on {sorted(set(map(str, device_map.values())))}: DETRIS runs on one "
-            "device, so name that, as device_map='cuda:0' does."
+            f"device_map puts parts of the model on {devices}: DETRIS runs on one device, so name that, as "
+            "device_map='cuda:0' does."
         )
 
 
@@ -730,7 +731,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         for name in ("vision_backbone", "text_backbone"):
             if getattr(config, name) is None and self.name_or_path:
                 # Those of a whole DETRIS, such as one converted from the official layout.
-                setattr(config, name, self.name_or_path)
+                setattr(config, name, _place_of(self.name_or_path))
             if repo_id is not None and os.path.exists(getattr(config, name) or ""):
                 logger.warning(
                     f"{name} is {getattr(config, name)}, which others do not have, so it is left out: who loads the "
@@ -778,6 +779,10 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
             return copy.deepcopy(config)
+        if config is None and source is not None and os.path.isdir(source):
+            path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
+            if not os.path.isfile(path):  # transformers would take the defaults
+                raise OSError(f"{path} is missing: save or download {source} again.")
         names = {field.name for field in fields(cls.config_class)} - {"dtype"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with _naming(source), refusing("its configuration cannot be used"):
@@ -808,6 +813,8 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         with _naming(source), refusing("it cannot be loaded"):
             model = super().from_pretrained(source, *args, config=config, **kwargs)
         _refuse_several_devices(getattr(model, "hf_device_map", None))
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(f"{source}: max_memory is too little for the model, which is not divided: leave it out.")
         _align(model)
         with _naming(source):
             check_finite(model.state_dict())
@@ -820,6 +827,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         for part in ("vision", "text"):
             if f"{part}_backbone" in kwargs:  # the revision is that of another repository
                 kwargs.setdefault(f"{part}_backbone_revision", None)
+        # AutoModel hands on a configuration that has been changed already.
+        changed = [name for name in (*ADAPTER_FIELDS, "vision_config", "text_config") if name in kwargs]
+        given = kwargs.get("config") if isinstance(kwargs.get("config"), PreTrainedConfig) else None
         config = cls._read_config(source, hub_kwargs, kwargs)
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(dtype, str):
@@ -863,6 +873,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
             # Before memory is taken for what the configurations say.
             adapter_config = cls._read_adapter_config(source, hub_kwargs)
+            if given is not None:
+                own = fields_of(adapter_config, ADAPTER_FIELDS)
+                changed += [name for name, value in fields_of(given, ADAPTER_FIELDS).items() if value != own[name]]
+            if changed:
+                raise ValueError(
+                    f"{', '.join(changed)} cannot be changed on loading: the adapters have been trained with what "
+                    "their adapter_config.json says."
+                )
             config = adapter_config.check_fields(config)
             adapter_config.check_saved_shapes(cls, config)
         model = cls(config, vision_model, text_model)
@@ -871,6 +889,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         if attention is not None:
             model.set_attn_implementation(attention)
         model = model.to(dtype or torch.float32).eval()
+        model.config.dtype = model.dtype
         return model if device is None else model.to(device)
 
     @staticmethod

@@ -17,6 +17,7 @@ from tiny_models import BACKBONE_FIELDS, randomize, save_backbones, small_config
 from transformers.integrations import peft as transformers_peft
 
 from adapters_detris import DetrisAdapterConfig
+from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 
 INPUTS = small_inputs()
@@ -208,6 +209,12 @@ def test_a_device_map_of_one_device_is_followed(saved, kind, device_map):
     assert torch.equal(logits_of(model), logits_of(DetrisForReferringSegmentation.from_pretrained(saved / kind)))
 
 
+@pytest.mark.parametrize("device_map", ["meta", {"": "disk"}, {"": "meta"}])
+def test_a_device_map_of_no_device_is_refused(saved, kind, device_map, tmp_path):
+    with pytest.raises(ValueError, match="parts of the model on .*one device"):
+        DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map=device_map, offload_folder=tmp_path)
+
+
 @pytest.mark.parametrize("rest", ["disk", "meta", 0])
 def test_a_device_map_that_divides_the_model_is_refused(saved, kind, rest, tmp_path):
     with pytest.raises(ValueError, match=rf"parts of the model on .*'{rest}'.*one device"):
@@ -244,6 +251,57 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
     DetrisForReferringSegmentation.from_pretrained(saved / "adapter", revision="main", **given)
     # The revision is that of the adapters.
     assert asked == [("vision", given | {"revision": None}), ("text", given | {"revision": None})]
+
+
+@pytest.mark.parametrize("changes", [{"adapter_scale": 0.9}, {"aligner_dropout": 0.5}, {"vision_adapter_layers": [1]}])
+def test_what_adapters_have_been_trained_with_is_not_changed_on_loading(saved, changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
+        DetrisForReferringSegmentation.from_pretrained(saved / "adapter", **changes)
+    config = DetrisConfig.from_pretrained(saved / "adapter", **changes)  # as AutoModel hands it on
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
+        DetrisForReferringSegmentation.from_pretrained(saved / "adapter", config=config)
+
+
+def test_a_folder_without_a_configuration_is_told_so(saved, tmp_path, kind):
+    folder = Path(shutil.copytree(saved / kind, tmp_path / kind))
+    (folder / "config.json").unlink()
+    with pytest.raises(OSError, match="config.json is missing"):
+        DetrisForReferringSegmentation.from_pretrained(folder)
+
+
+def test_backbones_are_found_from_everywhere(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved / "whole", tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    DetrisForReferringSegmentation.from_pretrained("whole").save_adapter("adapter")
+    monkeypatch.chdir("/")
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded), logits_of(DetrisForReferringSegmentation.from_pretrained(saved / "whole")))
+
+
+def test_a_pickled_backbone_that_claims_more_than_it_holds_is_refused(saved, tmp_path):
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    shutil.copy(saved / "vision" / "config.json", vision)
+    change_json(vision / "config.json", hidden_size=24576)
+    shapes = {"embeddings.cls_token": (1, 1, 24576), "encoder.layer.0.mlp.fc1.weight": (98304, 24576)}
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, vision / "pytorch_model.bin")
+    with pytest.raises(OSError, match="pytorch_model.bin cannot be read .its tensors claim more numbers than it has"):
+        DetrisForReferringSegmentation.from_backbones(str(vision), str(saved / "text"), **BACKBONE_FIELDS)
+
+
+def test_numbers_beyond_float32_and_negative_variances_are_refused(saved, tmp_path, kind):
+    for number, (leaf, change) in enumerate(
+        (("bias", lambda tensor: tensor.double().fill_(1e300)), ("running_var", lambda tensor: tensor.fill_(-1)))
+    ):
+        folder = Path(shutil.copytree(saved / kind, tmp_path / str(number)))
+
+        def damage(tensors, leaf=leaf, change=change) -> None:
+            name = next(name for name in sorted(tensors) if name.endswith(leaf) and "detris_adapter" in name)
+            tensors[name] = change(tensors[name])
+
+        change_tensors(next(folder.glob("*.safetensors")), damage)
+        with pytest.raises(ValueError, match=f"{leaf} holds NaN or infinity, or a negative variance"):
+            DetrisForReferringSegmentation.from_pretrained(folder)
 
 
 def test_fields_of_the_configuration_are_changed_on_loading(saved, kind):
