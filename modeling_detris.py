@@ -589,11 +589,9 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             )
         saving = {"variant": variant, "save_original_format": False}
         saving |= {name: kwargs[name] for name in SAVE_KWARGS if name in kwargs}
-        unknown = kwargs.keys() - {*saving, "safe_serialization"}
-        if unknown and not push_to_hub:
-            raise TypeError(
-                f"save_pretrained takes no {', '.join(sorted(unknown))} without push_to_hub: leave it out."
-            )
+        upload = {name: kwargs[name] for name in kwargs.keys() - {*saving, "safe_serialization"}}
+        if upload and not push_to_hub:
+            raise TypeError(f"save_pretrained takes no {', '.join(sorted(upload))} without push_to_hub: leave it out.")
         if not is_main_process:
             return
         with _naming("The model cannot be saved"):
@@ -611,7 +609,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             with _saving(Path(save_directory), replaced) as folder:
                 super().save_pretrained(folder, state_dict=copy.copy(state_dict), **saving)
             if push_to_hub:  # when all is saved here, whatever becomes of the upload
-                upload = {"repo_id": Path(save_directory).name} | {k: kwargs[k] for k in kwargs.keys() - saving.keys()}
+                upload = {"repo_id": Path(save_directory).name} | upload
                 with tempfile.TemporaryDirectory() as folder:
                     super().save_pretrained(folder, state_dict=state_dict, push_to_hub=True, **saving, **upload)
         finally:

@@ -521,7 +521,7 @@ def test_a_failed_upload_leaves_what_was_saved_here(saved, tmp_path, monkeypatch
     monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
     model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
     with pytest.raises(ConnectionError):
-        model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True, safe_serialization=True)
     assert asked == [("mine", {"exist_ok": True, "private": True})]
     loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "mine")
     assert torch.equal(logits_of(loaded), logits_of(model))
