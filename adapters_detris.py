@@ -39,11 +39,11 @@ from transformers.utils import (
 )
 
 try:
-    from .configuration_detris import check_count, check_values, refusing
+    from .configuration_detris import as_value_error, check_count, check_values
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import check_count, check_values, refusing
+    from configuration_detris import as_value_error, check_count, check_values
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
 HEAD_MODULES = ("neck", "decoder", "mask_head")
@@ -184,7 +184,7 @@ def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: 
             continue
         files = [file]
         if name.endswith(".index.json"):
-            with refusing(f"{file} is no index of weights"), open(file, encoding="utf-8") as index:
+            with as_value_error(f"{file} is no index of weights"), open(file, encoding="utf-8") as index:
                 shards = sorted(set(json.load(index)["weight_map"].values()))
                 if not shards or any(os.path.basename(shard) != shard for shard in shards):
                     raise ValueError(f"{file} names no files beside it: save or download it again.")
@@ -197,7 +197,7 @@ def _file_shapes(file: str) -> Shapes:
     if not os.path.isfile(file):  # a pipe would be waited for
         raise OSError(f"{file} is no regular file: save or download it again.")
     try:
-        with refusing("it is cut short or damaged"):
+        with as_value_error("it is cut short or damaged"):
             if file.endswith(".safetensors"):
                 with safe_open(file, framework="pt") as tensors:
                     return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
@@ -213,7 +213,7 @@ def _file_shapes(file: str) -> Shapes:
 
 def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
     """A model whose tensors have names and shapes, and take no memory; ValueError if the configuration cannot be."""
-    with refusing("No model can be built from its configuration"), torch.device("meta"):
+    with as_value_error("No model can be built from its configuration"), torch.device("meta"):
         return model_class(config)
 
 
@@ -584,7 +584,7 @@ class DetrisAdapterConfig(PeftConfig):
             ValueError: if the configuration is none.
         """
         source = os.fspath(pretrained_model_name_or_path)
-        with refusing(f"The {CONFIG_NAME} of {source} cannot be read"):
+        with as_value_error(f"The {CONFIG_NAME} of {source} cannot be read"):
             config = super().from_pretrained(source, subfolder, **kwargs)
             check_values({field.name: getattr(config, field.name) for field in fields(config)})
         if config.peft_type != PeftMethod.DETRIS:

@@ -8,252 +8,51 @@ claim is compared with the file, and the file is mapped, so that tensors take me
 import io
 import math
 import os
-import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import dropwhile
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from data.refer import PlainUnpickler, cut, short
+try:
+    from .configuration_detris import one_line, short_repr
+    from .untrusted_pickles import (
+        MAX_NAME,
+        MAX_PICKLE,
+        AsksForCode,
+        NotRead,
+        ScriptObject,
+        StoredTensor,
+        load_tensor_pickle,
+    )
+except ImportError:
+    if __package__:
+        raise
+    from configuration_detris import one_line, short_repr
+    from untrusted_pickles import (
+        MAX_NAME,
+        MAX_PICKLE,
+        AsksForCode,
+        NotRead,
+        ScriptObject,
+        StoredTensor,
+        load_tensor_pickle,
+    )
 
-MAX_PICKLE = 2**21  # bytes; a large DETRIS with an optimizer for every tensor has 820,000
 MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000 entries have 600,000
 MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
 MAX_DEPTH = 64  # of a TorchScript's modules in one another
 MAX_ATTRIBUTES = 100_000  # of all modules of a TorchScript; 36 layers of a transformer have 2,000
-MAX_NAME = 1_000  # characters of a tensor's or a class's full name
-MAX_ARGUMENTS = 8  # of a call in a pickle; torch's own tensors have the most
-MAX_DIMENSIONS = 64  # torch has no more
 ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64, the older format does not
 # How many times its size a file's tensors may take, since some may share memory.
 SHARING = 2
 ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
-
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-    "QInt8Storage": torch.qint8,
-    "QUInt8Storage": torch.quint8,
-    "QInt32Storage": torch.qint32,
-    "QUInt4x2Storage": torch.quint4x2,
-    "QUInt2x4Storage": torch.quint2x4,
-}
-QUANTIZED = [dtype for name, dtype in STORAGES.items() if name.startswith("Q")]
-
-
-# --- what a pickle may ask for ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Function:
-    """What a pickle may call; nothing of the kind does more than to put its arguments together."""
-
-    call: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Unread:
-    """Something other than a plain tensor; an error only if it stands among the weights."""
-
-    kind: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Storage:
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _StoredTensor:
-    storage: _Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _ScriptClass:
-    module: str
-    name: str
-
-
-@dataclass(slots=True, eq=False)
-class _ScriptObject:
-    script_class: _ScriptClass
-    state: dict[str, Any] = field(default_factory=dict)
-
-
-def _dictionary(pairs: Iterable = ()) -> dict:
-    return pairs if isinstance(pairs, dict) else PlainUnpickler.set_items({}, pairs)
-
-
-def _tensor_v2(storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None):
-    return _tensor_v3(storage, offset, shape, stride, requires_grad, hooks, storage.dtype, metadata)
-
-
-def _tensor_v3(storage, offset, shape, stride, requires_grad, hooks, dtype, metadata=None):
-    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
-        raise ValueError("a tensor has no storage")
-    if metadata:
-        return _Unread("a conjugated or negated tensor")
-    if dtype in QUANTIZED:
-        return _Unread("a quantised tensor")
-    numbers = (offset, *shape, *stride)
-    if not len(shape) == len(stride) <= MAX_DIMENSIONS or not all(
-        type(number) is int and 0 <= number < 2**63 for number in numbers
-    ):
-        raise ValueError(f"a tensor has the shape {short(shape)}, strides {short(stride)} and offset {short(offset)}")
-    return _StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
-
-
-def _unread(kind: str) -> _Function:
-    return _Function(lambda *_: _Unread(kind))
-
-
-_FIRST = _Function(lambda first, *_: first)
-_DICTIONARY = _Function(_dictionary)
-FUNCTIONS = {
-    "collections.OrderedDict": _DICTIONARY,
-    "collections.Counter": _DICTIONARY,
-    "torch._utils._rebuild_tensor": _Function(_tensor_v2),
-    "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
-    "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
-    "torch._utils._rebuild_parameter": _FIRST,
-    "torch._utils._rebuild_parameter_with_state": _FIRST,
-    "torch._utils._rebuild_sparse_tensor": _unread("a sparse tensor"),
-    "torch._utils._rebuild_qtensor": _unread("a quantised tensor"),
-    "torch._utils._rebuild_nested_tensor": _unread("a nested tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _unread("a tensor without numbers"),
-    "torch.serialization._get_layout": _unread("a layout"),
-    "torch.Size": _FIRST,
-    "torch.device": _unread("a device"),
-    "torch.jit._pickle.restore_type_tag": _FIRST,
-    **{f"torch.jit._pickle.build_{kind}list": _FIRST for kind in ("int", "double", "bool", "tensor")},
-    "builtins.complex": _unread("a complex number"),
-    # NumPy's numbers, which training checkpoints hold as their best score.
-    "_codecs.encode": _unread("bytes"),
-    "numpy.dtype": _unread("a NumPy type"),
-    "numpy.core.multiarray.scalar": _unread("a NumPy number"),
-    "numpy._core.multiarray.scalar": _unread("a NumPy number"),
-}
-
-
-class _AskedFor(ValueError):
-    """A pickle names what it may not."""
-
-
-class _TensorUnpickler(PlainUnpickler):
-    """Builds containers, numbers, strings, and records of tensors that stay in the file."""
-
-    dispatch = PlainUnpickler.dispatch | {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
-    }
-
-    def __init__(self, file: io.BytesIO, **options: Any) -> None:
-        super().__init__(file, **options)
-        self.storages: dict[str, _Storage] = {}
-        self.items_given = 0  # to all calls
-
-    def find_class(self, module: str, name: str) -> Any:
-        if len(module) + len(name) > MAX_NAME:
-            raise _AskedFor(f"{module[:MAX_NAME]}…")
-        if module.partition(".")[0] == "__torch__":
-            return _ScriptClass(module, name)
-        full_name = f"{module}.{name}"
-        if full_name in FUNCTIONS:
-            return FUNCTIONS[full_name]
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and isinstance(vars(torch).get(name), (torch.dtype, torch.qscheme)):
-            return vars(torch)[name]
-        raise _AskedFor(full_name)
-
-    def get_extension(self, code: int) -> NoReturn:
-        raise _AskedFor(f"the registered object {code}")
-
-    def persistent_load(self, key: Any) -> _Storage:
-        if type(key) is not tuple or len(key) not in (5, 6):
-            raise ValueError(f"it asks for the external object {short(key)}")
-        kind, dtype, name, _, numel, *view = key
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(name) is not str or any(view):
-            raise ValueError(f"it asks for the external object {short(key)}")
-        if type(numel) is not int or numel < 0:
-            raise ValueError(f"storage {short(name)} has {short(numel)} numbers")
-        storage = _Storage(name, dtype, numel)
-        self.storages.setdefault(name, storage)
-        return storage
-
-    def load_reduce(self) -> None:
-        arguments, function = self.stack.pop(), self.stack[-1]
-        if isinstance(function, _ScriptClass):  # a named tuple
-            self.stack[-1] = _Unread("a tuple")
-        elif isinstance(function, _Function):
-            self._count_items(arguments)
-            self.stack[-1] = function.call(*arguments)
-        else:
-            raise ValueError(f"it calls a {type(function).__name__}")
-
-    def _count_items(self, arguments: Any) -> None:
-        """Refuse calls that are given, by a few bytes each, the same many items again and again."""
-        if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
-            raise ValueError(f"a call in it has over {MAX_ARGUMENTS} arguments")
-        self.items_given += sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple)))
-        if self.items_given > MAX_PICKLE:
-            raise ValueError(f"its calls are given over {MAX_PICKLE:,} items")
-
-    def load_newobj(self) -> None:
-        arguments, script_class = self.stack.pop(), self.stack.pop()
-        if not isinstance(script_class, _ScriptClass) or arguments != ():
-            raise ValueError(f"it makes an object of a {type(script_class).__name__}")
-        self.append(_ScriptObject(script_class))
-
-    def load_build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _ScriptObject):
-            target.state = state
-        elif not isinstance(target, (dict, _Unread)):  # attributes of those are no matter
-            raise ValueError(f"it sets attributes of a {type(target).__name__}")
-
-    dispatch |= {
-        pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.BUILD[0]: load_build,
-    }
-
-
-def _unpickle(file: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
-    """What a pickle holds, and the storages that it asks for, by key."""
-    unpickler = _TensorUnpickler(file, encoding="utf-8")
-    try:
-        return unpickler.load(), unpickler.storages
-    except (MemoryError, _AskedFor, EOFError):
-        raise
-    except Exception as error:  # a broken pickle raises whatever its broken part means
-        raise ValueError(cut(error) if isinstance(error, ValueError) else type(error).__name__) from None
-
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -279,7 +78,7 @@ class _Archive:
         self._root = entries[0].filename.removesuffix("data.pkl")
         if self._entry("byteorder", default=b"little") != b"little":
             raise ValueError("its numbers have the byte order of another machine")
-        self.content, _ = _unpickle(io.BytesIO(self._entry("data.pkl")))
+        self.content, _ = load_tensor_pickle(io.BytesIO(self._entry("data.pkl")))
 
     def _entry(self, name: str, limit: int = MAX_PICKLE, default: bytes | None = None) -> bytes:
         try:
@@ -290,7 +89,8 @@ class _Archive:
             return default
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > limit:
             raise ValueError(
-                f"{short(name)} in it is larger than {limit:,} bytes or packed by a method that torch does not use"
+                f"{short_repr(name)} in it is larger than {limit:,} bytes or packed by a method that torch does not "
+                "use"
             )
         with self._zip.open(info) as entry:
             data = entry.read(limit + 1)  # `zipfile` gives no more than what it says
@@ -330,16 +130,16 @@ class _LegacyFile:
         self._file = file
         pickles = io.BytesIO(file.read(3 * MAX_PICKLE // 2))
         try:
-            known = _unpickle(pickles)[0] == LEGACY_MAGIC
+            known = load_tensor_pickle(pickles)[0] == LEGACY_MAGIC
         except (ValueError, EOFError):
             known = False
         if not known:
             raise ValueError("its first bytes are not those of torch.save")
-        (_, _), (system, _) = _unpickle(pickles), _unpickle(pickles)
+        (_, _), (system, _) = load_tensor_pickle(pickles), load_tensor_pickle(pickles)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ValueError("its numbers have the byte order of another machine")
-        self.content, self._storages = _unpickle(pickles)
-        self._keys, _ = _unpickle(pickles)
+        self.content, self._storages = load_tensor_pickle(pickles)
+        self._keys, _ = load_tensor_pickle(pickles)
         self._begin = pickles.tell()
 
     def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
@@ -351,7 +151,7 @@ class _LegacyFile:
             self._file.seek(end)
             (numel,) = struct.unpack("<q", self._file.read(8))
             if key not in self._storages or key in places or numel < 0:
-                raise ValueError(f"storage {short(key)} belongs to no tensor")
+                raise ValueError(f"storage {short_repr(key)} belongs to no tensor")
             begin = end + 8
             end = begin + numel * self._storages[key].dtype.itemsize
             if end > size:
@@ -375,7 +175,7 @@ def _declared(source: str) -> dict[str, set[str] | None]:
     return classes
 
 
-def _script_tensors(root: _ScriptObject, source_of: Callable[[str], str]) -> dict[str, Any]:
+def _script_tensors(root: ScriptObject, source_of: Callable[[str], str]) -> dict[str, Any]:
     """A TorchScript's parameters and buffers by name: what its `state_dict` would hold."""
     declared: dict[str, dict] = {}
     tensors, modules, count, code_size = {}, [("", root, 0)], 0, 0
@@ -392,14 +192,14 @@ def _script_tensors(root: _ScriptObject, source_of: Callable[[str], str]) -> dic
             continue
         names = declared[place][name]
         if names is None or not isinstance(module.state, dict):
-            raise _AskedFor(f"{place}.{name}.__setstate__")
+            raise AsksForCode(f"{place}.{name}.__setstate__")
         count += len(module.state)
         if count > MAX_ATTRIBUTES:
             raise ValueError("its modules have too many attributes")
         for key, value in module.state.items():
             if type(key) is not str or len(prefix) + len(key) > MAX_NAME:
-                raise ValueError(f"an attribute of a module is named {short(key)}, which is too long or no text")
-            if isinstance(value, _ScriptObject):
+                raise ValueError(f"an attribute of a module is named {short_repr(key)}, which is too long or no text")
+            if isinstance(value, ScriptObject):
                 modules.append((f"{prefix}{key}.", value, depth + 1))
             elif key in names and value is not None:
                 tensors[f"{prefix}{key}"] = value
@@ -422,11 +222,13 @@ def bare_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     bare = {}
     for name, value in checkpoint.items():
         if not isinstance(name, str):
-            raise ValueError(f"{short(name)} names weights: names are text, so save the state_dict alone.")
+            raise ValueError(f"{short_repr(name)} names weights: names are text, so save the state_dict alone.")
         parts = [part for part in name.split(".") if part != "_orig_mod"]
         bare_name = ".".join([*dropwhile("module".__eq__, parts[:-1]), *parts[-1:]])
         if bare_name in bare:
-            raise ValueError(f"{short(bare_name)} stands in it twice, once with a prefix: save the state_dict alone.")
+            raise ValueError(
+                f"{short_repr(bare_name)} stands in it twice, once with a prefix: save the state_dict alone."
+            )
         bare[bare_name] = value
     return bare
 
@@ -459,7 +261,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             file.seek(0)
             stored_file = (_Archive if is_zip else _LegacyFile)(file)
             content = stored_file.content
-            if isinstance(content, _ScriptObject):
+            if isinstance(content, ScriptObject):
                 content = _script_tensors(content, stored_file.source_of)
         if not isinstance(content, dict) or not content:
             raise ValueError(f"{path} holds no state dict: give a model's checkpoint.")
@@ -468,10 +270,10 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         for name, tensor in stored.items():
-            if not isinstance(tensor, _StoredTensor):
-                kind = tensor.kind if isinstance(tensor, _Unread) else f"a {type(tensor).__name__}"
+            if not isinstance(tensor, StoredTensor):
+                kind = tensor.kind if isinstance(tensor, NotRead) else f"a {type(tensor).__name__}"
                 raise ValueError(
-                    f"{path} holds no state dict: {short(name)} is {kind}, not a plain tensor. Save the model's "
+                    f"{path} holds no state dict: {short_repr(name)} is {kind}, not a plain tensor. Save the model's "
                     "state_dict alone, dense and not quantised."
                 )
         with _naming_file(path):
@@ -480,7 +282,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         begin, end = places[tensor.storage.key]
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride))
         if 0 not in tensor.shape and (last + 1) * tensor.dtype.itemsize > end - begin:
-            raise OSError(f"{path} is damaged: {short(name)} reaches beyond its storage; copy or download it again.")
+            raise OSError(
+                f"{path} is damaged: {short_repr(name)} reaches beyond its storage; copy or download it again."
+            )
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
     if total > SHARING * size:
         raise ValueError(
@@ -495,7 +299,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
 
 
-def _tensor(stored: _StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
+def _tensor(stored: StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=stored.dtype, device="cpu").set_(storage, stored.offset, stored.shape, stored.stride)
 
 
@@ -504,15 +308,15 @@ def _naming_file(path: str | os.PathLike) -> Iterator[None]:
     """Name the file in the errors raised inside, and say what to do."""
     try:
         yield
-    except _AskedFor as error:
+    except AsksForCode as error:
         raise ValueError(
-            f"{path} asks for {cut(error)}, which is neither a tensor nor a plain container; nothing in it was run: "
-            "get the file from those who published it, or save its state_dict alone."
+            f"{path} asks for {one_line(error)}, which is neither a tensor nor a plain container; nothing in it was "
+            "run: get the file from those who published it, or save its state_dict alone."
         ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, OSError) as error:
-        reason = f" ({cut(error)})" if str(error) else ""
+        reason = f" ({one_line(error)})" if str(error) else ""
         raise OSError(f"{path} is cut short or damaged{reason}: copy or download it again.") from None
     except (ValueError, OverflowError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is no PyTorch checkpoint ({cut(error)}): give a .pth file that torch.save wrote."
+            f"{path} is no PyTorch checkpoint ({one_line(error)}): give a .pth file that torch.save wrote."
         ) from None

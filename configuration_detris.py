@@ -1,10 +1,15 @@
 """Configuration of DETRIS: two frozen backbones, the adapters inside them and the head behind them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -22,55 +27,8 @@ MAX_IMAGE_SIZE = 4096  # pixels; the attention of DINOv2 grows with the fourth p
 MAX_LORA_ALPHA = 1_000_000
 MAX_LABELS = 1000  # transformers makes a dictionary of so many names, and DETRIS has none
 MAX_TEXT = 1000  # characters of a name or path
-MAX_MESSAGE = 300  # characters of another library's message
-
-
-@contextmanager
-def refusing(what: str):
-    """Turn whatever a broken input makes libraries raise inside into one ValueError that begins with `what`.
-
-    OSError and plain ValueError speak for themselves and pass through. Lack of memory says nothing about the input and
-    passes through too.
-    """
-    try:
-        yield
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        cause = error
-        while cause is not None:  # libraries raise errors of their own from others
-            if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":  # the latter is PyTorch's
-                raise cause from None
-            cause = cause.__cause__
-        if type(error) is ValueError:
-            raise
-        reason = " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
-        raise ValueError(f"{what}: {reason}") from error
-
-
-def check_values(values: Any, name: str = "") -> None:
-    """Refuse what no configuration can hold with a `ValueError` that names the field.
-
-    Args:
-        values: what a JSON file holds; mappings and lists are searched.
-        name: of the field that holds `values`.
-    """
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            if callable(getattr(PreTrainedConfig, str(key), None)):  # it would take the place of a method
-                raise ValueError(f"{key} is no field of a configuration: leave it out.")
-            check_values(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            check_values(value, name)
-    elif isinstance(values, float) and not math.isfinite(values):
-        raise ValueError(f"{name} is {values}: give a finite number.")
-    elif isinstance(values, str) and len(values) > MAX_TEXT:
-        raise ValueError(f"{name} has {len(values)} characters: give at most {MAX_TEXT}.")
-    elif isinstance(values, int) and abs(values) >= 2**63:
-        raise ValueError(f"{name} is a number of over 64 bits: give a smaller one.")
-    elif name.rpartition(".")[2] == "num_labels" and isinstance(values, int) and values > MAX_LABELS:
-        raise ValueError(f"{name} is {values}: DETRIS has no labels, so leave it out.")
+MAX_MESSAGE = 1_000  # characters of an error's message
+MAX_REASON = 300  # characters of another library's message within it
 
 
 def _with_value_errors(init: Callable) -> Callable:
@@ -78,7 +36,7 @@ def _with_value_errors(init: Callable) -> Callable:
 
     @wraps(init)
     def __init__(self, *args, **kwargs):
-        with refusing("The configuration cannot be used"):
+        with as_value_error("The configuration cannot be used"):
             init(self, *args, **kwargs)
 
     return __init__
@@ -221,7 +179,7 @@ class DetrisConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read `config.json` as `PreTrainedConfig` does, and refuse with a ValueError what is no configuration."""
-        with refusing(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
+        with as_value_error(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -312,14 +270,89 @@ class DetrisConfig(PreTrainedConfig):
             types = " or ".join(map(repr, MODEL_TYPES[name]))
             raise ValueError(f"{name}.model_type is {model_type!r}: give a config of {types}.")
 
-    def check_counts(self, tensors: int) -> None:
-        """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
-        for name, count in (
-            ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
-            ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
-            ("decoder_layers", self.decoder_layers),
-        ):
-            check_count(name, count, tensors)
+
+DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
+DetrisConfig.register_for_auto_class()
+
+__all__ = ["DetrisConfig"]
+
+
+# --- how wrong input is refused: what all files use ---------------------------------------------------------------
+
+
+@contextmanager
+def as_value_error(what: str) -> Iterator[None]:
+    """Turn whatever a broken input makes libraries raise inside into one ValueError that begins with `what`.
+
+    OSError and plain ValueError speak for themselves and pass through. Lack of memory says nothing about the input and
+    passes through too.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        if type(error) is ValueError:
+            raise
+        reason = one_line(error, MAX_REASON) or type(error).__name__
+        raise ValueError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def errors_begin_with(source: str | os.PathLike | None) -> Iterator[None]:
+    """Put the name of a folder or file in front of the ValueErrors that are raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def raise_if_out_of_memory(error: BaseException | None) -> None:
+    """Raise the MemoryError or torch.OutOfMemoryError that an error is, or comes from.
+
+    The first line of every broad `except`: want of memory must not be told as a broken file.
+    """
+    kinds = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+    while error is not None:
+        if isinstance(error, kinds):
+            raise error
+        error = error.__cause__
+
+
+def check_values(values: Any, name: str = "") -> None:
+    """Refuse what no configuration can hold with a `ValueError` that names the field.
+
+    Args:
+        values: what a JSON file holds; mappings and lists are searched.
+        name: of the field that holds `values`.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if callable(getattr(PreTrainedConfig, str(key), None)):  # it would take the place of a method
+                raise ValueError(f"{key} is no field of a configuration: leave it out.")
+            check_values(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_values(value, name)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{name} is {values}: give a finite number.")
+    elif isinstance(values, str) and len(values) > MAX_TEXT:
+        raise ValueError(f"{name} has {len(values)} characters: give at most {MAX_TEXT}.")
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise ValueError(f"{name} is a number of over 64 bits: give a smaller one.")
+    elif name.rpartition(".")[2] == "num_labels" and isinstance(values, int) and values > MAX_LABELS:
+        raise ValueError(f"{name} is {values}: DETRIS has no labels, so leave it out.")
+
+
+def check_counts(self, tensors: int) -> None:
+    """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
+    for name, count in (
+        ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
+        ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
+        ("decoder_layers", self.decoder_layers),
+    ):
+        check_count(name, count, tensors)
 
 
 def check_count(name: str, count: int, tensors: int) -> None:
@@ -328,7 +361,33 @@ def check_count(name: str, count: int, tensors: int) -> None:
         raise ValueError(f"{name} is {count}, but only {tensors} tensors are saved: get the files again.")
 
 
-DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
-DetrisConfig.register_for_auto_class()
+def short_repr(value: Any) -> str:
+    """`repr` for messages: what strangers wrote can be 10 MB long, or contain itself."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no numbers of thousands of digits
+        return "a number too long to print"
 
-__all__ = ["DetrisConfig"]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def one_line(message: Any, limit: int = MAX_MESSAGE) -> str:
+    """A message that can be printed on one line, at most `limit` characters of it."""
+    message = str(message)
+    line = " ".join(message[:limit].split()).encode("utf-8", "backslashreplace").decode()
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], line)
+    return line if max(len(message), len(line)) <= limit else line[:limit] + " …"
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """Refuse pipes, devices and folders with a ValueError: to read a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file.")
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """All that a file holds; raises ValueError if it is none, OSError if it cannot be read."""
+    require_regular(path)
+    return Path(path).read_bytes()

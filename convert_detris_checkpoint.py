@@ -36,8 +36,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters_detris import skeleton
 from checkpoint_files import bare_state_dict, read_tensors, require_file
-from configuration_detris import DetrisConfig, check_values, refusing
-from data.refer import cut, load_yaml, short
+from configuration_detris import DetrisConfig, as_value_error, check_values, one_line, short_repr
+from data.refer import load_yaml
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from official_layout import (
@@ -113,7 +113,7 @@ def _plain(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
             kind = "an empty tensor"
         else:
             continue
-        raise ValueError(f"{short(name)} is {kind}: save the model's state_dict alone, dense and not quantised.")
+        raise ValueError(f"{short_repr(name)} is {kind}: save the model's state_dict alone, dense and not quantised.")
     return tensors
 
 
@@ -125,7 +125,7 @@ def _check_depths(config: DetrisConfig) -> None:
         ("decoder_layers", config.decoder_layers),
     ):
         if depth > MAX_LAYERS:
-            raise ValueError(f"{field} is {short(depth)}: no DETRIS has more than {MAX_LAYERS}.")
+            raise ValueError(f"{field} is {short_repr(depth)}: no DETRIS has more than {MAX_LAYERS}.")
 
 
 def _checked(
@@ -149,7 +149,7 @@ def _checked(
     if missing or unexpected:
         raise ValueError(
             f"{what}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} "
-            f"are too many ({cut(', '.join(unexpected[:3])) or 'none'}). {remedy}"
+            f"are too many ({one_line(', '.join(unexpected[:3])) or 'none'}). {remedy}"
         )
     expected = make_expected()
     wrong = [name for name, tensor in expected.items() if tensors[name].shape != tensor.shape]
@@ -302,16 +302,16 @@ def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConf
     """The configuration with some fields as a recipe has them."""
     known = {field.name for field in dataclasses.fields(config)}
     if not isinstance(fields, Mapping) or not fields.keys() <= known | {"model_type"}:
-        raise ValueError(f"{name} is {short(fields)}: give a mapping of fields that {type(config).__name__} has.")
+        raise ValueError(f"{name} is {short_repr(fields)}: give a mapping of fields that {type(config).__name__} has.")
     for field in ("model_type", "num_hidden_layers"):
         found = getattr(config, field)
         if fields.get(field, found) != found:
-            raise ValueError(f"{name}.{field} is {short(fields[field])}, but the checkpoint has {found}.")
+            raise ValueError(f"{name}.{field} is {short_repr(fields[field])}, but the checkpoint has {found}.")
     return _made(type(config), name, config.to_dict() | fields)
 
 
 def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
-    with refusing(f"{name} has a field of a wrong type"):
+    with as_value_error(f"{name} has a field of a wrong type"):
         check_values(fields, name)
         return config_class(**fields)
 
@@ -443,7 +443,7 @@ def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor
         raise
     except Exception as error:  # `tokenizers` raises no other for broken files
         raise OSError(
-            f"The tokenizer {tokenizer_name} cannot be read ({cut(error)}): give the Hub id or folder of CLIP's."
+            f"The tokenizer {tokenizer_name} cannot be read ({one_line(error)}): give the Hub id or folder of CLIP's."
         ) from error
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
@@ -478,7 +478,7 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
     try:
         tensors = load_file(weights)  # which maps the file: a model would copy it
     except SafetensorError as error:
-        raise OSError(f"{weights} is cut short or damaged ({cut(error)}): save or download it again.") from None
+        raise OSError(f"{weights} is cut short or damaged ({one_line(error)}): save or download it again.") from None
     try:
         official = convert_to_official(tensors, config)
     except ValueError as error:
@@ -497,7 +497,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no recipe: give a file such as those in configs/.")
     for name, kind in (("dataset", str), ("image_size", int), ("max_text_length", int)):
         if recipe.get(name) is not None and type(recipe[name]) is not kind:
-            raise ValueError(f"{path}: {name} is {short(recipe[name])}, but it must be of type {kind.__name__}.")
+            raise ValueError(f"{path}: {name} is {short_repr(recipe[name])}, but it must be of type {kind.__name__}.")
     if not all(isinstance(name, str) for name in recipe.get("model_config", {})):
         raise ValueError(f"{path}: model_config names its fields by text only.")
     return recipe

@@ -78,7 +78,7 @@ try:
         shapes_of,
         skeleton,
     )
-    from .configuration_detris import DetrisConfig, check_count, check_values, refusing
+    from .configuration_detris import DetrisConfig, as_value_error, check_count, check_values, errors_begin_with
 except ImportError:
     if __package__:
         raise
@@ -106,7 +106,7 @@ except ImportError:
         shapes_of,
         skeleton,
     )
-    from configuration_detris import DetrisConfig, check_count, check_values, refusing
+    from configuration_detris import DetrisConfig, as_value_error, check_count, check_values, errors_begin_with
 
 
 # Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
@@ -217,15 +217,6 @@ def _commit_of(source: str, revision: str | None) -> str | None:
 
 def _place_of(source: str | os.PathLike) -> str:
     return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
-
-
-@contextmanager
-def _naming(source: str | os.PathLike | None) -> Iterator[None]:
-    """Put the name of the folder in front of ValueErrors that are raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def _require_folder(source: str | os.PathLike | None) -> None:
@@ -594,7 +585,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             raise TypeError(f"save_pretrained takes no {', '.join(sorted(upload))} without push_to_hub: leave it out.")
         if not is_main_process:
             return
-        with _naming("The model cannot be saved"):
+        with errors_begin_with("The model cannot be saved"):
             check_finite(self.state_dict() if state_dict is None else state_dict)
         self._enter_auto_map()
         kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
@@ -665,7 +656,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             tensors = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
             }
-        with _naming("The adapters cannot be saved"):
+        with errors_begin_with("The adapters cannot be saved"):
             check_finite(tensors)
         adapter_config = copy.copy(self.peft_config[adapter_name])
         adapter_config.modules_to_save = list(HEAD_MODULES)
@@ -783,7 +774,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 raise OSError(f"{path} is missing: save or download {source} again.")
         names = {field.name for field in fields(cls.config_class)} - {"dtype"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        with _naming(source), refusing("its configuration cannot be used"):
+        with errors_begin_with(source), as_value_error("its configuration cannot be used"):
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
 
     @classmethod
@@ -805,16 +796,16 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         shapes = shapes_of(kwargs.get("state_dict") or {})
         shapes = shapes or (saved_shapes(source, names, **hub_kwargs) if source is not None else {})
         if shapes:  # or else transformers says which file is missing
-            with _naming(source):
+            with errors_begin_with(source):
                 config.check_counts(len(shapes))
                 check_shapes(shapes, shapes_of(skeleton(cls, config).state_dict()))
-        with _naming(source), refusing("it cannot be loaded"):
+        with errors_begin_with(source), as_value_error("it cannot be loaded"):
             model = super().from_pretrained(source, *args, config=config, **kwargs)
         _refuse_several_devices(getattr(model, "hf_device_map", None))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(f"{source}: max_memory is too little for the model, which is not divided: leave it out.")
         _align(model)
-        with _naming(source):
+        with errors_begin_with(source):
             check_finite(model.state_dict())
         # Loading makes every parameter trainable.
         model._set_trainable()
@@ -867,7 +858,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 f"The backbones of {source}, {config.vision_backbone} and {config.text_backbone}, cannot be read: if "
                 f"they lie elsewhere, give vision_backbone= and text_backbone=. ({' '.join(str(error).split())})"
             ) from error
-        with _naming(source):
+        with errors_begin_with(source):
             config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
             # Before memory is taken for what the configurations say.
             adapter_config = cls._read_adapter_config(source, hub_kwargs)
@@ -964,7 +955,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
             if config.get("model_type") == DetrisConfig.model_type:
                 return cls._backbone_of_whole(source, part, hub_kwargs)
             model = cls._read_saved_backbone(source, part, config, quantization_config, hub_kwargs)
-        with _naming(source):
+        with errors_begin_with(source):
             check_finite(model.state_dict())
         return model
 
@@ -1005,14 +996,14 @@ class DetrisForReferringSegmentation(PreTrainedModel):
                 "model for text."
             )
         config_class, model_class = classes[config["model_type"]]
-        with refusing(f"The config.json of {source} cannot be used"):
+        with as_value_error(f"The config.json of {source} cannot be used"):
             check_values(config)
             backbone_config = config_class.from_pretrained(source, **hub_kwargs)
         # Before memory is taken for what the configuration says. Names may be those of older versions: transformers
         # knows them, so only the numbers are compared here.
         shapes = saved_shapes(source, WEIGHT_FILES, **hub_kwargs)
         if shapes:
-            with _naming(source):
+            with errors_begin_with(source):
                 check_count("num_hidden_layers", backbone_config.num_hidden_layers, len(shapes))
                 asked = sum(map(math.prod, shapes_of(skeleton(model_class, backbone_config).state_dict()).values()))
                 held = sum(map(math.prod, shapes.values()))
@@ -1090,7 +1081,7 @@ class DetrisForReferringSegmentation(PreTrainedModel):
         except Exception as error:
             if present is None:
                 discard_adapters(self, [adapter_name], active)
-            with _naming(peft_model_id), refusing("its adapters cannot be added"):
+            with errors_begin_with(peft_model_id), as_value_error("its adapters cannot be added"):
                 raise error
         set_peft_model_state_dict(self, tensors, adapter_name)
         self.train(self.training)  # new modules start in training mode

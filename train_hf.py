@@ -53,7 +53,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import is_bitsandbytes_available
 
-from configuration_detris import DetrisConfig
+from configuration_detris import DetrisConfig, one_line, raise_if_out_of_memory, short_repr
 from convert_detris_checkpoint import make_processor
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import STORED, SUMMARY, require_whole
@@ -63,19 +63,16 @@ from data.refer import (
     MAX_PHRASE,
     SOURCES,
     RleMask,
-    cut,
     image_format,
     instead_of_lmdb,
     is_int64,
     load_refer,
     load_yaml,
     mask_size,
-    raise_if_memory_is_short,
     require_columns,
     require_regular_files,
     require_rows,
     run_lengths,
-    short,
 )
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
@@ -117,7 +114,7 @@ def _from_json(value: dict | str | None, name: str) -> dict:
     try:
         value = json.loads(value) if isinstance(value, str) else {} if value is None else value
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is {short(value)}, which is not valid JSON ({error}).") from None
+        raise ValueError(f"{name} is {short_repr(value)}, which is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
@@ -384,8 +381,8 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
             for rows in splits.values():
                 rows.data.validate(full=True)  # Arrow itself follows offsets out of its memory
         except pa.ArrowException as error:
-            raise_if_memory_is_short(error)
-            raise OSError(f"{name} is broken ({cut(error)}): save or copy it again.") from error
+            raise_if_out_of_memory(error)
+            raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
     elif args.data_root is None:
         raise ValueError(
             f"The data set {name!r} is neither 'shapes' nor a folder: for a REFER data set such as 'refcoco/unc', "
@@ -410,12 +407,12 @@ def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> data
         try:
             return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
-            raise_if_memory_is_short(error)
+            raise_if_out_of_memory(error)
             for split, paths in (files or parquet_files(name)).items():
                 if not len(StreamedRows(paths)):  # says which file's footer is broken, as `datasets` does not
                     raise ValueError(f"Split {split!r} of {name} has no rows: prepare the data set anew.") from error
             raise OSError(
-                f"{name} cannot be read ({cut(error.__cause__ or error)}): prepare the data set anew."
+                f"{name} cannot be read ({one_line(error.__cause__ or error)}): prepare the data set anew."
             ) from error
 
 
@@ -443,7 +440,7 @@ def _undecoded(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
                 except (pa.ArrowException, TypeError, ValueError) as error:
                     raise ValueError(
                         f"Column {column!r} in split {split!r} of {name} is not what data/README.md describes "
-                        f"({cut(error)}): prepare the data set anew."
+                        f"({one_line(error)}): prepare the data set anew."
                     ) from error
         require_rows(where, rows)
         undecoded[split] = rows
@@ -590,11 +587,11 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
         if pixels is None:
             pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
     except Exception as error:  # Pillow's decoders raise many types
-        raise_if_memory_is_short(error)
+        raise_if_out_of_memory(error)
         other = image_format(io.BytesIO(content)) if isinstance(error, UnidentifiedImageError) else ""
         if other:
             raise OSError(f"{name} cannot be read (it is {other}); convert it to JPEG or PNG.") from error
-        raise OSError(f"{name} cannot be read ({cut(error)}): restore the file or leave the row out.") from error
+        raise OSError(f"{name} cannot be read ({one_line(error)}): restore the file or leave the row out.") from error
     size = header.size[::-1] if upright else pixels.size[::-1]
     with _naming(row):
         found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
@@ -612,10 +609,10 @@ def _naming(row: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # strangers' rows can make libraries raise anything
-        raise_if_memory_is_short(error)
+        raise_if_out_of_memory(error)
         raise ValueError(
-            f"The row with ref_id {short(row['ref_id'])} cannot be read ({cut(error)}): get or prepare its data set "
-            "again, or leave the row out."
+            f"The row with ref_id {short_repr(row['ref_id'])} cannot be read ({one_line(error)}): get or prepare its "
+            "data set again, or leave the row out."
         ) from error
 
 
@@ -624,7 +621,7 @@ def read_phrases(row: dict) -> list[str]:
     with _naming(row):
         phrases = row["sentences"]
         if not phrases or not all(phrase.strip() and len(phrase) <= MAX_PHRASE for phrase in phrases):
-            raise ValueError(f"its phrases are {short(phrases)}")
+            raise ValueError(f"its phrases are {short_repr(phrases)}")
         if not is_int64(row["ref_id"]):
             raise ValueError("its ref_id is no whole number")
         return phrases

@@ -32,13 +32,13 @@ from datasets.utils import tqdm
 from huggingface_hub import DatasetCardData
 from pycocotools import mask as coco_mask
 
+from configuration_detris import one_line, raise_if_out_of_memory
+
 from .check import PUBLISHED
 from .refer import (
     FEATURES,
     RleMask,
-    cut,
     load_json,
-    raise_if_memory_is_short,
     require_records,
     require_regular_files,
     skipped,
@@ -184,9 +184,9 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
             _records.check(row)
             rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
         except Exception as error:
-            raise_if_memory_is_short(error)
+            raise_if_out_of_memory(error)
             if not isinstance(error, OSError | ValueError):  # no reader foresees all that a stranger's file can raise
-                error = ValueError(f"{_records.refs}, entry {index}: it cannot be read ({cut(repr(error))}).")
+                error = ValueError(f"{_records.refs}, entry {index}: it cannot be read ({one_line(repr(error))}).")
             if strict:
                 raise error
             problems.append({"record": index, "reason": str(error)})

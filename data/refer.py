@@ -4,17 +4,12 @@ A row is one referred object: an image, the object's mask and every phrase writt
 registers the mask's feature type with `datasets`, so it must be imported before saved rows are loaded again.
 """
 
-import copyreg
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-import pickle
 import re
-import reprlib
-import sys
 import warnings
 from array import array
 from collections import Counter, defaultdict
@@ -33,6 +28,9 @@ import yaml
 from datasets.features.features import register_feature
 from datasets.table import array_cast
 from pycocotools import mask as coco_mask
+
+from configuration_detris import one_line, raise_if_out_of_memory, read_regular, require_regular, short_repr
+from untrusted_pickles import load_plain_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"
 EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of a phrase; of all of an object
 MAX_NAME, MAX_SPLIT = 4_096, 200  # characters of a category or file name; bytes of a split's name
-MAX_MESSAGE = 1_000  # characters
 MAX_YAML = 100_000  # bytes; the recipes in configs/ have 2,000
 RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
 
@@ -154,100 +151,6 @@ def require_rows(where: str, rows: datasets.Dataset) -> None:
                 f"{remedy}."
             )
     check_ref_ids(where, ref_ids)
-
-
-def raise_if_memory_is_short(error: BaseException | None) -> None:
-    """Raise the MemoryError or torch.OutOfMemoryError that an error is, or comes from.
-
-    The first line of every broad `except`: want of memory must not be told as a broken file.
-    """
-    kinds = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
-    while error is not None:
-        if isinstance(error, kinds):
-            raise error
-        error = error.__cause__
-
-
-KEYS = (str, int, float, bool, type(None))  # of a dictionary
-MAX_KEY = 2**60  # Python's hashes of integers below differ
-PLAIN_OPCODES = set(
-    "PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE "
-    "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS "
-    # These ask for what is refused by its name.
-    "GLOBAL STACK_GLOBAL INST EXT1 EXT2 EXT4 PERSID BINPERSID".split()
-)
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Builds containers, strings and numbers; refuses by name everything a pickle would have to import.
-
-    It is Python's own and not C's, which makes room for as many objects as the largest number that a pickle gives one:
-    20 bytes could take gigabytes. RefCOCO's refs take 3 seconds. Tuples, of which refs have none, are refused as well,
-    and so are large integers as keys: hashing tuples in one another overflows the stack, and many integers of the same
-    hash take for ever.
-    """
-
-    dispatch = {
-        code[0]: pickle._Unpickler.dispatch[code[0]] for name, code in vars(pickle).items() if name in PLAIN_OPCODES
-    }
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items(self.stack[-1], [(key, value)])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self.set_items(self.stack[-1], zip(items[::2], items[1::2], strict=True))
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.append(self.set_items({}, zip(items[::2], items[1::2], strict=True)))
-
-    def load_put(self) -> None:
-        self.set_items(self.memo, [(int(self.readline()[:-1]), self.stack[-1])])
-
-    @staticmethod
-    def set_items(target: Any, items: Iterable[tuple[Any, Any]]) -> dict:
-        if type(target) is not dict:
-            raise ValueError(f"it sets items of a {type(target).__name__}")
-        for key, value in items:
-            if type(key) not in KEYS or type(key) is int and not -MAX_KEY < key < MAX_KEY:
-                raise ValueError(f"it has a {type(key).__name__} {short(key)} as a dictionary's key")
-            target[key] = value
-        return target
-
-    dispatch |= {
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.PUT[0]: load_put,
-    }
-
-    def find_class(self, module: str, name: str):
-        raise ValueError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, key: Any):
-        raise ValueError(f"it asks for the external object {short(key)}")
-
-
-def load_plain_pickle(path: str | os.PathLike) -> Any:
-    """Read a pickle from strangers, Python 2's included, without running anything in it.
-
-    Raises:
-        ValueError: the file is broken, or holds anything but lists, dictionaries, strings and numbers.
-    """
-    copyreg.clear_extension_cache()  # objects cached there would be handed out without asking `find_class`
-    file = io.BytesIO(read_regular(path))  # which makes room for no more bytes than there are
-    try:
-        return PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a broken pickle raises whatever its broken part means
-        raise_if_memory_is_short(error)
-        reason = "it holds something else" if isinstance(error, KeyError) else cut(error)  # of opcodes
-        raise ValueError(
-            f"{path} is not a pickle of lists, dictionaries, strings and numbers ({reason}); nothing in it was "
-            "run, get the file again from where the data set was published."
-        ) from error
 
 
 class Records:
@@ -421,8 +324,8 @@ def refer_files(
     if images is None and not known or not (REFER_NAME.fullmatch(dataset) and REFER_NAME.fullmatch(split_by)):
         names = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
         raise ValueError(
-            f"There is no data set {short(dataset)} split by {short(split_by)}; known are {names}, and any other "
-            "folder in the root of which `images` says where its images are."
+            f"There is no data set {short_repr(dataset)} split by {short_repr(split_by)}; known are {names}, and any "
+            "other folder in the root of which `images` says where its images are."
         )
     root = Path(root).absolute()
     refs = f"grefs({split_by}).json" if dataset == "grefcoco" else f"refs({split_by}).p"
@@ -447,23 +350,11 @@ def instead_of_lmdb(root: str | os.PathLike | None) -> str:
     )
 
 
-def require_regular(path: str | os.PathLike) -> None:
-    """Refuse pipes, devices and folders with a ValueError: to read a pipe would wait for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is no regular file.")
-
-
 def require_regular_files(folder: str | os.PathLike) -> None:
     """Refuse a folder that holds, at any depth, what `require_regular` refuses or links to nothing."""
     for path in Path(folder).rglob("*"):
         if not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is no regular file.")
-
-
-def read_regular(path: str | os.PathLike) -> bytes:
-    """All that a file holds; raises ValueError if it is none, OSError if it cannot be read."""
-    require_regular(path)
-    return Path(path).read_bytes()
 
 
 def require_inside(path: str | os.PathLike, *folders: Path) -> None:
@@ -487,9 +378,9 @@ def file_inside(folder: Path, name: str, *homes: Path) -> str:
     """
     parts = Path(checked_text(name, "the file name", MAX_NAME)).parts
     if not parts or os.path.isabs(name) or ".." in parts:
-        raise ValueError(f"{short(name)} is not inside {folder}.")
+        raise ValueError(f"{short_repr(name)} is not inside {folder}.")
     if "::" in name or "://" in name:  # `datasets` opens only what stands before or behind
-        raise ValueError(f"{short(name)} would be taken for an address; rename it without '::' and '://'.")
+        raise ValueError(f"{short_repr(name)} would be taken for an address; rename it without '::' and '://'.")
     path = os.fspath(folder)
     for part in parts:
         path = os.path.join(path, part)
@@ -558,8 +449,8 @@ def load_yaml(path: str | os.PathLike) -> Any:
     try:
         return yaml.load(content.decode(), _LoaderWithoutAliases)
     except Exception as error:  # PyYAML raises many types where a value does not fit its tag
-        raise_if_memory_is_short(error)
-        raise ValueError(f"{path} is not YAML ({cut(error)}): correct it there.") from error
+        raise_if_out_of_memory(error)
+        raise ValueError(f"{path} is not YAML ({one_line(error)}): correct it there.") from error
 
 
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
@@ -575,7 +466,7 @@ def read_instances(path: Path) -> dict[str, dict[int, dict]]:
             key: {record["id"]: record for record in instances[key]} for key in ("images", "annotations", "categories")
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO annotation file ({cut(repr(error))}).") from error
+        raise ValueError(f"{path} is not a COCO annotation file ({one_line(repr(error))}).") from error
 
 
 def _pack_polygons(record: dict) -> dict:
@@ -615,13 +506,13 @@ def read_row(
         for annotation in annotations:
             if annotation["image_id"] != image["id"]:
                 raise ValueError(
-                    f"ann_id {short(annotation['id'])} is of image {short(annotation['image_id'])}, "
-                    f"not {short(image['id'])}."
+                    f"ann_id {short_repr(annotation['id'])} is of image {short_repr(annotation['image_id'])}, "
+                    f"not {short_repr(image['id'])}."
                 )
         if several:
             annotations = [annotation for annotation in annotations if not annotation.get("iscrowd")]
         if not annotations and not no_target:
-            raise ValueError(f"the ann_ids {short(ann_ids)} name no object; for no target give [{NO_TARGET}].")
+            raise ValueError(f"the ann_ids {short_repr(ann_ids)} name no object; for no target give [{NO_TARGET}].")
         categories = {_record(instances["categories"], "category_id", key)["name"] for key in category_ids}
         masks = [part for annotation in annotations for part in _parts(annotation["segmentation"])]
         boxes = [checked_bbox(annotation["bbox"], annotation["id"]) for annotation in annotations]
@@ -668,17 +559,17 @@ def make_row(
     if not phrases:
         raise ValueError("there are no phrases; write at least one.")
     if not all(phrases):
-        raise ValueError(f"one of the phrases {short(phrases)} is empty; write it or remove it.")
+        raise ValueError(f"one of the phrases {short_repr(phrases)} is empty; write it or remove it.")
     # It becomes a folder's name when the rows are saved.
     if not isinstance(split, str) or not re.fullmatch(r"\w{1,64}", split) or len(split.encode()) > MAX_SPLIT:
-        raise ValueError(f"{short(split)} cannot name a split; use letters and digits.")
+        raise ValueError(f"{short_repr(split)} cannot name a split; use letters and digits.")
     for name, number in (("ref_id", ref_id), ("ann_id", ann_id), ("image_id", image_id)):
         if not is_int64(number):
-            raise ValueError(f"{name} is {short(number)}; give a whole number of 64 bits.")
+            raise ValueError(f"{name} is {short_repr(number)}; give a whole number of 64 bits.")
     if not all(type(side) is int and 0 < side <= MAX_SIDE for side in size) or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
-            f"image_id {image_id} is recorded as {short(size[0])} x {short(size[1])} pixels; a side has at most "
-            f"{MAX_SIDE:,} and an image {MAX_PIXELS:,}."
+            f"image_id {image_id} is recorded as {short_repr(size[0])} x {short_repr(size[1])} pixels; a side has at "
+            f"most {MAX_SIDE:,} and an image {MAX_PIXELS:,}."
         )
     if mask is None:
         mask = {"size": list(size), "counts": [size[0] * size[1]]}
@@ -703,7 +594,9 @@ def checked_bbox(bbox: list[float], ann_id: int) -> list[float]:
         or len(bbox) != 4
         or not all(type(side) in (int, float) and math.isfinite(side) for side in bbox)
     ):
-        raise ValueError(f"ann_id {short(ann_id)} has the bbox {short(bbox)}; give x, y, width and height in pixels.")
+        raise ValueError(
+            f"ann_id {short_repr(ann_id)} has the bbox {short_repr(bbox)}; give x, y, width and height in pixels."
+        )
     return [float(side) for side in bbox]
 
 
@@ -717,7 +610,7 @@ def _box_around(boxes: list[list[float]]) -> list[float]:
 
 def _record(records: dict[int, dict], name: str, key: int) -> dict:
     if key not in records:
-        raise ValueError(f"{name} {short(key)} is not in instances.json; take both files from the same release.")
+        raise ValueError(f"{name} {short_repr(key)} is not in instances.json; take both files from the same release.")
     return records[key]
 
 
@@ -727,49 +620,29 @@ def naming(where: str, format_name: str = "REFER") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: {cut(error)}") from error
+        raise FileNotFoundError(f"{where}: {one_line(error)}") from error
     except OSError as error:
-        raise OSError(f"{where}: {cut(error)}") from error
+        raise OSError(f"{where}: {one_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {cut(error)}") from error
+        raise ValueError(f"{where}: {one_line(error)}") from error
     except KeyError as error:
-        reason = f"a field is missing ({cut(error)}); see data/README.md for what {format_name} has"
+        reason = f"a field is missing ({one_line(error)}); see data/README.md for what {format_name} has"
         raise ValueError(f"{where}: {reason}.") from error
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f"a field is missing or not of {format_name}'s type ({cut(repr(error))})."
+        reason = f"a field is missing or not of {format_name}'s type ({one_line(repr(error))})."
         raise ValueError(f"{where}: {reason}") from error
-
-
-def short(value: Any) -> str:
-    """`repr` for messages: what strangers wrote can be 10 MB long, or contain itself."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python prints no numbers of thousands of digits
-        return "a number too long to print"
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-
-
-def cut(message: Any) -> str:
-    """A message that can be printed on one line, at most `MAX_MESSAGE` characters of it."""
-    message = str(message)
-    line = " ".join(message[:MAX_MESSAGE].split()).encode("utf-8", "backslashreplace").decode()
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], line)
-    return line if max(len(message), len(line)) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
 
 
 def checked_text(value: str, name: str, limit: int) -> str:
     """The value, if it is text that Arrow can store; ValueError if not."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {short(value)}; give text.")
+        raise ValueError(f"{name} is {short_repr(value)}; give text.")
     if len(value) > limit:
         raise ValueError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} {short(value)} holds half a character; write it as Unicode text.") from error
+        raise ValueError(f"{name} {short_repr(value)} holds half a character; write it as Unicode text.") from error
     return value
 
 
@@ -826,8 +699,8 @@ def opened_image(
             raise OSError(f"{what} {path} cannot be read (it is {other}); convert it to {wanted}.") from error
         raise OSError(f"{what} {path} cannot be read (it is no {wanted}); copy or download it again.") from error
     except Exception as error:  # Pillow's decoders raise many types
-        raise_if_memory_is_short(error)
-        raise OSError(f"{what} {path} cannot be read ({cut(error)}); copy or download it again.") from error
+        raise_if_out_of_memory(error)
+        raise OSError(f"{what} {path} cannot be read ({one_line(error)}); copy or download it again.") from error
 
 
 def image_format(file: BinaryIO) -> str:
@@ -842,7 +715,7 @@ def image_format(file: BinaryIO) -> str:
         with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
             return image.format
     except Exception as error:  # Pillow's decoders raise many types
-        raise_if_memory_is_short(error)
+        raise_if_out_of_memory(error)
         return ""
 
 
@@ -901,10 +774,12 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
             corners = np.empty(0)
         # Corners may lie outside the image by its own size. Two corners would be taken for a box.
         if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
-            raise ValueError(f"{name}: {short(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
+            raise ValueError(f"{name}: {short_repr(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
         outline += np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1).sum()
         if outline > MAX_OUTLINE:
-            raise ValueError(f"{name}: the outline of {short(parts)} is over {MAX_OUTLINE:,} pixels long; none is.")
+            raise ValueError(
+                f"{name}: the outline of {short_repr(parts)} is over {MAX_OUTLINE:,} pixels long; none is."
+            )
         runs += coco_mask.frPyObjects([corners.tolist()], *size)
     return RleMask().encode_example(coco_mask.merge(runs))
 
@@ -913,7 +788,7 @@ def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
     height, width = size
     if tuple(rle["size"]) != size:
         raise ValueError(
-            f"{name}: the mask is {short(rle['size'])}, but its image is {[height, width]} (height, width)."
+            f"{name}: the mask is {short_repr(rle['size'])}, but its image is {[height, width]} (height, width)."
         )
     with naming(name):
         lengths = run_lengths(rle)
@@ -941,12 +816,12 @@ def run_lengths(rle: dict) -> np.ndarray:
     size, counts = mask_size(rle), rle["counts"]
     if isinstance(counts, list):
         if not all(type(length) is int and 0 <= length <= MAX_PIXELS for length in counts):
-            raise ValueError(f"the mask's runs {short(counts)} are no numbers of pixels.")
+            raise ValueError(f"the mask's runs {short_repr(counts)} are no numbers of pixels.")
         lengths = np.asarray(counts, dtype=np.int64)
     else:
         lengths = _decompressed(counts if isinstance(counts, bytes) else counts.encode())
         if lengths is None or (lengths < 0).any():
-            raise ValueError(f"the mask's runs {short(counts)} are not COCO's compressed counts.")
+            raise ValueError(f"the mask's runs {short_repr(counts)} are not COCO's compressed counts.")
     total, pixels = int(lengths.sum()), size[0] * size[1]
     if total != pixels:
         raise ValueError(
@@ -961,7 +836,7 @@ def mask_size(rle: dict) -> tuple[int, int]:
         raise ValueError("the mask is null; give an empty mask where nothing answers to the phrases")
     size = rle["size"]
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"the mask's size is {short(size)}; give its height and width in pixels.")
+        raise ValueError(f"the mask's size is {short_repr(size)}; give its height and width in pixels.")
     return tuple(size)
 
 

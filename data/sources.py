@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
+from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
+
 from .refer import (
     COCO_IMAGES,
     NO_TARGET,
@@ -22,7 +24,6 @@ from .refer import (
     ReferFiles,
     ReferRecords,
     RleMask,
-    cut,
     file_inside,
     image_size,
     instead_of_lmdb,
@@ -31,12 +32,9 @@ from .refer import (
     make_row,
     naming,
     opened_image,
-    raise_if_memory_is_short,
-    read_regular,
     read_row,
     require,
     require_inside,
-    short,
 )
 
 KINDS = ("refer", "cris", "hub_table", "folder")
@@ -151,7 +149,7 @@ class CrisRecords(Records):
         with naming(f"{file}, entry {number}", "CRIS"):
             ref_id, img_name = item["segment_id"], item["img_name"]
             if not is_int64(ref_id):
-                raise ValueError(f"segment_id is {short(ref_id)}; give a whole number of 64 bits.")
+                raise ValueError(f"segment_id is {short_repr(ref_id)}; give a whole number of 64 bits.")
             image = file_inside(self.images, img_name, self._root)
             size = image_size(image, self.layout)
             mask = file_inside(self._root, f"masks/{self.name}/{ref_id}.png")
@@ -172,7 +170,7 @@ class CrisRecords(Records):
     @staticmethod
     def _category(position: int) -> str:
         if not is_int64(position) or not 0 <= position < len(COCO_CATEGORIES):
-            raise ValueError(f"cat is {short(position)}; give one of COCO's 80 categories, from 0.")
+            raise ValueError(f"cat is {short_repr(position)}; give one of COCO's 80 categories, from 0.")
         return list(COCO_CATEGORIES.values())[position]
 
 
@@ -211,8 +209,10 @@ class HubTableRecords(Records):
         try:
             table = pa.concat_tables(tables, promote_options="default")
         except pa.ArrowException as error:
-            raise_if_memory_is_short(error)
-            raise ValueError(f"{root}: its tables are not of one kind ({cut(error)}); download them again.") from error
+            raise_if_out_of_memory(error)
+            raise ValueError(
+                f"{root}: its tables are not of one kind ({one_line(error)}); download them again."
+            ) from error
         self._rows = datasets.Dataset(table.replace_schema_metadata(None))
         super().__init__(name, root, images, files)
         self._categories = {number: {"name": category} for number, category in COCO_CATEGORIES.items()}
@@ -226,8 +226,10 @@ class HubTableRecords(Records):
                     raise ValueError(f"the columns {', '.join(sorted(missing))} are missing")
                 return parquet.read(columns=HUB_COLUMNS)
         except Exception as error:  # Arrow's extension types run code of many libraries
-            raise_if_memory_is_short(error)
-            raise ValueError(f"{file} is no table like jxu124/refcoco ({cut(error)}); download it again.") from error
+            raise_if_out_of_memory(error)
+            raise ValueError(
+                f"{file} is no table like jxu124/refcoco ({one_line(error)}); download it again."
+            ) from error
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -307,16 +309,16 @@ class FolderRecords(Records):
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"it is not JSON in UTF-8 ({error}); write one object a line.") from error
             if not isinstance(record, dict):
-                raise ValueError(f"it holds {short(record)}; write one JSON object a line, {{...}}.")
+                raise ValueError(f"it holds {short_repr(record)}; write one JSON object a line, {{...}}.")
             image = file_inside(file.parent, record["file_name"], self.images)
             size = image_size(image, self.layout)
             mask, sentences = record["mask"], record["sentences"]
             if isinstance(mask, str):
                 mask = read_png_mask(file_inside(file.parent, mask, self.images), size, self.layout)
             if not isinstance(mask, dict | list | None):
-                raise ValueError(f"mask is {short(mask)}; give a PNG's path, polygons, RLE or null.")
+                raise ValueError(f"mask is {short_repr(mask)}; give a PNG's path, polygons, RLE or null.")
             if not isinstance(sentences, list):
-                raise ValueError(f"sentences is {short(sentences)}; give a list of phrases.")
+                raise ValueError(f"sentences is {short_repr(sentences)}; give a list of phrases.")
             given = {key: value for key, value in record.items() if value is not None}
             ref_id = given["ref_id"] if "ref_id" in given else self._ref_ids[index]
             image_id = self._image_ids[_image_key(file, record)]
@@ -373,7 +375,7 @@ def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, w
     values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
     if not (values <= {1} or values <= {255} or (wrapped and min(values) >= WRAPPED)):
         raise ValueError(
-            f"mask {path} holds the values {short(sorted(values))}; write 0 outside the object and either 1 or 255 "
-            "inside."
+            f"mask {path} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
+            "255 inside."
         )
     return RleMask().encode_example(pixels)

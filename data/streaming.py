@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .refer import FEATURES, cut, raise_if_memory_is_short, require_columns, require_regular
+from configuration_detris import one_line, raise_if_out_of_memory, require_regular
+
+from .refer import FEATURES, require_columns
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
@@ -88,8 +90,10 @@ def _opened(file: str) -> Iterator[pq.ParquetFile]:
         with fsspec.open(file) as opened, pq.ParquetFile(opened) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise_if_memory_is_short(error)
-        raise OSError(f"{file} cannot be read ({cut(error)}): restore it, or prepare the data set anew.") from error
+        raise_if_out_of_memory(error)
+        raise OSError(
+            f"{file} cannot be read ({one_line(error)}): restore it, or prepare the data set anew."
+        ) from error
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):

@@ -370,12 +370,12 @@ HOSTILE = {  # what is written, and what is said
     "bytearray": (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (2**34).to_bytes(5, "little") + b"\x85R.", "bytearray"),
     "attributes of a function": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(" + text("call") + b"Nub.",
-        "sets attributes of a _Function",
+        "sets attributes of a Function",
     ),
     "attributes of a type": (b"\x80\x02ctorch\nFloatStorage\n}b.", "sets attributes of a dtype"),
     "items of a list": (b"\x80\x02](K\0K\0u.", "sets items of a list"),
     "calls a dictionary": (b"\x80\x02})R.", "calls a dict"),
-    "calls its own": (b"\x80\x02c__torch__\nA\n)\x81)R.", "calls a _ScriptObject"),
+    "calls its own": (b"\x80\x02c__torch__\nA\n)\x81)R.", "calls a ScriptObject"),
     "the same dictionary copied by each call": (
         b"\x80\x02ccollections\nOrderedDict\nq\0}q\1(" + INTEGERS + b"u" + b"h\0h\1\x85R0" * 20_000 + b".",
         "0 names weights: names are text",

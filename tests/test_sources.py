@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from test_refer import HEIC, HEIGHT, MASKS, WIDTH, A, B, ReferFolder, not_waiting, pixels, rectangle, rle
 
 from data import sources
-from data.refer import FEATURES, load_plain_pickle, load_records, load_refer
+from data.refer import FEATURES, load_records, load_refer
 from data.sources import COCO_CATEGORIES, open_records, read_png_mask
+from untrusted_pickles import load_plain_pickle
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT.parent / "shared" / "refer_mini"

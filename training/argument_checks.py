@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from data.refer import short
+from configuration_detris import short_repr
 from model_card import METRIC_NAMES
 
 
@@ -71,7 +71,7 @@ def check_number(name: str, value: Any, bounds: Bounds, optional: bool = False) 
     """Raise a ValueError that names the argument if its value is not within bounds; `optional` admits None."""
     if not (optional and value is None or bounds.admit(value)):
         leave_out = ", or leave it out" if optional else ""
-        raise ValueError(f"{name} is {short(value)}: give {bounds}{leave_out}.")
+        raise ValueError(f"{name} is {short_repr(value)}: give {bounds}{leave_out}.")
 
 
 def check_texts(args: Any) -> None:
@@ -80,7 +80,7 @@ def check_texts(args: Any) -> None:
         value = getattr(args, name)
         optional = kind == str | None
         if (optional or kind is str) and not (optional and value is None or isinstance(value, (str, os.PathLike))):
-            raise ValueError(f"{name} is {short(value)}: give text, between quotes if it is in a file.")
+            raise ValueError(f"{name} is {short_repr(value)}: give text, between quotes if it is in a file.")
 
 
 def check_not_empty(args: Any, *names: str) -> None:

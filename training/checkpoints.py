@@ -21,7 +21,8 @@ from transformers.utils import (
 )
 
 from adapters_detris import check_shapes, first_not_finite, saved_shapes, shapes_of
-from data.refer import cut, load_json
+from configuration_detris import one_line
+from data.refer import load_json
 
 LAST = "last"  # what --resume_from_checkpoint may say in the place of a folder
 RNG_STATE = "rng_state"
@@ -76,7 +77,7 @@ def read_state(checkpoint: Path) -> TrainerState:
         if not isinstance(state.global_step, int) or state.global_step < 1:
             raise ValueError(f"global_step is {state.global_step!r}")
     except (ValueError, TypeError, RecursionError) as error:  # broken JSON is a ValueError
-        raise ValueError(f"{path} is broken ({cut(error)}): {REMEDY}.") from error
+        raise ValueError(f"{path} is broken ({one_line(error)}): {REMEDY}.") from error
     return state
 
 
@@ -159,7 +160,7 @@ def check_model_files(folder: Path, adapter_only: bool) -> None:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # safetensors' own has no other base
-            raise ValueError(f"{path} is broken ({cut(error)}): {REMEDY}.") from error
+            raise ValueError(f"{path} is broken ({one_line(error)}): {REMEDY}.") from error
 
 
 def _shards(path: Path) -> list[str]:
@@ -215,7 +216,7 @@ def _read_json(path: Path) -> dict:
     try:
         content = load_json(path)
     except ValueError as error:  # whose own remedy is for data
-        raise ValueError(f"{path} is broken ({cut(error.__cause__)}): {REMEDY}.") from error
+        raise ValueError(f"{path} is broken ({one_line(error.__cause__)}): {REMEDY}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is broken (it is not a JSON object): {REMEDY}.")
     return content
@@ -236,5 +237,5 @@ def _check_saved_by_torch(path: Path, keys: set[str]) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what damage makes torch raise has no common base
-        reason = cut(str(error).partition("\n")[0])  # the rest is advice to torch's users
+        reason = one_line(str(error).partition("\n")[0])  # the rest is advice to torch's users
         raise ValueError(f"{path} is broken ({reason}): {REMEDY}.") from error
