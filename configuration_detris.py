@@ -270,6 +270,15 @@ class DetrisConfig(PreTrainedConfig):
             types = " or ".join(map(repr, MODEL_TYPES[name]))
             raise ValueError(f"{name}.model_type is {model_type!r}: give a config of {types}.")
 
+    def check_counts(self, tensors: int) -> None:
+        """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
+        for name, count in (
+            ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
+            ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
+            ("decoder_layers", self.decoder_layers),
+        ):
+            check_count(name, count, tensors)
+
 
 DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
 DetrisConfig.register_for_auto_class()
@@ -343,16 +352,6 @@ def check_values(values: Any, name: str = "") -> None:
         raise ValueError(f"{name} is a number of over 64 bits: give a smaller one.")
     elif name.rpartition(".")[2] == "num_labels" and isinstance(values, int) and values > MAX_LABELS:
         raise ValueError(f"{name} is {values}: DETRIS has no labels, so leave it out.")
-
-
-def check_counts(self, tensors: int) -> None:
-    """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
-    for name, count in (
-        ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
-        ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
-        ("decoder_layers", self.decoder_layers),
-    ):
-        check_count(name, count, tensors)
 
 
 def check_count(name: str, count: int, tensors: int) -> None:
