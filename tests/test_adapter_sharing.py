@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.models import BACKBONE_FIELDS, randomize, save_backbones, small_inputs
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from tiny_models import BACKBONE_FIELDS, randomize, save_backbones, small_inputs
 from transformers import CLIPTextModel
 
 from adapters_detris import HEAD_MODULES, DetrisAdapterLayer, backbone_digest

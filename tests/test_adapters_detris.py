@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers.models import randomize, small_config, small_inputs, small_model
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from tiny_models import randomize, small_config, small_inputs, small_model
 from torch.nn import functional as F
 from transformers import CLIPTextModel, Dinov2Model, Dinov2WithRegistersModel
 

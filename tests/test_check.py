@@ -6,7 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from test_refer import HEIGHT, WIDTH, ReferFolder, cut
+from helpers.refer_folder import HEIGHT, WIDTH, ReferFolder, cut
 
 from data import check
 from data.check import PUBLISHED, Counts

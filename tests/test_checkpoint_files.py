@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.hostile_torchscript import Written
 from torch import nn
 
 from checkpoint_files import bare_state_dict, read_tensors
@@ -242,26 +243,6 @@ def test_a_compiled_part_is_found_and_a_name_that_stands_twice_is_refused():
 
 
 # --- hostile ones -------------------------------------------------------------------------------------------------
-
-
-class Written(nn.Module):
-    """Writes the file `written` when torch loads it."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-
-    @torch.jit.export
-    def __getstate__(self):
-        return self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: bool):
-        self.training = state
-        self.weight = torch.from_file("written", True, 4)
-
-    def forward(self):
-        return self.weight
 
 
 def test_torchscript_that_would_write_a_file_is_refused_and_writes_none(tmp_path, monkeypatch):

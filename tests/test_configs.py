@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_clip_tokenizer
+from helpers.tokenizers import build_clip_tokenizer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,

@@ -1,7 +1,7 @@
 """DetrisConfig: the recipes of the paper as defaults, values that cannot work refused, saved and loaded."""
 
 import pytest
-from tiny_models import PATCH_SIZE, small_config
+from helpers.models import PATCH_SIZE, small_config
 from transformers import CLIPTextConfig, Dinov2Config, Dinov2WithRegistersConfig
 
 from configuration_detris import DetrisConfig

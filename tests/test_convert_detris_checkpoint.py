@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.hostile_torchscript import Written
+from helpers.models import official_config, official_figures, official_inputs, official_weights
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_checkpoint_files import Written
-from tiny_models import official_config, official_figures, official_inputs, official_weights
 from torch import nn
 from transformers import (
     CLIPConfig,

@@ -21,11 +21,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from helpers.hub_server import HubServer
+from helpers.models import randomize
+from helpers.refer_folder import ReferFolder, same_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_refer import ReferFolder, same_rows
-from tiny_models import randomize
 from transformers import CLIPTokenizer
 
 from data.refer import RleMask

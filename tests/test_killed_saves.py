@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny_runs import in_child, losses
+from helpers.runs import in_child, losses
 
 from train_hf import DetrisTrainer
 from training.run_folder import CLEARING, BeginRun, check_unused, find_checkpoint, locked

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import (
+from helpers.models import (
     BACKBONE_FIELDS,
     OFFICIAL_STAGES,
     OFFICIAL_STEP_SEEDS,
@@ -23,6 +22,7 @@ from tiny_models import (
     small_inputs,
     small_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 

@@ -15,10 +15,10 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from helpers.other_layouts import assert_same_rows, open_lines, small_set
+from helpers.refer_folder import HEIGHT, MASKS, MINI, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_refer import HEIGHT, MASKS, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
-from test_sources import MINI, assert_same_rows, open_lines, small_set
 
 from data import check, prepare
 from data.refer import FEATURES, ReferRecords, load_records

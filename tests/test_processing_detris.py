@@ -23,8 +23,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_clip_tokenizer
 from datasets.fingerprint import Hasher
+from helpers.tokenizers import build_clip_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.models import BACKBONE_FIELDS, randomize, save_backbones, small_config, small_inputs, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import BACKBONE_FIELDS, randomize, save_backbones, small_config, small_inputs, small_model
 from transformers.integrations import peft as transformers_peft
 
 from adapters_detris import DetrisAdapterConfig

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.runs import SIZES, in_child
 from safetensors.torch import load_file
-from tiny_runs import SIZES, in_child
 
 from train_hf import DetrisTrainer, main, run_as_program
 from training.checkpoints import check_whole

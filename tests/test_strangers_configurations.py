@@ -49,9 +49,9 @@ def try_configurations(file: str, folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
+    from helpers.models import BACKBONE_FIELDS, save_backbones, small_config, small_inputs, small_model
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
-    from tiny_models import BACKBONE_FIELDS, save_backbones, small_config, small_inputs, small_model
     from transformers.utils import logging
 
     from modeling_detris import DetrisForReferringSegmentation

@@ -5,7 +5,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_refer import not_waiting
+from helpers.refer_folder import not_waiting
 from torch.utils.data import DataLoader
 
 from data.prepare import STORED

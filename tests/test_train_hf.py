@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from helpers.models import randomize
+from helpers.refer_folder import HOSTILE_RLES, ReferFolder
+from helpers.runs import MODEL_CONFIG, SIZES, losses
 from huggingface_hub import ModelCard
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import load_file
-from test_refer import HOSTILE_RLES, ReferFolder
-from tiny_models import randomize
-from tiny_runs import MODEL_CONFIG, SIZES, losses
 from transformers import BitsAndBytesConfig, CLIPTokenizer
 
 import train_hf

@@ -10,8 +10,8 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
+from helpers.refer_folder import HEIC, ReferFolder, not_waiting
 from PIL import ExifTags
-from test_refer import HEIC, ReferFolder, not_waiting
 
 import train_hf
 from data import prepare

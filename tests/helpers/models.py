@@ -27,7 +27,7 @@ from transformers import (
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PATCH_SIZE = 14
 OFFICIAL_INPUT_SEED = 1
 OFFICIAL_STEP_SEEDS = range(100, 108)
