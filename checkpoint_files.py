@@ -6,21 +6,32 @@ claim is compared with the file, and the file is mapped, so that tensors take me
 """
 
 import io
+import json
 import math
 import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import dropwhile
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 try:
-    from .configuration_detris import one_line, short_repr
+    from .configuration_detris import as_value_error, one_line, short_repr
     from .untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
@@ -33,7 +44,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import one_line, short_repr
+    from configuration_detris import as_value_error, one_line, short_repr
     from untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
@@ -52,7 +63,11 @@ ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64
 # How many times its size a file's tensors may take, since some may share memory.
 SHARING = 2
 ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -320,3 +335,99 @@ def _naming_file(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"{path} is no PyTorch checkpoint ({one_line(error)}): give a .pth file that torch.save wrote."
         ) from None
+
+
+# --- saved tensors against what is expected ------------------------------------------------------------------------
+
+
+def check_shapes(given: Shapes, expected: Shapes) -> None:
+    """Refuse saved tensors whose names and shapes are not those that a configuration asks for with a `ValueError`."""
+    wrong = [name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name)]
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"what is saved does not fit the configuration: {len(wrong)} tensors are missing, too many or of another "
+            f"shape than it says, such as {name} (saved: {given.get(name, 'nothing')}, expected: "
+            f"{expected.get(name, 'nothing')}). Save or download it again."
+        )
+
+
+def first_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN, infinity, or a negative variance, whose root is NaN."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if tensor.dtype == torch.float64:  # what float32 cannot hold becomes infinite
+            tensor = tensor.float()
+        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
+            return name
+    return None
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that `first_not_finite` finds with a `ValueError` that names the first of them."""
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise ValueError(
+            f"the tensor {name} holds NaN or infinity, or a negative variance: take weights of a run that did not "
+            "diverge."
+        )
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: Any) -> Shapes:
+    """
+    Read the names and shapes of saved tensors off the headers of their files, which takes no memory.
+
+    Args:
+        source: folder or Hub id.
+        names: files to look for; the first that is there counts. An index leads to its shards.
+        hub_kwargs: `revision`, `token` and so on for the Hub.
+
+    Returns:
+        `dict` from each tensor's name to its shape; empty where there is none of the files.
+
+    Raises:
+        OSError: if a file is damaged or no regular file.
+        ValueError: if an index names no files beside it.
+    """
+    for name in names:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if file is None:
+            continue
+        files = [file]
+        if name.endswith(".index.json"):
+            with as_value_error(f"{file} is no index of weights"), open(file, encoding="utf-8") as index:
+                shards = sorted(set(json.load(index)["weight_map"].values()))
+                if not shards or any(os.path.basename(shard) != shard for shard in shards):
+                    raise ValueError(f"{file} names no files beside it: save or download it again.")
+            files = [cached_file(source, shard, **hub_kwargs) for shard in shards]
+        return {tensor: shape for file in files for tensor, shape in _file_shapes(file).items()}
+    return {}
+
+
+def _file_shapes(file: str) -> Shapes:
+    if not os.path.isfile(file):  # a pipe would be waited for
+        raise OSError(f"{file} is no regular file: save or download it again.")
+    try:
+        with as_value_error("it is cut short or damaged"):
+            if file.endswith(".safetensors"):
+                with safe_open(file, framework="pt") as tensors:
+                    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            # torch maps no files of the format that it wrote before version 1.6.
+            mapped = zipfile.is_zipfile(file)
+            shapes = shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
+            if sum(map(math.prod, shapes.values())) > os.path.getsize(file):  # a number takes a byte at least
+                raise ValueError("its tensors claim more numbers than it has bytes")
+            return shapes
+    except ValueError as error:
+        raise OSError(f"{file} cannot be read ({error}): save or download it again.") from error
+
+
+def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    """A model whose tensors have names and shapes, and take no memory; ValueError if the configuration cannot be."""
+    with as_value_error("No model can be built from its configuration"), torch.device("meta"):
+        return model_class(config)

@@ -25,9 +25,9 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from adapters_detris import HEAD_MODULES, DetrisAdapterLayer, backbone_digest
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
+from peft_detris import HEAD_MODULES, DetrisAdapterLayer, backbone_digest
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -50,7 +50,17 @@ STEPS = 3
 WAYS = ["native", "PeftModel"]
 INPUTS = small_inputs(2)
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
-CODE = {"adapters_detris.py", "configuration_detris.py", "modeling_detris.py"}
+CODE = {
+    "adapters_detris.py",
+    "backbones_detris.py",
+    "checkpoint_files.py",
+    "configuration_detris.py",
+    "modeling_detris.py",
+    "peft_detris.py",
+    "saving_detris.py",
+    "sharing_detris.py",
+    "untrusted_pickles.py",
+}
 
 
 def logits_of(model: torch.nn.Module, **inputs) -> torch.Tensor:

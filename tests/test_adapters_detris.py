@@ -13,18 +13,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn import functional as F
 from transformers import CLIPTextModel, Dinov2Model, Dinov2WithRegistersModel
 
-from adapters_detris import (
+from adapters_detris import DenseAligner, TextAdapter
+from modeling_detris import DetrisForReferringSegmentation
+from peft_detris import (
     ADAPTER_FIELDS,
     HEAD_MODULES,
-    DenseAligner,
     DetrisAdapterConfig,
     DetrisAdapterLayer,
-    TextAdapter,
     TextAdapterLayer,
     VisionAdapterLayer,
     backbone_digest,
 )
-from modeling_detris import DetrisForReferringSegmentation
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

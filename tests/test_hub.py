@@ -36,7 +36,18 @@ from processing_detris import DetrisProcessor
 ROOT = Path(__file__).parents[1]
 CLIENT_TIMEOUT = 300  # seconds
 SETTINGS_OF_THE_CALLER = re.compile("(HF_|HUGGINGFACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
-CODE = ["adapters_detris.py", "configuration_detris.py", "modeling_detris.py", "processing_detris.py"]
+CODE = [
+    "adapters_detris.py",
+    "backbones_detris.py",
+    "checkpoint_files.py",
+    "configuration_detris.py",
+    "modeling_detris.py",
+    "peft_detris.py",
+    "processing_detris.py",
+    "saving_detris.py",
+    "sharing_detris.py",
+    "untrusted_pickles.py",
+]
 PHRASES = ["the red one", "third", "the cat that is behind the red hat"]
 
 

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.integrations import peft as transformers_peft
 
-from adapters_detris import DetrisAdapterConfig
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
+from peft_detris import DetrisAdapterConfig
 
 INPUTS = small_inputs()
 LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}

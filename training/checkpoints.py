@@ -20,7 +20,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from adapters_detris import check_shapes, first_not_finite, saved_shapes, shapes_of
+from checkpoint_files import check_shapes, first_not_finite, saved_shapes, shapes_of
 from configuration_detris import one_line
 from data.refer import load_json
 
