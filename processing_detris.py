@@ -13,14 +13,11 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import ftfy
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
@@ -33,95 +30,24 @@ from transformers.image_utils import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+try:
+    from .letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+except ImportError:
+    if __package__:
+        raise
+    from letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+
 logger = logging.get_logger(__name__)
 
 DEFAULT_SIDE = 448
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; every CLIP model has this one
-SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
-REACHES = {cv2.INTER_LINEAR: 1, cv2.INTER_CUBIC: 2}  # how far from a place sampling looks, in pixels
-CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_CHANNELS = 4
-MAX_SIDE = 32_766  # pixels of an image; OpenCV warps no larger ones
 MAX_SQUARE = 4_096  # pixels along a side of the square: images of several times the size that backbones are trained at
 MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
 MIN_STD = 1 / 255  # a grey level
-CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
 DESCRIPTION = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")  # in saved files
 NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)  # can be iterated over all the same
 BYTE_SYMBOLS = 512  # 256 bytes, within a word and at its end
-
-
-def _letterbox_geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
-    """`scale, bias_y, bias_x` of `y' = scale·y + bias_y`, from pixel indices of an image to those of the square."""
-    scale = min(side / height, side / width)
-    return scale, (side - height * scale) / 2, (side - width * scale) / 2
-
-
-def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
-    """Where pixels 0 … `count - 1` of an axis are sampled in the other image, rounded as OpenCV 4 does."""
-    return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
-
-
-class BoxedMask(NamedTuple):
-    """A mask of an image of `size` (height, width) that is 0 outside a box.
-
-    `values` (h, w), as any map of the processor's, are those of rows from `top` and columns from `left`.
-    """
-
-    values: np.ndarray
-    top: int
-    left: int
-    size: tuple[int, int]
-
-
-@lru_cache(maxsize=CACHED_SIZES)
-def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in an image each pixel of the square is sampled: `x` and `y`, each `(side, side)`. Not to be changed."""
-    scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
-    y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
-    x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
-    return tuple(np.meshgrid(x, y))
-
-
-def _letterbox(
-    box: np.ndarray, top: int, left: int, size: tuple[int, int], side: int, interpolation: int, border: Any
-) -> tuple[np.ndarray, slice, slice]:
-    """Warp a box of an image of `size`, beyond which all is `border`, to where it comes to lie in the square.
-
-    Returns:
-        What the square holds in the rows and columns that follow; elsewhere it is `border`.
-    """
-    x, y = letterbox_maps(*size, side)
-    reach = REACHES[interpolation]
-    rows = slice(*np.searchsorted(y[:, 0], (top - reach, top + box.shape[0] - 1 + reach)))
-    columns = slice(*np.searchsorted(x[0], (left - reach, left + box.shape[1] - 1 + reach)))
-    x, y = x[rows, columns], y[rows, columns]
-    if not x.size:  # a large image is sampled at distances that can miss a small box
-        return np.empty((*x.shape, *box.shape[2:]), box.dtype), rows, columns
-    if left or top:
-        x, y = x - np.float32(left), y - np.float32(top)
-    return cv2.remap(box, x, y, interpolation, None, cv2.BORDER_CONSTANT, border), rows, columns
-
-
-@lru_cache(maxsize=64)
-def _restoring_matrix(
-    original: int, scale: float, bias: float, side: int, length: int, device: torch.device
-) -> torch.Tensor:
-    """One axis of the way back, `(original, length)`: bicubic from logits to the square, then to the original size.
-
-    Both steps are linear and work on rows and columns apart, so a mask is `rows @ probabilities @ columns.T`, and no
-    square or photograph-sized intermediate is made.
-    """
-    positions = torch.from_numpy(_sampling_positions(original, scale, bias))
-    d = (positions[:, None] - torch.arange(side)).abs()  # (original, side)
-    a = CUBIC_COEFFICIENT
-    near = ((a + 2) * d - (a + 3)) * d**2 + 1
-    far = (((d - 5) * d + 8) * d - 4) * a
-    warp = torch.where(d <= 1, near, far) * (d < 2)  # a sample beyond the square counts as 0
-    enlarge = F.interpolate(  # the official enlargement, written as the matrix of what it does to a unit vector
-        torch.eye(length, dtype=torch.float64)[None, None], (side, length), mode="bicubic", align_corners=True
-    )[0, 0]  # (side, length)
-    return (warp @ enlarge).to(device=device, dtype=torch.float32)
 
 
 def _refuse_contradictions(given: Mapping[str, Any], settled: Mapping[str, tuple]) -> None:
@@ -368,22 +294,11 @@ class DetrisImageProcessor(BaseImageProcessor):
         _refuse_contradictions(settled, self._settled())
         images = _as_sequence(images, (4,), "images")
         side, sizes = self.size["height"], []
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
-        factors, offsets = 1 / (255 * std), mean / std
-        border = np.rint([255 * channel for channel in self.image_mean])
-        outside = (np.float32(border) * factors - offsets)[:, None, None]
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
         for i, image in enumerate(images):
             image = _as_rgb(image, f"images[{i}]")
             sizes.append(image.shape[:2])
-            warped, rows, columns = _letterbox(image, 0, 0, image.shape[:2], side, cv2.INTER_CUBIC, border)
-            square = pixel_values[i]
-            planes = cv2.split(warped) if warped.size else ()
-            for plane, values, factor, offset in zip(planes, square[:, rows, columns], factors, offsets):
-                np.multiply(plane, factor, out=values)
-                values -= offset
-            square[:, : rows.start] = square[:, rows.stop :] = outside
-            square[:, rows, : columns.start] = square[:, rows, columns.stop :] = outside
+            letterbox_image(image, self.image_mean, self.image_std, pixel_values[i])
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
@@ -410,8 +325,7 @@ class DetrisImageProcessor(BaseImageProcessor):
                     f"{name} has (height, width) {size}, but its image, images[{owner}], has {sizes[owner]} "
                     "when upright: give a map of the image's size."
                 )
-            warped, rows, columns = _letterbox(mask, top, left, size, side, cv2.INTER_LINEAR, 0)
-            np.divide(warped, np.float32(255), out=labels[i, rows, columns])
+            letterbox_mask(BoxedMask(mask, top, left, size), labels[i])
         return labels[image_index] if shared else labels
 
 
@@ -677,11 +591,8 @@ class DetrisProcessor(ProcessorMixin):
             )
         side, masks = self.image_processor.size["height"], []
         with torch.autocast(logits.device.type, enabled=False):  # half precision would move the masks' edges
-            for phrase_logits, (height, width) in zip(logits, sizes.tolist()):
-                scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
-                rows = _restoring_matrix(height, scale, bias_y, side, phrase_logits.shape[0], logits.device)
-                columns = _restoring_matrix(width, scale, bias_x, side, phrase_logits.shape[1], logits.device)
-                masks.append(rows @ phrase_logits.float().sigmoid() @ columns.T > threshold)
+            for phrase_logits, size in zip(logits, sizes.tolist()):
+                masks.append(undo_letterbox(phrase_logits.float().sigmoid(), size, side) > threshold)
         return masks
 
 

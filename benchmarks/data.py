@@ -32,7 +32,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from data.check import PUBLISHED
 from data.refer import RleMask
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
-from processing_detris import DetrisImageProcessor, DetrisProcessor, letterbox_maps
+from letterbox_detris import letterbox_maps
+from processing_detris import DetrisImageProcessor, DetrisProcessor
 from train_hf import TrainingCollator
 
 NAME = "refcoco/unc"
