@@ -1,9 +1,9 @@
 """The letterbox: the square that DETRIS sees an image in, and the way from a mask in it back to the image.
 
-One affine map scales an image to fit and centres it. The arithmetic is the official code's (jiaqihuang01/DETRIS, commit
-c94b1e1: `utils/dataset.py` on the way in, `engine/engine.py` on the way back), down to how OpenCV 4 rounds the places
-where it samples. Every OpenCV reads a rounded place alike, so results do not depend on the version that is installed.
-The way back does not use OpenCV at all.
+One affine map scales an image to fit and centres it. The arithmetic is the official code's (jiaqihuang01/DETRIS,
+commit c94b1e1: `utils/dataset.py` on the way in, `engine/engine.py` on the way back), down to how OpenCV 4 rounds the
+places where it samples. Every OpenCV reads a rounded place alike, so results do not depend on the version that is
+installed. The way back does not use OpenCV at all.
 """
 
 from collections.abc import Sequence
@@ -36,29 +36,6 @@ class BoxedMask(NamedTuple):
     size: tuple[int, int]
 
 
-def _geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
-    """`scale, bias_y, bias_x` of `y' = scale·y + bias_y`, from pixel indices of an image to those of the square."""
-    scale = min(side / height, side / width)
-    return scale, (side - height * scale) / 2, (side - width * scale) / 2
-
-
-def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
-    """Where pixels 0 … `count - 1` of an axis are sampled in the other image, rounded as OpenCV 4 does."""
-    return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
-
-
-@lru_cache(maxsize=CACHED_SIZES)
-def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in an image each pixel of the square is sampled: `x` and `y`, each `(side, side)`.
-
-    Callers share the arrays and must not change them.
-    """
-    scale, bias_y, bias_x = _geometry(height, width, side)
-    y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
-    x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
-    return tuple(np.meshgrid(x, y))
-
-
 def letterbox_image(image: np.ndarray, mean: Sequence[float], std: Sequence[float], square: np.ndarray) -> None:
     """Warp an image `(H, W, 3)` in `uint8` into the given `square (3, side, side)` of `float32`, and normalise it.
 
@@ -89,6 +66,20 @@ def letterbox_mask(mask: BoxedMask, square: np.ndarray) -> None:
     np.divide(warped, np.float32(255), out=square[rows, columns])
 
 
+def undo_letterbox(probabilities: torch.Tensor, size: tuple[int, int], side: int) -> torch.Tensor:
+    """Warp a map of probabilities `(h, w)` of the square back to the image, `(height, width)` of `size`.
+
+    The official code enlarges the map to the square, bicubically and with aligned corners, and then warps it
+    bicubically. Both steps are linear and treat rows and columns apart, so two matrix products do the work, and no map
+    of the square's size is made.
+    """
+    height, width = size
+    scale, bias_y, bias_x = _geometry(height, width, side)
+    rows = _restoring_matrix(height, scale, bias_y, side, probabilities.shape[0], probabilities.device)
+    columns = _restoring_matrix(width, scale, bias_x, side, probabilities.shape[1], probabilities.device)
+    return rows @ probabilities @ columns.T
+
+
 def _warp(box: BoxedMask, side: int, interpolation: int, border: Any) -> tuple[np.ndarray, slice, slice]:
     """Warp a box of an image, or of a mask, to where it comes to lie in the square.
 
@@ -111,18 +102,16 @@ def _warp(box: BoxedMask, side: int, interpolation: int, border: Any) -> tuple[n
     return cv2.remap(values, x, y, interpolation, None, cv2.BORDER_CONSTANT, border), rows, columns
 
 
-def undo_letterbox(probabilities: torch.Tensor, size: tuple[int, int], side: int) -> torch.Tensor:
-    """Warp a map of probabilities `(h, w)` of the square back to the image, `(height, width)` of `size`.
+@lru_cache(maxsize=CACHED_SIZES)
+def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in an image each pixel of the square is sampled: `x` and `y`, each `(side, side)`.
 
-    The official code enlarges the map to the square, bicubically and with aligned corners, and then warps it
-    bicubically. Both steps are linear and treat rows and columns apart, so two matrix products do the work, and no map
-    of the square's size is made.
+    Callers share the arrays and must not change them.
     """
-    height, width = size
     scale, bias_y, bias_x = _geometry(height, width, side)
-    rows = _restoring_matrix(height, scale, bias_y, side, probabilities.shape[0], probabilities.device)
-    columns = _restoring_matrix(width, scale, bias_x, side, probabilities.shape[1], probabilities.device)
-    return rows @ probabilities @ columns.T
+    y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
+    x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
+    return tuple(np.meshgrid(x, y))
 
 
 @lru_cache(maxsize=CACHED_MATRICES)
@@ -140,3 +129,14 @@ def _restoring_matrix(
         torch.eye(length, dtype=torch.float64)[None, None], (side, length), mode="bicubic", align_corners=True
     )[0, 0]  # (side, length)
     return (warp @ enlarge).to(device=device, dtype=torch.float32)
+
+
+def _geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
+    """`scale, bias_y, bias_x` of `y' = scale·y + bias_y`, from pixel indices of an image to those of the square."""
+    scale = min(side / height, side / width)
+    return scale, (side - height * scale) / 2, (side - width * scale) / 2
+
+
+def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
+    """Where pixels 0 … `count - 1` of an axis are sampled in the other image, rounded as OpenCV 4 does."""
+    return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS

@@ -805,7 +805,7 @@ ODD = st.recursive(
 SIZES = ODD | st.fixed_dictionaries({"height": ODD, "width": ODD}) | st.integers(1, 300)
 SOUND = {"size": {"height": SIDE, "width": SIDE}, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 KEYS = st.sampled_from(
-    ["do_resize", "preprocess", "_letterbox_maps", "_settled", "save_pretrained", "to_dict", "auto_map", "__class__"]
+    ["do_resize", "preprocess", "_letterbox_maps", "_fixed_arguments", "save_pretrained", "to_dict", "auto_map", "__class__"]
 )
 IMAGE_FIELDS = st.fixed_dictionaries(
     {},
