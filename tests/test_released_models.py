@@ -48,7 +48,7 @@ assert type(processor).__module__.startswith("transformers_modules."), type(proc
 assert processor.mask_threshold == 0.35
 out = processor(images=torch.zeros(3, 20, 40), text=["the bed", "a"], return_tensors="pt")
 assert out.pixel_values.shape == (1, 3, 32, 32)
-# The 256 bytes come first, from "!" on, then the same at the end of a word, the merges "ed", "th" and "the", start, end.
+# Tokens: the 256 bytes from "!" on, the same at a word's end, the merges "ed", "th" and "the", start, end.
 assert out.input_ids.tolist() == [[515, 514, 65, 512, 516, 0, 0, 0, 0], [515, 256 + 64, 516, 0, 0, 0, 0, 0, 0]]
 """
 pytestmark = pytest.mark.usefixtures("one_thread")
