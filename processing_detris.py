@@ -152,10 +152,12 @@ class DetrisImageProcessor(BaseImageProcessor):
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
             maps = _as_sequence(segmentation_maps, (3, 4), "segmentation_maps")
-            data["labels"] = self._letterbox_maps(maps, sizes, image_index)
+            data["labels"] = self._letterbox_segmentation_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _letterbox_maps(self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray) -> np.ndarray:
+    def _letterbox_segmentation_maps(
+        self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray
+    ) -> np.ndarray:
         if len(maps) not in (len(image_index), len(sizes)):
             raise ValueError(
                 f"{len(maps)} segmentation_maps for {len(image_index)} phrases of {len(sizes)} images: give one for "
@@ -588,7 +590,7 @@ def _refusing_broken_configuration(source: Any) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"The processor's configuration in {source} is no JSON object of its fields ({error}): get it again."
+            f"The processor's configuration in {source} is no JSON object of fields ({error}): save or download it again."
         ) from error
 
 

@@ -150,7 +150,7 @@ KEYS = st.sampled_from(
     [
         "do_resize",
         "preprocess",
-        "_letterbox_maps",
+        "_letterbox_segmentation_maps",
         "_fixed_arguments",
         "save_pretrained",
         "to_dict",
