@@ -590,7 +590,7 @@ def _refusing_broken_configuration(source: Any) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"The processor's configuration in {source} is no JSON object of fields ({error}): save or download it again."
+            f"The processor's configuration in {source} is no JSON object of fields ({error}): save or get it again."
         ) from error
 
 
