@@ -22,14 +22,15 @@ ORDER = """
 
     metrics.referring_iou.referring_iou
 
-    data data.untrusted data.masks data.images data.records data.refer data.sources
-    data.shapes.scenes data.shapes.drawing data.shapes.phrases data.shapes
+    data data.untrusted data.masks data.images data.records data.refer data.sources data.decoding
+    data.shapes.scenes data.shapes.drawing data.shapes.phrases data.shapes.composition data.shapes.rows
+    data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare
 
     model_card gallery convert_detris_checkpoint
 
-    training training.arguments training.rows training.collators training.checkpoints training.processes
-    training.run_folder training.stopping training.trainer training.results
+    training training.processes training.arguments training.rows training.collators training.checkpoints
+    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
 """.split()
