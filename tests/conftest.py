@@ -29,6 +29,7 @@ def tiny_tokenizer():
 
 @pytest.fixture
 def image_processor():
+    """It warps images to squares of `SIDE` pixels."""
     from processing_detris import DetrisImageProcessor
 
     return DetrisImageProcessor(size={"height": SIDE, "width": SIDE})
@@ -36,6 +37,7 @@ def image_processor():
 
 @pytest.fixture
 def processor(image_processor, tiny_tokenizer):
+    """It knows the tiny tokenizer's symbols alone, and keeps 17 tokens of a phrase."""
     from processing_detris import DetrisProcessor
 
     return DetrisProcessor(image_processor, tiny_tokenizer)
