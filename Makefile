@@ -20,8 +20,8 @@ export HF_HUB_OFFLINE := 1
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-# While OpenMP's threads wait for each other, they count, by default for milliseconds. With this number training took 2 %
-# longer on two idle cores, and 6 times as long instead of 33 times while something else used one of them.
+# While OpenMP's threads wait for each other, they count, by default for milliseconds. With this number training took
+# 2 % longer on two idle cores, and 6 times as long instead of 33 times while something else used one of them.
 export GOMP_SPINCOUNT := 20000
 # Two processes with one thread each suit tests of small models better than one process with more threads.
 TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 $(ARGS)
