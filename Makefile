@@ -1,34 +1,41 @@
 # make quickstart   train on the synthetic set, print a table, leave runs/quickstart/
 # make test         all tests
+# make test-fast    those that are not marked as slow, in three minutes at most on two cores
 # make style        ruff: lint and format
 # make lock         resolve requirements.txt and requirements-dev.txt anew into the two .lock files
 # make newest       all tests with the newest packages that the requirements allow; WITH=transformers==5.23.0 asks for one
 # make oldest       all tests with the oldest packages that they allow
 # make backbones    pretrain the small frozen backbones in backbones/ anew (28 minutes on two cores)
+#
+# The tests' targets hand ARGS to pytest, as in make test ARGS=tests/test_gallery.py, and
+# make test-fast ARGS="--durations 30" lists the tests that take the longest.
 
 PYTHON := .venv/bin/python
 PYTHON_OF_THE_MACHINE := $$(command -v python3.11 || command -v python3)
-# Its vocabulary file is what the tests tokenize with; what it depends on is not installed.
+# The tests tokenize with its vocabulary file. The packages that it depends on are not installed.
 OPEN_CLIP := open-clip-torch==3.3.0
-# Nothing here needs a model or a data set from the Hub.
+# No target needs a model or a data set from the Hub.
 export HF_HUB_OFFLINE := 1
-# glibc otherwise returns the memory of each large tensor to the system, which makes training on CPUs slower.
+# Without these glibc returns the memory of each large tensor to the system, which slows training on CPUs down.
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-# Threads of OpenMP wait for each other by counting, for milliseconds by default. With this number training on two idle
-# cores took 2 % longer, and 6 times as long instead of 33 times while something else used one of them.
+# While OpenMP's threads wait for each other, they count, by default for milliseconds. With this number training took
+# 2 % longer on two idle cores, and 6 times as long instead of 33 times while something else used one of them.
 export GOMP_SPINCOUNT := 20000
-# In two processes with a thread each, which suits tests of small models better than one process with more threads.
-TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2
+# Two processes with one thread each suit tests of small models better than one process with more threads.
+TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 $(ARGS)
 
-.PHONY: quickstart test style lock newest oldest backbones
+.PHONY: quickstart test test-fast style lock newest oldest backbones
 
 quickstart: .venv/installed
 	$(PYTHON) quickstart.py
 
 test: .venv/installed-dev
 	$(TESTS)
+
+test-fast: .venv/installed-dev
+	$(TESTS) -m "not slow"
 
 style: .venv/installed-dev
 	$(PYTHON) -m ruff check
@@ -37,7 +44,7 @@ style: .venv/installed-dev
 backbones: .venv/installed
 	$(PYTHON) -m backbones.pretrain --output_dir backbones
 
-# A CPU build of torch calls its version 2.13.0+cpu, which other machines do not find.
+# A CPU build of torch calls its version 2.13.0+cpu, which cannot be installed on other machines.
 FREEZE = .venv-lock/bin/python -m pip freeze | sed 's/+cpu$$//'
 
 lock:
@@ -67,7 +74,7 @@ oldest: .venv-oldest/tests
 
 FORCE:
 
-# Stamps: the environment is made, and made up to date, when a lock is newer.
+# Stamp files: the environment is brought up to date when a lock is newer than they are.
 .venv/installed: requirements.lock
 	test -x $(PYTHON) || $(PYTHON_OF_THE_MACHINE) -m venv .venv
 	$(PYTHON) -m pip install --quiet --requirement requirements.lock

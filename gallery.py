@@ -1,4 +1,4 @@
-"""Pictures of referring segmentation: a mask over its image, a sample with its phrase, and a sheet of many samples."""
+"""Pictures of referring segmentation: a mask over its image, a sample with its phrase, a sheet of many samples."""
 
 from typing import NamedTuple
 
@@ -8,16 +8,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 PREDICTION_COLOR, TRUTH_COLOR = (255, 45, 120), (60, 220, 120)
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 120, 130)
-GOOD, POOR = (20, 140, 70), (200, 40, 50)  # of an IoU above one half, and below
-TINT, DIM = 0.2, 0.5  # how much of the color the object takes on, how much of the surroundings stays
-SAMPLE_SIDE, PANEL_SIDE = 400, 200  # pixels of an image's longer side at least, and exactly
-MARGIN = 14
-TEXT_SIZE, TITLE_SIZE = 17, 22
+GOOD, POOR = (20, 140, 70), (200, 40, 50)  # colors of an IoU above one half, and of one below
+TINT = 0.2  # share of the mask's color in the object's pixels
+DIM = 0.5  # brightness of the surroundings, as a share of their own
+SAMPLE_SIDE = 400  # pixels of an image's longer side in the picture of one sample, at least
+PANEL_SIDE = 200  # pixels of an image's longer side on a sheet
+MARGIN = 14  # pixels
+TEXT_SIZE, TITLE_SIZE = 17, 22  # pixels
 MAX_CAPTION = 300  # characters of a phrase
 
 
 class Sample(NamedTuple):
-    """A phrase, its image and its masks (H, W), not zero on the object."""
+    """A phrase, its image (H, W), and the true and the predicted mask (H, W), which are not zero on the object."""
 
     image: Image.Image
     sentence: str
@@ -27,7 +29,7 @@ class Sample(NamedTuple):
 
 
 def _outline(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Draw the border of a mask, with a dark rim that shows on light ground too."""
+    """Draw the border of a mask. A dark rim keeps it visible on light ground."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     width = max(2, round(max(mask.shape) / 250))
     for line_color, thickness in (((0, 0, 0), width + 2), (color, width)):
@@ -35,7 +37,7 @@ def _outline(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) 
 
 
 def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION_COLOR) -> Image.Image:
-    """Show a mask (H, W) over its image (H, W): object tinted and outlined, surroundings dimmed."""
+    """Show a mask (H, W) over its image (H, W): tint and outline the object, dim the surroundings."""
     mask = np.asarray(mask) != 0
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
     pixels = np.where(mask[..., None], (1 - TINT) * pixels + TINT * np.float32(color), DIM * pixels)
@@ -45,7 +47,7 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = 
 
 
 def _resize(sample: Sample, side: int) -> Sample:
-    """The sample with `side` pixels along the image's longer side."""
+    """Resize a sample so that its image's longer side has `side` pixels."""
     scale = side / max(sample.image.size)
     size = tuple(max(1, round(length * scale)) for length in sample.image.size)
 
@@ -73,7 +75,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _draw_caption(sheet: Image.Image, sample: Sample, left: int, top: int, width: int) -> None:
-    """Write the phrase, in as many lines as it takes, and its IoU to the right."""
+    """Write the phrase, in as many lines as it takes, and the IoU on its right."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT_SIZE)
     iou = f"IoU {sample.iou:.2f}"
     draw.text((left + width, top), iou, GOOD if sample.iou > 0.5 else POOR, font, anchor="ra")
@@ -93,7 +95,7 @@ def _caption_lines(sample: Sample, width: int) -> list[str]:
 
 
 def draw_sample(sample: Sample) -> Image.Image:
-    """One picture of a sample: the prediction over the image, the truth as an outline, phrase and IoU beneath."""
+    """Draw one sample: the prediction over the image, the truth as an outline, and phrase and IoU beneath."""
     sample = _resize(sample, max(SAMPLE_SIDE, *sample.image.size))
     pixels = np.array(overlay(sample.image, sample.prediction))
     _outline(pixels, sample.truth, TRUTH_COLOR)
@@ -107,7 +109,12 @@ def draw_sample(sample: Sample) -> Image.Image:
 
 
 def draw_gallery(sections: dict[str, list[Sample]], columns: int = 3) -> Image.Image:
-    """A sheet with a titled section for each list of samples: image, truth and prediction side by side."""
+    """Draw a sheet of many samples, each as image, truth and prediction side by side.
+
+    Args:
+        sections: the samples of each section, by its title.
+        columns: how many samples stand in a row.
+    """
     card_width = 3 * PANEL_SIDE + 2 * (MARGIN // 2)
     width = columns * (card_width + 2 * MARGIN)
     rows = [

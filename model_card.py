@@ -1,4 +1,4 @@
-"""The card (README.md) of a model that is shared: what it is, what it was trained and tested on, how to use it."""
+"""The card (README.md) of a shared model: what it is, what it was trained and tested on, and how to use it."""
 
 import os
 
@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from configuration_detris import DetrisConfig
 
 METRIC_NAMES = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
-METRIC_NAMES |= {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}  # with no-target phrases alone
+METRIC_NAMES |= {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}  # where some phrases name nothing
 EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats and two remotes on a couch
 EXAMPLE_PHRASE = "the left cat"
 
@@ -48,13 +48,14 @@ masks = processor.post_process_referring_segmentation(model(**inputs), original_
 {adapter_use}
 ## Limits
 
-Unless it was trained on phrases that name nothing in the image, it draws a mask for those too. It inherits what its
-backbones and the photographs it was trained on favour and leave out.
+If a phrase names nothing in the image, the model draws a mask all the same, unless it was trained on such phrases. It
+inherits what its backbones and its training photographs favour and what they leave out.
 
 ## Licences
 
 The official code of DETRIS is under the MIT licence ([jiaqihuang01/DETRIS](https://github.com/jiaqihuang01/DETRIS)),
-DINOv2 under Apache 2.0, CLIP under MIT. Photographs of COCO, if it was trained on them, have licences of their own.
+DINOv2 under Apache 2.0, CLIP under MIT. If the model was trained on photographs of COCO, those have licences of their
+own.
 
 ## Citation
 
@@ -69,7 +70,7 @@ DINOv2 under Apache 2.0, CLIP under MIT. Photographs of COCO, if it was trained 
 """
 
 ADAPTER_USE = """
-This repository holds adapters and head alone; the frozen backbones are loaded from {place}, and checked by a digest.
+This repository holds only adapters and head. The frozen backbones are loaded from {place} and checked by a digest.
 More adapters can share them:
 
 ```python
@@ -80,7 +81,7 @@ model.set_adapter("default")
 
 
 def describe_trained_parts(config: DetrisConfig) -> str:
-    """Say in words which adapters a configuration puts where."""
+    """Say in words what a configuration trains inside the backbones: which adapters, in which layers."""
     parts = []
     if "detris" in config.peft_method:
         for what, layers, dim in (
@@ -106,17 +107,16 @@ def make_model_card(
     license: str = "mit",
     adapter_only: bool = False,
 ) -> ModelCard:
-    """
-    Make the card of a DETRIS.
+    """Make the card of a DETRIS.
 
     Args:
-        config: of the model.
-        name: of the model, on the Hub with its owner's.
-        origin: a sentence on where the weights come from.
-        dataset: what it was trained on, such as `refcoco/unc + 0.5*refcoco+/unc`.
-        results: for each split tested on, `dataset`, `split` and the metrics by name, as shares of 1.
-        license: of the weights, by the Hub's abbreviation.
-        adapter_only: whether the backbones are not in it.
+        config: the model's configuration.
+        name: the model's name; on the Hub `owner/name`.
+        origin: a sentence that says where the weights come from.
+        dataset: the data sets that it was trained on, such as `refcoco/unc + 0.5*refcoco+/unc`.
+        results: for each split that it was tested on: `dataset`, `split`, and the metrics by name, from 0 to 1.
+        license: the licence of the weights, by the Hub's abbreviation.
+        adapter_only: whether adapters and head were saved without the backbones.
     """
     results = results or []
     sources = [config.vision_backbone, config.text_backbone]
@@ -149,8 +149,8 @@ def make_model_card(
         or None,
     )
     metrics = [metric for metric in METRIC_NAMES if any(metric in result for result in results)]
-    heads = " | ".join(METRIC_NAMES[metric] for metric in metrics)
-    lines = [f"| data set | split | {heads} |", "|---|---|" + "---:|" * len(metrics)]
+    headings = " | ".join(METRIC_NAMES[metric] for metric in metrics)
+    lines = [f"| data set | split | {headings} |", "|---|---|" + "---:|" * len(metrics)]
     for result in results:
         figures = " | ".join(f"{100 * result[metric]:.2f}" if metric in result else "" for metric in metrics)
         lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")

@@ -1,8 +1,7 @@
 """Images and phrases to what DETRIS reads, and its logits back to masks at the size of the photographs.
 
-The arithmetic is the official code's (jiaqihuang01/DETRIS, commit c94b1e1: `utils/dataset.py` on the way in,
-`engine/engine.py` on the way back), down to how OpenCV 4 rounds the places where it samples. A rounded place is read
-alike by every OpenCV, so results depend neither on the version installed here nor, on the way back, on OpenCV at all.
+The results equal those of the official code (jiaqihuang01/DETRIS, commit c94b1e1: `utils/dataset.py` on the way in,
+`engine/engine.py` on the way back). `letterbox_detris.py` has the arithmetic of the square that images are warped to.
 """
 
 import copy
@@ -13,15 +12,13 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import ftfy
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -33,263 +30,45 @@ from transformers.image_utils import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+try:
+    from .letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+except ImportError:
+    if __package__:
+        raise
+    from letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+
 logger = logging.get_logger(__name__)
 
 DEFAULT_SIDE = 448
-CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; every CLIP model has this one
-SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
-REACHES = {cv2.INTER_LINEAR: 1, cv2.INTER_CUBIC: 2}  # how far from a place sampling looks, in pixels
-CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
-MAX_CHANNELS = 4
-MAX_SIDE = 32_766  # pixels of an image; OpenCV warps no larger ones
-MAX_SQUARE = 4_096  # pixels along a side of the square: images of several times the size that backbones are trained at
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; all CLIP models have the same tokenizer
+MAX_CHANNELS = 4  # red, green, blue and alpha
+MAX_SQUARE = 4_096  # pixels along a side of the square, several times as many as backbones are trained with
 MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
-MIN_STD = 1 / 255  # a grey level
-CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
-DESCRIPTION = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")  # in saved files
-NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)  # can be iterated over all the same
-BYTE_SYMBOLS = 512  # 256 bytes, within a word and at its end
-
-
-def _letterbox_geometry(height: int, width: int, side: int) -> tuple[float, float, float]:
-    """`scale, bias_y, bias_x` of `y' = scale·y + bias_y`, from pixel indices of an image to those of the square."""
-    scale = min(side / height, side / width)
-    return scale, (side - height * scale) / 2, (side - width * scale) / 2
-
-
-def _sampling_positions(count: int, scale: float, bias: float) -> np.ndarray:
-    """Where pixels 0 … `count - 1` of an axis are sampled in the other image, rounded as OpenCV 4 does."""
-    return np.floor((scale * np.arange(count) + bias) * SUBPIXELS + 0.5) / SUBPIXELS
-
-
-class BoxedMask(NamedTuple):
-    """A mask of an image of `size` (height, width) that is 0 outside a box.
-
-    `values` (h, w), as any map of the processor's, are those of rows from `top` and columns from `left`.
-    """
-
-    values: np.ndarray
-    top: int
-    left: int
-    size: tuple[int, int]
-
-
-@lru_cache(maxsize=CACHED_SIZES)
-def letterbox_maps(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in an image each pixel of the square is sampled: `x` and `y`, each `(side, side)`. Not to be changed."""
-    scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
-    y = _sampling_positions(side, 1 / scale, -bias_y / scale).astype(np.float32)
-    x = _sampling_positions(side, 1 / scale, -bias_x / scale).astype(np.float32)
-    return tuple(np.meshgrid(x, y))
-
-
-def _letterbox(
-    box: np.ndarray, top: int, left: int, size: tuple[int, int], side: int, interpolation: int, border: Any
-) -> tuple[np.ndarray, slice, slice]:
-    """Warp a box of an image of `size`, beyond which all is `border`, to where it comes to lie in the square.
-
-    Returns:
-        What the square holds in the rows and columns that follow; elsewhere it is `border`.
-    """
-    x, y = letterbox_maps(*size, side)
-    reach = REACHES[interpolation]
-    rows = slice(*np.searchsorted(y[:, 0], (top - reach, top + box.shape[0] - 1 + reach)))
-    columns = slice(*np.searchsorted(x[0], (left - reach, left + box.shape[1] - 1 + reach)))
-    x, y = x[rows, columns], y[rows, columns]
-    if not x.size:  # a large image is sampled at distances that can miss a small box
-        return np.empty((*x.shape, *box.shape[2:]), box.dtype), rows, columns
-    if left or top:
-        x, y = x - np.float32(left), y - np.float32(top)
-    return cv2.remap(box, x, y, interpolation, None, cv2.BORDER_CONSTANT, border), rows, columns
-
-
-@lru_cache(maxsize=64)
-def _restoring_matrix(
-    original: int, scale: float, bias: float, side: int, length: int, device: torch.device
-) -> torch.Tensor:
-    """One axis of the way back, `(original, length)`: bicubic from logits to the square, then to the original size.
-
-    Both steps are linear and work on rows and columns apart, so a mask is `rows @ probabilities @ columns.T`, and no
-    square or photograph-sized intermediate is made.
-    """
-    positions = torch.from_numpy(_sampling_positions(original, scale, bias))
-    d = (positions[:, None] - torch.arange(side)).abs()  # (original, side)
-    a = CUBIC_COEFFICIENT
-    near = ((a + 2) * d - (a + 3)) * d**2 + 1
-    far = (((d - 5) * d + 8) * d - 4) * a
-    warp = torch.where(d <= 1, near, far) * (d < 2)  # a sample beyond the square counts as 0
-    enlarge = F.interpolate(  # the official enlargement, written as the matrix of what it does to a unit vector
-        torch.eye(length, dtype=torch.float64)[None, None], (side, length), mode="bicubic", align_corners=True
-    )[0, 0]  # (side, length)
-    return (warp @ enlarge).to(device=device, dtype=torch.float32)
-
-
-def _refuse_contradictions(given: Mapping[str, Any], settled: Mapping[str, tuple]) -> None:
-    """Refuse with a TypeError arguments that are not `settled` here, or not so; None says nothing, as elsewhere."""
-    for name, value in given.items():
-        if name not in settled:
-            raise TypeError(
-                f"There is no argument {name!r}: leave it out, the checkpoint has settled how images and phrases are "
-                "prepared."
-            )
-        value = list(value) if isinstance(value, (tuple, np.ndarray)) else value
-        agrees = any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in settled[name])
-        if value is not None and not agrees:
-            raise TypeError(
-                f"{name} is {reprlib.repr(value)}, but here it is always {settled[name][0]!r}: leave it out, or load "
-                "a checkpoint made with another."
-            )
-
-
-def _checked_threshold(threshold: Any, name: str) -> float:
-    """A threshold of probabilities; ValueError if it is none."""
-    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
-        raise ValueError(f"{name} is {reprlib.repr(threshold)}: it is a probability, give a number from 0 to 1.")
-    return threshold
-
-
-def _checked_channels(values: Any, name: str, least: float) -> list[float]:
-    """A number from `least` to 1 for each of the three channels; ValueError if it is none."""
-    if (
-        not isinstance(values, (list, tuple))
-        or len(values) != 3
-        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= 1 for v in values)
-    ):
-        raise ValueError(
-            f"{name} is {reprlib.repr(values)}: give three numbers from {least:.3g} to 1, for red, green and blue "
-            "from 0 to 1."
-        )
-    return list(values)
-
-
-@contextmanager
-def _reading_configuration(name: Any) -> Iterator[None]:
-    """Say of a saved configuration that is no JSON object of a processor what it is."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise ValueError(
-            f"The processor's configuration in {name} is no JSON object of its fields ({error}): save or download it "
-            "again."
-        ) from error
-
-
-def _as_sequence(values: Any, batch_ndims: tuple[int, ...], name: str) -> Sequence:
-    """A sequence of images or maps from a sequence, a batch of so many dimensions, or a single one."""
-    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, BoxedMask))
-    several = listed or getattr(values, "ndim", None) in batch_ndims
-    if several and not len(values):
-        raise ValueError(f"{name} is empty: give at least one.")
-    return values if several else [values]
-
-
-def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
-    """The numbers of a PIL image, upright and, if `in_colour`, as RGB; or of an array or tensor, as they are."""
-    if isinstance(image, torch.Tensor):
-        if image.layout != torch.strided or image.is_quantized or image.is_meta:
-            kind = "a meta tensor" if image.is_meta else f"a tensor of {image.layout} and {image.dtype}"
-            raise TypeError(f"{name} is {kind}: give a dense tensor of plain numbers.")
-        if image.is_floating_point() and image.itemsize < 4:  # NumPy has no bfloat16
-            image = image.float()
-        return image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        return image
-    if not isinstance(image, Image.Image):
-        files = (
-            ", which PIL.Image.open makes of a file" if isinstance(image, (str, bytes, bytearray, os.PathLike)) else ""
-        )
-        raise TypeError(
-            f"{name} is of type {type(image).__name__}: give a PIL image{files}, a NumPy array or a torch tensor."
-        )
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # or else this and `convert` would only copy
-        upright = ImageOps.exif_transpose(image) if turned else image
-        # Pillow would clip the numbers of modes F and I at 255.
-        if in_colour and upright.mode not in ("RGB", "F") and not upright.mode.startswith("I"):
-            upright = upright.convert("RGB")
-        return np.asarray(upright)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three for a broken file
-        file = f" ({image.filename})" if getattr(image, "filename", "") else ""
-        raise OSError(f"{name}{file} cannot be decoded: {error}. Repair the file or leave it out.") from error
-
-
-def _as_bytes(values: np.ndarray, name: str) -> np.ndarray:
-    """Values as 0 … 255 in `uint8`, the depth in which the official code warps images and masks."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.name == "uint16":
-        return (values >> 8).astype(np.uint8)
-    full = 1 if values.dtype.kind in "bf" else 255
-    numeric = values.dtype.kind in "bfiu"
-    if not numeric or not (values.min() >= 0 and values.max() <= full):
-        found = f" from {values.min()} to {values.max()}" if numeric else ""  # either is NaN if any value is
-        raise ValueError(
-            f"{name} holds {values.dtype} values{found}: give uint8 or uint16, other integers from 0 to 255, or "
-            "floats from 0 to 1 that are not yet normalised."
-        )
-    return values.astype(np.uint8) if full == 255 else np.rint(values * np.float32(255)).astype(np.uint8)
-
-
-def _refuse_long_sides(array: np.ndarray, name: str) -> None:
-    if max(array.shape[:2]) > MAX_SIDE:
-        raise ValueError(
-            f"{name} is {array.shape[0]} x {array.shape[1]} pixels (height x width), but a side has at most "
-            f"{MAX_SIDE:,}: cut it into parts or make it smaller."
-        )
-
-
-def _as_rgb(image: Any, name: str) -> np.ndarray:
-    """Any image as `(H, W, 3)` in `uint8`, upright."""
-    array = _as_array(image, name, in_colour=True)
-    channels_last = isinstance(image, Image.Image) or array.ndim == 2
-    array = array[..., None] if array.ndim == 2 else array
-    channels = range(1, MAX_CHANNELS + 1)
-    if array.ndim != 3 or array.size == 0 or not (array.shape[0] in channels or array.shape[-1] in channels):
-        raise ValueError(
-            f"{name} has shape {array.shape}: give (height, width), (height, width, channels) or (channels, height, "
-            f"width) with at least one pixel and at most {MAX_CHANNELS} channels."
-        )
-    if not channels_last and infer_channel_dimension_format(array, tuple(channels)) == ChannelDimension.FIRST:
-        array = np.moveaxis(array, 0, -1)
-    _refuse_long_sides(array, name)
-    array = _as_bytes(array[..., :3] if array.shape[-1] >= 3 else array[..., :1], name)
-    return array if array.shape[-1] == 3 else array.repeat(3, axis=-1)
-
-
-def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
-    """A mask as `(H, W)` in `uint8` with foreground 255."""
-    mask = _as_array(segmentation_map, name, in_colour=False)
-    if mask.ndim == 3 and (mask.shape[0] == 1) != (mask.shape[-1] == 1):  # with an axis of one channel
-        mask = mask.squeeze(0 if mask.shape[0] == 1 else -1)
-    if mask.ndim != 2 or mask.size == 0:
-        raise ValueError(f"{name} has shape {mask.shape}: give one (height, width) map for each phrase or image.")
-    _refuse_long_sides(mask, name)
-    if mask.dtype.kind not in "iu":
-        return _as_bytes(mask, name)
-    if mask.min() < 0 or mask.max() not in (0, 1, 255):  # most likely a map of labels, of which the phrase means one
-        raise ValueError(
-            f"{name} holds integers from {mask.min()} to {mask.max()}: give 0 and 1, or 0 … 255 with 255 as the "
-            "foreground."
-        )
-    return mask.astype(np.uint8, copy=False) if mask.max() == 255 else mask.astype(np.uint8) * np.uint8(255)
+MIN_STD = 1 / 255  # one grey level
+# Fields of saved files that tell transformers which classes to load.
+CLASS_FIELDS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
+# One can iterate over these too, but not to get phrases.
+NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)
+BYTE_SYMBOLS = 512  # each of the 256 bytes, inside a word and at the end of one
 
 
 class DetrisImageProcessor(BaseImageProcessor):
-    """Letterboxes images, and masks to train on, to a square: scaled to fit, centred, by one affine warp.
+    """Warps images, and the masks to train on, to a square: scales them to fit and centres them (a letterbox).
 
-    Images are PIL images, NumPy arrays or torch tensors, of one to four channels in either order, with integers from
-    0 to 255, 16-bit integers, or floats from 0 to 1. Grey, palette and CMYK images become RGB; EXIF rotation is
-    applied, and the original size is the one after it; transparency is dropped, as in Pillow's `convert("RGB")` and
-    in the official reader. An array that could be read in both channel orders is taken as channels first.
+    Images are PIL images, NumPy arrays or torch tensors. They have one to four channels, first or last, and hold
+    integers from 0 to 255, 16-bit integers, or floats from 0 to 1. Grey, palette and CMYK images become RGB.
+    Photographs are turned upright by their EXIF rotation, and their original size is the one of the upright image.
+    Transparency is dropped, as Pillow's `convert("RGB")` and the official reader do. An array whose channels could be
+    first or last is read as channels first.
 
     Args:
         size (`dict[str, int]`): `{"height": side, "width": side}` of the square, in pixels.
-        image_mean, image_std (`list[float]`): of the three channels, for values from 0 to 1; CLIP's by default. What
-            lies outside the image has the mean colour, rounded to whole grey levels as officially.
+        image_mean, image_std (`list[float]`): of red, green and blue, for values from 0 to 1; CLIP's by default. What
+            lies outside the image has the mean colour, rounded to whole grey levels as in the official code.
 
     Raises:
         TypeError: if there is an unknown field.
-        ValueError: if `size` is not a square of at most 4,096 pixels, or mean or deviation are not of such values.
+        ValueError: if `size` is no square of at most 4,096 pixels, or mean or deviation are not three numbers to 1.
     """
 
     def __init__(
@@ -309,26 +88,22 @@ class DetrisImageProcessor(BaseImageProcessor):
         self.size = {"height": side, "width": side}
         self.image_mean = _checked_channels(OPENAI_CLIP_MEAN if image_mean is None else image_mean, "image_mean", 0)
         self.image_std = _checked_channels(OPENAI_CLIP_STD if image_std is None else image_std, "image_std", MIN_STD)
-        described = {name: kwargs.pop(name) for name in DESCRIPTION if name in kwargs}
-        _refuse_contradictions(kwargs, self._settled())
-        super().__init__(**described)
+        class_fields = {name: kwargs.pop(name) for name in CLASS_FIELDS if name in kwargs}
+        _refuse_contradictions(kwargs, self._fixed_arguments())
+        super().__init__(**class_fields)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with _reading_configuration(pretrained_model_name_or_path):
+        with _refusing_broken_configuration(pretrained_model_name_or_path):
             fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
-    def _settled(self) -> dict[str, tuple]:
-        """What other processors take as arguments, with the values that change nothing here."""
-        return {
-            "do_resize": (True,),
-            "do_rescale": (True,),
-            "rescale_factor": (1 / 255,),
-            "do_normalize": (True,),
-            "do_convert_rgb": (True,),
-            "do_pad": (True,),
+    def _fixed_arguments(self) -> dict[str, tuple]:
+        """Return the arguments that other image processors take, each with the values that change nothing here."""
+        done = ("resize", "rescale", "normalize", "convert_rgb", "pad")
+        return {f"do_{what}": (True,) for what in done} | {
             "do_center_crop": (False,),
+            "rescale_factor": (1 / 255,),
             "data_format": ("channels_first", ChannelDimension.FIRST),
             "size": (self.size, self.size["height"]),
             "image_mean": (self.image_mean,),
@@ -341,65 +116,55 @@ class DetrisImageProcessor(BaseImageProcessor):
         segmentation_maps: ImageInput | None = None,
         image_index: np.ndarray | None = None,
         return_tensors: str | None = None,
-        **settled,
+        **fixed: Any,
     ) -> BatchFeature:
-        """Letterbox `B` images, and masks for `N` phrases that speak of them.
+        """Warp `B` images to squares, and with them the masks of `N` phrases that speak of them.
 
         Args:
-            images: one image or a sequence or batch of `B`. They are taken from a sequence one by one, so that one
-                which reads them when asked, like a column of `datasets`, never holds all of them.
+            images: one image, or a sequence or batch of `B`. A sequence is asked for one image after the other, so
+                that a column of `datasets`, which decodes an image when asked for it, never holds all of them.
             segmentation_maps: `(height, width)` maps of 0 and 1, of bool, of floats from 0 to 1, or of integers with
-                255 as the foreground; one for each phrase, or one for each image that its phrases share. An axis
-                of one channel may stand before or behind. A [`BoxedMask`] spares the work outside its box.
+                255 as the foreground. Give one for each phrase, or one for each image, which its phrases then share.
+                An axis of one channel may come first or last. A [`BoxedMask`] spares the work outside its box.
             image_index (`(N,)`): which image each phrase speaks of; by default there is one phrase for each image.
-            return_tensors: `"pt"` for torch, otherwise NumPy.
-            settled: arguments of other image processors, such as `do_normalize=True`, if they say what is done anyway.
+            return_tensors: `"pt"` for torch tensors; NumPy arrays by default.
+            fixed: arguments of other image processors, such as `do_normalize=True`, that ask for what is done anyway.
 
         Returns:
-            `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and
-            with maps `labels (N, side, side)` from 0 to 1, with soft edges.
+            `pixel_values (B, 3, side, side)`, normalised; `original_sizes (B, 2)`, heights and widths in pixels; and,
+            if there are maps, `labels (N, side, side)` from 0 to 1, with soft edges.
 
         Raises:
             OSError: if a file is truncated or broken.
-            TypeError: if an image is of another type, or there is no such argument.
+            TypeError: if an image is of another type, or an argument is unknown or contradicts the checkpoint.
             ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
                 as phrases nor as many as images, or a map is not as large as its image.
         """
-        _refuse_contradictions(settled, self._settled())
+        _refuse_contradictions(fixed, self._fixed_arguments())
         images = _as_sequence(images, (4,), "images")
         side, sizes = self.size["height"], []
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
-        factors, offsets = 1 / (255 * std), mean / std
-        border = np.rint([255 * channel for channel in self.image_mean])
-        outside = (np.float32(border) * factors - offsets)[:, None, None]
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
         for i, image in enumerate(images):
             image = _as_rgb(image, f"images[{i}]")
             sizes.append(image.shape[:2])
-            warped, rows, columns = _letterbox(image, 0, 0, image.shape[:2], side, cv2.INTER_CUBIC, border)
-            square = pixel_values[i]
-            planes = cv2.split(warped) if warped.size else ()
-            for plane, values, factor, offset in zip(planes, square[:, rows, columns], factors, offsets):
-                np.multiply(plane, factor, out=values)
-                values -= offset
-            square[:, : rows.start] = square[:, rows.stop :] = outside
-            square[:, rows, : columns.start] = square[:, rows, columns.stop :] = outside
+            letterbox_image(image, self.image_mean, self.image_std, pixel_values[i])
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
             maps = _as_sequence(segmentation_maps, (3, 4), "segmentation_maps")
-            data["labels"] = self._letterbox_maps(maps, sizes, image_index)
+            data["labels"] = self._letterbox_segmentation_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _letterbox_maps(self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray) -> np.ndarray:
+    def _letterbox_segmentation_maps(
+        self, maps: list, sizes: list[tuple[int, int]], image_index: np.ndarray
+    ) -> np.ndarray:
         if len(maps) not in (len(image_index), len(sizes)):
             raise ValueError(
                 f"{len(maps)} segmentation_maps for {len(image_index)} phrases of {len(sizes)} images: give one for "
                 "each phrase, or one for each image."
             )
         shared = len(maps) != len(image_index)
-        side = self.size["height"]
-        labels = np.zeros((len(maps), side, side), np.float32)
+        labels = np.zeros((len(maps), self.size["height"], self.size["width"]), np.float32)
         for i, owner in enumerate(range(len(sizes)) if shared else image_index):
             name, given = f"segmentation_maps[{i}]", maps[i]
             values, top, left, size = given if isinstance(given, BoxedMask) else (given, 0, 0, None)
@@ -410,96 +175,70 @@ class DetrisImageProcessor(BaseImageProcessor):
                     f"{name} has (height, width) {size}, but its image, images[{owner}], has {sizes[owner]} "
                     "when upright: give a map of the image's size."
                 )
-            warped, rows, columns = _letterbox(mask, top, left, size, side, cv2.INTER_LINEAR, 0)
-            np.divide(warped, np.float32(255), out=labels[i, rows, columns])
+            letterbox_mask(BoxedMask(mask, top, left, size), labels[i])
         return labels[image_index] if shared else labels
 
 
-def _holds_text(values: Any) -> bool:
-    while isinstance(values, (list, tuple)) and values:
-        values = values[0]
-    return isinstance(values, str)
-
-
-def _as_phrases(text: Any, name: str) -> list:
-    """A list from a phrase, or from any ordered container of phrases or of lists of them."""
-    if isinstance(text, np.ndarray) and text.dtype.kind in "UO":
-        text = text.tolist()  # of an array without axes its only phrase
-    if isinstance(text, str):
-        return [text]
-    if not isinstance(text, Iterable) or isinstance(text, NO_PHRASES):
-        raise TypeError(
-            f"{name} is of type {type(text).__name__}: give a phrase, a list of phrases, or a list with a list of "
-            "phrases for each image."
-        )
-    return list(text)
-
-
-def _rebuilt(processor_class: type, parts: tuple[type, tuple], *arguments: Any) -> "DetrisProcessor":
-    """A processor from the class of its image processor, what that takes, and its own further arguments."""
-    image_processor_class, values = parts
-    return processor_class(image_processor_class(*values), *arguments)
-
-
 class DetrisProcessor(ProcessorMixin):
-    """Images and referring expressions to the inputs of DETRIS, and its logits back to masks.
+    """Turns images and referring expressions into the inputs of DETRIS, and its logits into masks.
 
     Args:
-        image_processor (`DetrisImageProcessor`)
-        tokenizer (`CLIPTokenizer`)
+        image_processor (`DetrisImageProcessor`): warps the images.
+        tokenizer (`CLIPTokenizer`): splits the phrases into tokens.
         max_text_length (`int`): tokens `L` of a phrase, its start and end included; longer phrases are cut.
         mask_threshold (`float`): a pixel is foreground where its probability is above this.
 
     Raises:
-        ValueError: if `max_text_length` leaves no room for a word or is above 1,024, `mask_threshold` is no
-            probability, or the tokenizer has no vocabulary.
+        ValueError: if `max_text_length` leaves no room for a word or is above 1,024, if `mask_threshold` is no
+            probability, or if the tokenizer has no vocabulary.
     """
 
-    def __init__(self, image_processor, tokenizer, max_text_length: int = 17, mask_threshold: float = 0.35):
+    def __init__(
+        self,
+        image_processor: DetrisImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_length: int = 17,
+        mask_threshold: float = 0.35,
+    ):
         if type(max_text_length) is not int or not 3 <= max_text_length <= MAX_TEXT_LENGTH:
             raise ValueError(
                 f"max_text_length is {reprlib.repr(max_text_length)}: start, end and at least one word need 3 or more "
                 f"tokens, and at most {MAX_TEXT_LENGTH:,} are allowed."
             )
-        if (
-            len(tokenizer) < BYTE_SYMBOLS
-        ):  # `from_pretrained` makes an empty one where the vocabulary's file is missing
+        if len(tokenizer) < BYTE_SYMBOLS:  # without its file `from_pretrained` makes a tokenizer that is all but empty
             raise ValueError(
-                f"The tokenizer has {len(tokenizer)} symbols, but CLIP's spell every byte and have {BYTE_SYMBOLS} or "
-                "more: its tokenizer.json is missing, or the Hub was not reached; save or download it again, or name "
-                "another tokenizer."
+                f"The tokenizer has {len(tokenizer)} symbols, but a CLIP tokenizer spells every byte and has "
+                f"{BYTE_SYMBOLS} or more: its tokenizer.json is missing, or the Hub was not reached; save or download "
+                "it again, or name another tokenizer."
             )
         super().__init__(image_processor, tokenizer)
         self.max_text_length = max_text_length
         self.mask_threshold = _checked_threshold(mask_threshold, "mask_threshold")
-        self._has_warned_of_cut = False
+        self._has_warned_of_long_phrase = False
 
     def __reduce__(self) -> tuple:
-        """What decides its results, without what calls and saving leave behind: `datasets` caches by this."""
+        """Pickle what decides the results alone: by its hash `datasets` knows whether it has mapped rows before."""
         tokenizer = copy.copy(self.tokenizer)
         tokenizer._set_processor_class(None)
         tokenizer.init_kwargs = {
-            key: tokenizer.init_kwargs[key] for key in tokenizer.init_kwargs if key not in DESCRIPTION
+            name: value for name, value in tokenizer.init_kwargs.items() if name not in CLASS_FIELDS
         }
         images = self.image_processor
-        parts = type(images), (images.size, images.image_mean, images.image_std)
-        return _rebuilt, (type(self), parts, tokenizer, self.max_text_length, self.mask_threshold)
+        image_arguments = images.size, images.image_mean, images.image_std
+        arguments = tokenizer, self.max_text_length, self.mask_threshold
+        return _make_processor, (type(self), type(images), image_arguments, *arguments)
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with _reading_configuration(pretrained_model_name_or_path):
+        with _refusing_broken_configuration(pretrained_model_name_or_path):
             fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
     @classmethod
-    def from_config(cls, config, tokenizer) -> "DetrisProcessor":
-        """The processor that fits a [`DetrisConfig`], around CLIP's tokenizer."""
-        return cls(
-            image_processor=DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size}),
-            tokenizer=tokenizer,
-            max_text_length=config.max_text_length,
-            mask_threshold=config.mask_threshold,
-        )
+    def from_config(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "DetrisProcessor":
+        """Make the processor that fits a [`DetrisConfig`] from it and CLIP's tokenizer."""
+        image_processor = DetrisImageProcessor(size={"height": config.image_size, "width": config.image_size})
+        return cls(image_processor, tokenizer, config.max_text_length, config.mask_threshold)
 
     def __call__(
         self,
@@ -507,30 +246,30 @@ class DetrisProcessor(ProcessorMixin):
         text: str | list[str] | list[list[str]] | None = None,
         segmentation_maps: ImageInput | None = None,
         return_tensors: str | None = None,
-        **settled,
+        **fixed: Any,
     ) -> BatchFeature:
-        """Prepare images, phrases, or both. There are no further options: the checkpoint has settled the rest.
+        """Prepare images, phrases, or both. There are no further options, because the checkpoint fixes the rest.
 
         Args:
-            images: one image or a list or batch of `B`; see [`DetrisImageProcessor`].
-            text: a phrase; a list of phrases, all of the one image or one for each image; or a list with a list of
-                phrases for each image. Arrays of strings and columns of `datasets` are lists, too.
+            images: one image, or a list or batch of `B`; see [`DetrisImageProcessor`].
+            text: a phrase; a list of phrases, all about the one image or one for each image; or a list that has a list
+                of phrases for each image. Arrays of strings and columns of `datasets` count as lists.
             segmentation_maps: the phrases' masks, to train on; see [`DetrisImageProcessor.preprocess`].
-            return_tensors: `"pt"` for torch, otherwise NumPy.
-            settled: arguments of other processors, such as `padding="max_length"`, if they say what is done anyway.
+            return_tensors: `"pt"` for torch tensors; NumPy arrays by default.
+            fixed: arguments of other processors, such as `padding="max_length"`, that ask for what is done anyway.
 
         Returns:
-            With images `pixel_values (B, 3, side, side)` and `original_sizes (B, 2)`, heights and widths in pixels.
-            With text `input_ids (N, L)` and `attention_mask (N, L)`. With both `image_index (N,)`, which image each
-            phrase speaks of. With maps `labels (N, side, side)`.
+            For images: `pixel_values (B, 3, side, side)` and `original_sizes (B, 2)`, heights and widths in pixels.
+            For text: `input_ids (N, L)` and `attention_mask (N, L)`. For both together also `image_index (N,)`, which
+            image each phrase speaks of. For maps: `labels (N, side, side)`.
 
         Raises:
             OSError: if an image file is truncated or broken.
-            TypeError: if an image or a phrase is of another type, or there is no such argument.
+            TypeError: if an image or a phrase is of another type, or an argument is unknown or contradicts the model.
             ValueError: if there is nothing to prepare, a phrase has no words, it is unclear which image a phrase
                 speaks of, or images and maps do not fit.
         """
-        _refuse_contradictions(settled, self._settled_text() | self.image_processor._settled())
+        _refuse_contradictions(fixed, self._fixed_text_arguments() | self.image_processor._fixed_arguments())
         if _holds_text(images) and text is not None and not _holds_text(text):
             raise TypeError("images holds text and text does not: they are swapped, give images=…, text=….")
         if images is None and (text is None or segmentation_maps is not None):
@@ -538,9 +277,9 @@ class DetrisProcessor(ProcessorMixin):
         data, image_index = {}, None
         if text is not None:
             image_count = None if images is None else len(_as_sequence(images, (4,), "images"))
-            phrases, image_index = self._pair_text_with_images(text, image_count)
+            phrases, image_index = _pair_text_with_images(text, image_count)
             input_ids = self._tokenize(phrases)
-            # Id 0 is the filling, as officially, although it is also the token of a "!" inside a word.
+            # Id 0 fills up, as in the official code, although it is also the token of a "!" inside a word.
             data = {"input_ids": input_ids, "attention_mask": (input_ids != 0).astype(np.int64)}
         if images is not None:
             data |= self.image_processor(images, segmentation_maps=segmentation_maps, image_index=image_index)
@@ -548,9 +287,10 @@ class DetrisProcessor(ProcessorMixin):
                 data["image_index"] = image_index
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _settled_text(self) -> dict[str, tuple]:
-        """What other processors take as arguments for text, with the values that change nothing here."""
-        return {
+    def _fixed_text_arguments(self) -> dict[str, tuple]:
+        """Return the arguments that other processors take for text, each with the values that change nothing here."""
+        left_out = ("token_type_ids", "overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
+        return {f"return_{what}": (False,) for what in left_out} | {
             "padding": ("max_length", True),
             "truncation": (True, "longest_first", "only_first"),
             "max_length": (self.max_text_length,),
@@ -558,47 +298,17 @@ class DetrisProcessor(ProcessorMixin):
             "padding_side": ("right",),
             "truncation_side": ("right",),
             "return_attention_mask": (True,),
-            "return_token_type_ids": (False,),
-            "return_overflowing_tokens": (False,),
-            "return_special_tokens_mask": (False,),
-            "return_offsets_mapping": (False,),
-            "return_length": (False,),
             "is_split_into_words": (False,),
             "stride": (0,),
             "verbose": (True, False),
         }
 
-    @staticmethod
-    def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str], np.ndarray]:
-        """All phrases in one list, and the image of each; `image_count=None` pairs with nothing."""
-        texts = _as_phrases(text, "text")
-        if not texts:
-            raise ValueError("text is empty: give at least one phrase.")
-        if isinstance(texts[0], str):
-            groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
-        else:
-            groups = [_as_phrases(group, f"text[{index}]") for index, group in enumerate(texts)]
-            if not all(groups):
-                raise ValueError(f"text[{groups.index([])}] is empty: give at least one phrase for each image.")
-        if image_count not in (None, len(groups)):
-            raise ValueError(
-                f"{len(groups)} texts for {image_count} images: give one phrase for each image, or a list with a list "
-                "of phrases for each image."
-            )
-        phrases = [phrase for group in groups for phrase in group]
-        for n, phrase in enumerate(phrases):
-            if not isinstance(phrase, str):
-                raise TypeError(
-                    f"phrase {n} of text is {reprlib.repr(phrase)}, of type {type(phrase).__name__}: give a string."
-                )
-        return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-
     def _tokenize(self, phrases: list[str]) -> np.ndarray:
-        """CLIP tokens `(N, L)`, cut so that the last one kept is the end token and filled with 0, as officially.
+        """Return CLIP's tokens `(N, L)`: long phrases are cut and end with the end token, short ones filled up with 0.
 
-        Text is repaired, unescaped, stripped and lower-cased here and not left to the tokenizer, so that any
-        tokenizer with CLIP's merges gives the official ids (OpenAI's `simple_tokenizer.py`, `tokenize` in the
-        official `utils/dataset.py`).
+        Text is repaired, unescaped, stripped and lower-cased here and not by the tokenizer, so that any tokenizer with
+        CLIP's merges gives the official ids (OpenAI's `simple_tokenizer.py`; `tokenize` in the official
+        `utils/dataset.py`).
         """
         texts = [html.unescape(html.unescape(ftfy.fix_text(phrase))) for phrase in phrases]
         texts = [re.sub(r"\s+", " ", text).strip().lower() for text in texts]
@@ -608,11 +318,11 @@ class DetrisProcessor(ProcessorMixin):
             if len(ids) < 3:
                 raise ValueError(f"phrase {n} of text is {phrases[n]!r}, which has no words: say what to segment.")
             if len(ids) > length:
-                if not self._has_warned_of_cut:
-                    self._has_warned_of_cut = True  # not `warning_once`, which would warn once for each phrase
+                if not self._has_warned_of_long_phrase:
+                    self._has_warned_of_long_phrase = True  # `warning_once` would warn of each phrase once
                     logger.warning(
-                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}, as "
-                        "are other long phrases from here on: shorten them, or use a model with a larger "
+                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}. "
+                        "Further long phrases are cut without a warning: shorten them, or use a model with a larger "
                         "max_text_length."
                     )
                 ids = [*ids[: length - 1], self.tokenizer.eos_token_id]
@@ -627,13 +337,13 @@ class DetrisProcessor(ProcessorMixin):
         threshold: float | None = None,
         image_index: torch.Tensor | list[int] | None = None,
     ) -> list[torch.Tensor]:
-        """The masks of `N` phrases at the sizes of their images (`inference` in the official `engine/engine.py`).
+        """Make the masks of `N` phrases at the sizes of their images (official `engine/engine.py`, `inference`).
 
         Args:
-            outputs: what the model returned, or anything whose `logits` are `(N, h, w)`.
-            original_sizes: heights and widths in pixels, `(N, 2)` for the phrases, `(1, 2)` for one image that all
-                share, or, with `image_index`, `(B, 2)` for the images.
-            threshold: foreground is where the probability is above it; `mask_threshold` by default.
+            outputs: what the model returned, or anything else whose `logits` are `(N, h, w)`.
+            original_sizes: heights and widths in pixels: `(N, 2)` for the phrases, `(1, 2)` for one image that all
+                phrases share, or, together with `image_index`, `(B, 2)` for the images.
+            threshold: a pixel is foreground where its probability is above this; `mask_threshold` by default.
             image_index (`(N,)`): which image each phrase speaks of.
 
         Returns:
@@ -641,17 +351,13 @@ class DetrisProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if sizes, `image_index` and phrases do not fit together, the threshold is no probability, or
-                logits are not finite, which costs a GPU one reading.
+                logits are not finite (for this check the CPU waits once for a GPU).
         """
         logits = outputs.logits
         threshold = _checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
         sizes = torch.as_tensor(original_sizes, device="cpu")
-        if (
-            sizes.ndim != 2
-            or sizes.shape[1] != 2
-            or sizes.is_floating_point()
-            or not ((sizes >= 1) & (sizes <= MAX_SIDE)).all()
-        ):
+        pairs = sizes.ndim == 2 and sizes.shape[1] == 2
+        if not pairs or sizes.is_floating_point() or not ((sizes >= 1) & (sizes <= MAX_SIDE)).all():
             raise ValueError(
                 f"original_sizes is {original_sizes}: give a (height, width) in whole pixels for each image, at most "
                 f"{MAX_SIDE:,}."
@@ -676,14 +382,218 @@ class DetrisProcessor(ProcessorMixin):
                 "in the model's weights and inputs, or take fp32 or bf16 for fp16."
             )
         side, masks = self.image_processor.size["height"], []
-        with torch.autocast(logits.device.type, enabled=False):  # half precision would move the masks' edges
-            for phrase_logits, (height, width) in zip(logits, sizes.tolist()):
-                scale, bias_y, bias_x = _letterbox_geometry(height, width, side)
-                rows = _restoring_matrix(height, scale, bias_y, side, phrase_logits.shape[0], logits.device)
-                columns = _restoring_matrix(width, scale, bias_x, side, phrase_logits.shape[1], logits.device)
-                masks.append(rows @ phrase_logits.float().sigmoid() @ columns.T > threshold)
+        with torch.autocast(logits.device.type, enabled=False):  # half precision would shift the edges of masks
+            for phrase_logits, size in zip(logits, sizes.tolist()):
+                masks.append(undo_letterbox(phrase_logits.float().sigmoid(), size, side) > threshold)
         return masks
 
 
 DetrisImageProcessor.register_for_auto_class()
 DetrisProcessor.register_for_auto_class()
+
+
+# --- images and masks of every kind ----------------------------------------------------------------------------------
+
+
+def _as_sequence(values: Any, batch_ndims: tuple[int, ...], name: str) -> Sequence:
+    """Return images or maps as a sequence: a given one, a batch (an array of so many dimensions), or `[values]`."""
+    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, BoxedMask))
+    several = listed or getattr(values, "ndim", None) in batch_ndims
+    if several and not len(values):
+        raise ValueError(f"{name} is empty: give at least one.")
+    return values if several else [values]
+
+
+def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
+    """Return the numbers of an array or tensor as they are, those of a PIL image upright and, `in_colour`, as RGB."""
+    if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_quantized or image.is_meta:
+            kind = "a meta tensor" if image.is_meta else f"a tensor of {image.layout} and {image.dtype}"
+            raise TypeError(f"{name} is {kind}: give a dense tensor of plain numbers.")
+        if image.is_floating_point() and image.itemsize < 4:  # NumPy has no bfloat16
+            image = image.float()
+        return image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return image
+    if not isinstance(image, Image.Image):
+        is_file = isinstance(image, (str, bytes, bytearray, os.PathLike))
+        opened = ", which PIL.Image.open makes of a file" if is_file else ""
+        raise TypeError(
+            f"{name} is of type {type(image).__name__}: give a PIL image{opened}, a NumPy array or a torch tensor."
+        )
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image  # it would copy an image that is upright
+        # In modes F and I Pillow would clip the numbers at 255.
+        if in_colour and upright.mode not in ("RGB", "F") and not upright.mode.startswith("I"):
+            upright = upright.convert("RGB")
+        return np.asarray(upright)
+    except (OSError, SyntaxError, ValueError) as error:  # for a broken file Pillow's decoders raise all three
+        file = f" ({image.filename})" if getattr(image, "filename", "") else ""
+        raise OSError(f"{name}{file} cannot be decoded: {error}. Repair the file or leave it out.") from error
+
+
+def _as_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """Return values as 0 … 255 in `uint8`, because the official code warps images and masks in this depth."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.name == "uint16":
+        return (values >> 8).astype(np.uint8)
+    full = 1 if values.dtype.kind in "bf" else 255
+    numeric = values.dtype.kind in "bfiu"
+    if not numeric or not (values.min() >= 0 and values.max() <= full):
+        found = f" from {values.min()} to {values.max()}" if numeric else ""  # both are NaN if any value is
+        raise ValueError(
+            f"{name} holds {values.dtype} values{found}: give uint8 or uint16, other integers from 0 to 255, or "
+            "floats from 0 to 1 that are not yet normalised."
+        )
+    return values.astype(np.uint8) if full == 255 else np.rint(values * np.float32(255)).astype(np.uint8)
+
+
+def _refuse_long_sides(array: np.ndarray, name: str) -> None:
+    if max(array.shape[:2]) > MAX_SIDE:
+        raise ValueError(
+            f"{name} is {array.shape[0]} x {array.shape[1]} pixels (height x width), but a side has at most "
+            f"{MAX_SIDE:,}: cut it into parts or make it smaller."
+        )
+
+
+def _as_rgb(image: Any, name: str) -> np.ndarray:
+    """Return any image as `(H, W, 3)` in `uint8`, upright."""
+    array = _as_array(image, name, in_colour=True)
+    channels_last = isinstance(image, Image.Image) or array.ndim == 2
+    array = array[..., None] if array.ndim == 2 else array
+    channels = range(1, MAX_CHANNELS + 1)
+    if array.ndim != 3 or array.size == 0 or not (array.shape[0] in channels or array.shape[-1] in channels):
+        raise ValueError(
+            f"{name} has shape {array.shape}: give (height, width), (height, width, channels) or (channels, height, "
+            f"width) with at least one pixel and at most {MAX_CHANNELS} channels."
+        )
+    if not channels_last and infer_channel_dimension_format(array, tuple(channels)) == ChannelDimension.FIRST:
+        array = np.moveaxis(array, 0, -1)
+    _refuse_long_sides(array, name)
+    array = _as_bytes(array[..., :3] if array.shape[-1] >= 3 else array[..., :1], name)
+    return array if array.shape[-1] == 3 else array.repeat(3, axis=-1)
+
+
+def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
+    """Return a mask as `(H, W)` in `uint8`, with 255 as the foreground."""
+    mask = _as_array(segmentation_map, name, in_colour=False)
+    if mask.ndim == 3 and (mask.shape[0] == 1) != (mask.shape[-1] == 1):  # it has an axis of one channel
+        mask = mask.squeeze(0 if mask.shape[0] == 1 else -1)
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"{name} has shape {mask.shape}: give one (height, width) map for each phrase or image.")
+    _refuse_long_sides(mask, name)
+    if mask.dtype.kind not in "iu":
+        return _as_bytes(mask, name)
+    if mask.min() < 0 or mask.max() not in (0, 1, 255):  # probably a map of labels, one of which the phrase means
+        raise ValueError(
+            f"{name} holds integers from {mask.min()} to {mask.max()}: give 0 and 1, or 0 … 255 with 255 as the "
+            "foreground."
+        )
+    return mask.astype(np.uint8, copy=False) if mask.max() == 255 else mask.astype(np.uint8) * np.uint8(255)
+
+
+# --- phrases in every container --------------------------------------------------------------------------------------
+
+
+def _holds_text(values: Any) -> bool:
+    """Tell whether values are a text, or lists whose first element is one."""
+    while isinstance(values, (list, tuple)) and values:
+        values = values[0]
+    return isinstance(values, str)
+
+
+def _as_phrases(text: Any, name: str) -> list:
+    """Return a phrase, or what any ordered container of phrases or of lists of phrases holds, as a list."""
+    if isinstance(text, np.ndarray) and text.dtype.kind in "UO":
+        text = text.tolist()  # an array without axes becomes its only phrase
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, Iterable) or isinstance(text, NO_PHRASES):
+        raise TypeError(
+            f"{name} is of type {type(text).__name__}: give a phrase, a list of phrases, or a list with a list of "
+            "phrases for each image."
+        )
+    return list(text)
+
+
+def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str], np.ndarray]:
+    """Return all phrases in one list, and the index of each one's image; `image_count` is None without images."""
+    texts = _as_phrases(text, "text")
+    if not texts:
+        raise ValueError("text is empty: give at least one phrase.")
+    if isinstance(texts[0], str):
+        groups = [texts] if image_count == 1 else [[phrase] for phrase in texts]
+    else:
+        groups = [_as_phrases(group, f"text[{index}]") for index, group in enumerate(texts)]
+        if not all(groups):
+            raise ValueError(f"text[{groups.index([])}] is empty: give at least one phrase for each image.")
+    if image_count not in (None, len(groups)):
+        raise ValueError(
+            f"{len(groups)} texts for {image_count} images: give one phrase for each image, or a list with a list "
+            "of phrases for each image."
+        )
+    phrases = [phrase for group in groups for phrase in group]
+    for n, phrase in enumerate(phrases):
+        if not isinstance(phrase, str):
+            raise TypeError(
+                f"phrase {n} of text is {reprlib.repr(phrase)}, of type {type(phrase).__name__}: give a string."
+            )
+    return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+
+
+# --- arguments and saved fields --------------------------------------------------------------------------------------
+
+
+def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
+    """Refuse arguments that are unknown, or whose value is neither None nor a `fixed` one, with a TypeError."""
+    for name, value in given.items():
+        if name not in fixed:
+            raise TypeError(
+                f"There is no argument {name!r}: leave it out, the checkpoint says how inputs are prepared."
+            )
+        value = list(value) if isinstance(value, (tuple, np.ndarray)) else value
+        agrees = any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in fixed[name])
+        if value is not None and not agrees:
+            raise TypeError(
+                f"{name} is {reprlib.repr(value)}, but here it is always {fixed[name][0]!r}: leave it out, or load "
+                "a checkpoint made with another."
+            )
+
+
+def _checked_threshold(threshold: Any, name: str) -> float:
+    """Return a threshold of probabilities; refuse anything else with a ValueError."""
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+        raise ValueError(f"{name} is {reprlib.repr(threshold)}: it is a probability, give a number from 0 to 1.")
+    return threshold
+
+
+def _checked_channels(values: Any, name: str, least: float) -> list[float]:
+    """Return three numbers from `least` to 1, one for each channel; refuse anything else with a ValueError."""
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != 3
+        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= 1 for v in values)
+    ):
+        raise ValueError(
+            f"{name} is {reprlib.repr(values)}: give three numbers from {least:.3g} to 1, for red, green and blue "
+            "from 0 to 1."
+        )
+    return list(values)
+
+
+@contextmanager
+def _refusing_broken_configuration(source: Any) -> Iterator[None]:
+    """Turn whatever a broken configuration file makes transformers raise inside into one ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"The processor's configuration in {source} is no JSON object of fields ({error}): save or get it again."
+        ) from error
+
+
+def _make_processor(cls: type, image_class: type, image_arguments: tuple, *arguments: Any) -> DetrisProcessor:
+    """Make a processor from its image processor's class and arguments, and from its own further arguments."""
+    return cls(image_class(*image_arguments), *arguments)

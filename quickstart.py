@@ -2,9 +2,9 @@
 
     python quickstart.py [--methods detris lora dora detris+lora none] [--num_train_epochs 2 ...]
 
-All runs follow `configs/quickstart.yaml`; arguments of `train_hf.py` given here change all of them. `runs/quickstart/`
-then holds the first run's model and predictions, those of the others in folders of their own, the metrics of all in
-`metrics.json`, and `gallery.png`.
+All runs follow `configs/quickstart.yaml`. Arguments of `train_hf.py` may be given, too, and hold for all runs.
+Afterwards `runs/quickstart/` holds the model and the predictions of the first run, a folder for each further run, the
+metrics of all runs in `metrics.json`, and `gallery.png`.
 """
 
 import json
@@ -29,7 +29,7 @@ METHODS = {
     "detris+lora": {"peft_method": "detris+lora"},
     "none": {"peft_method": "none"},
 }
-GALLERY_SPLIT, SAMPLES_PER_FAMILY = "val", 6
+GALLERY_SPLIT, SAMPLES_PER_FAMILY = "val", 6  # what the gallery shows
 
 
 @dataclass
@@ -38,12 +38,16 @@ class QuickstartArguments:
 
     methods: list[str] = field(
         default_factory=lambda: ["detris", "none"],
-        metadata={"choices": list(METHODS), "help": "What to train inside the backbones, beside the head."},
+        metadata={"choices": list(METHODS), "help": "What to train inside the backbones, besides the head."},
     )
 
 
 def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
-    """Print a row for each run: mean IoU on all splits, then what else is known of val."""
+    """Print a row for each run: its mean IoU on all splits, two more metrics of val, and how much was trained.
+
+    Args:
+        runs: the metrics of each run, by its name.
+    """
     columns = {f"mIoU {split}": (f"{split}_mean_iou", ".3f") for split in splits} | {
         "oIoU val": ("val_overall_iou", ".3f"),
         "Pr@0.5 val": ("val_precision@0.5", ".3f"),
@@ -57,7 +61,12 @@ def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
 
 
 def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[str, list[Sample]]:
-    """For each family of phrases, the first samples of the split, be they good or bad, each of another image."""
+    """Pick the first samples of a split for each family of phrases, good or bad, each of another image.
+
+    Args:
+        predictions: folder in which a run has left `<split>/results.jsonl` and masks.
+        shapes_config: the options with which the synthetic set was drawn.
+    """
     scene_options = {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
     families = {family: {} for family in FAMILIES}  # image_id -> sample
     for line in (predictions / split / "results.jsonl").read_text(encoding="utf-8").splitlines():
@@ -82,7 +91,8 @@ def main(argv: list[str]) -> None:
     model_args, data_args, training_args = parse_arguments([CONFIG, *argv])
     output_dir = Path(training_args.output_dir)
     own_folder = parse_arguments([CONFIG])[2].output_dir
-    overwrite = ["--overwrite_output_dir"] if training_args.output_dir == own_folder else []  # an earlier quickstart
+    # What an earlier quickstart left in its own folder may go, but nothing elsewhere.
+    overwrite = ["--overwrite_output_dir"] if training_args.output_dir == own_folder else []
     runs = {}
     for method in args.methods:
         model_config = json.dumps(model_args.model_config | METHODS[method])

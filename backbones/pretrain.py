@@ -2,15 +2,17 @@
 
     python -m backbones.pretrain --output_dir backbones [--max_steps 6000]
 
-A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each are trained on
-scenes of `data/shapes.py` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
+A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each learn to see and to
+read, but not to refer, on scenes of `data/shapes` that have a seed of their own and leave the held-out pairs out:
 
-* every patch tells shape, colour, texture and size of what it shows, where that object's centre lies, how large it is
-  and what of the patch and its surroundings it covers, as DINOv2's patches tell parts and objects; a middle layer's
-  patches too, since DETRIS reads those as well;
-* phrases find the patches of their object among all patches of the scene, as CLIP's captions find their image, and
-  each patch is told apart by itself, as SigLIP does (arXiv 2303.15343);
-* the text tower, which is causal, predicts the next token, so that its words keep what the contrast does not need.
+* Every patch tells the shape, colour, texture and size of the object that it shows, where the object's centre lies,
+  how large the object is, and which parts of the patch and of its surroundings the object covers. DINOv2's patches
+  tell parts and objects apart in a similar way. The patches of a middle layer learn this too, because DETRIS also
+  reads those.
+* A phrase finds the patches of its object among all patches of the scene, as a caption finds its image in CLIP's
+  training. Besides, the phrase is compared with each patch by itself, as in SigLIP's training (arXiv 2303.15343).
+* The text tower, which is causal, predicts the next token, so that its words also keep what this comparison does not
+  need.
 """
 
 import json
@@ -40,27 +42,29 @@ from transformers import (
 from data.shapes import COLORS, RADII, SHAPES, TEXTURES, Scene, draw_scene, render
 from processing_detris import DetrisImageProcessor, DetrisProcessor
 
-SEED = 20_250_108  # far from the seeds of the referring set, so that its images stay new
+SEED = 20_250_108  # far from the seeds of the referring set, so that the backbones have not seen its images
 IMAGE_SIZE, PATCH_SIZE = 80, 8
 WIDTH = 128
 VISION_LAYERS, TEXT_LAYERS, HEADS = 6, 3, 4
 REGISTERS = 4
 VOCABULARY_SIZE = 1024
-TEXT_POSITIONS = 77  # as CLIP's, for longer phrases about photographs
+TEXT_POSITIONS = 77  # as many as CLIP has, for longer phrases about photographs
 TEXT_LENGTH = 16
 ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "texture": TEXTURES, "size": tuple(RADII)}
-IGNORED = -100  # label that cross-entropy passes over
+IGNORED = -100  # a label that cross-entropy leaves out
 TEMPERATURE = 0.07
 NEXT_TOKEN_WEIGHT = 0.3
 SURROUNDINGS_WEIGHT = 4.0
 MATCH_WEIGHT = 4.0
-MATCH_LOG_SCALE, MATCH_BIAS = 2.3, -4.0  # from cosine to logit, at the start
-CELLS = 2  # a patch's surroundings are told cell by cell, so many along a patch's side
-REACH = 2  # and so many patches far
-WINDOW = CELLS * (2 * REACH + 1)
-MIDDLE_LAYER = 4  # its output is taught to see like the last one's
-SENTENCE_SPREAD = 0.1  # standard deviation of a sentence's numbers; DETRIS's kernels start near zero from it
-# Words of everyday phrases, so that the tokenizer does not spell out what people say about photographs.
+MATCH_LOG_SCALE, MATCH_BIAS = 2.3, -4.0  # turn a cosine into a logit when training begins
+CELLS = 2  # along a patch's side; a patch tells its surroundings cell by cell
+REACH = 2  # patches in each direction that belong to the surroundings
+WINDOW = CELLS * (2 * REACH + 1)  # cells along the side of the surroundings
+MIDDLE_LAYER = 4  # learns to see like the last layer
+SENTENCE_SPREAD = (
+    0.1  # standard deviation of a sentence's numbers: DETRIS's kernels, made of them, then start near zero
+)
+# Words of everyday phrases. The tokenizer would otherwise spell out what people say about photographs.
 EVERYDAY_WORDS = """
 a about above all and animal at back bag ball bear beside between bench big bike bird black blue boat book bottle
 bottom bowl boy brown bus cake car cat chair child closest couch cow cub cup dark dog donut door elephant eating
@@ -76,6 +80,8 @@ wooden yellow young zebra
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the recipe of the shipped backbones as defaults."""
+
     output_dir: str = "backbones"
     max_steps: int = 6000
     per_device_train_batch_size: int = 16
@@ -93,7 +99,7 @@ class PretrainingArguments(TrainingArguments):
 
 
 class Scenes(IterableDataset):
-    """Scenes without end, shared out among the loader's workers."""
+    """Endless scenes, divided among the loader's workers."""
 
     def __iter__(self) -> Iterator[Scene]:
         worker = get_worker_info()
@@ -103,24 +109,25 @@ class Scenes(IterableDataset):
 
 
 def phrases_of(scenes: Iterable[Scene]) -> list[str]:
+    """List all phrases about all objects of some scenes."""
     return [phrase.text for scene in scenes for phrases in scene.phrases for phrase in phrases]
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary in CLIP's layout from phrases of the synthetic set and everyday words."""
+    """Learn a byte-pair vocabulary in CLIP's layout from phrases of the synthetic set and from everyday words."""
     phrases = phrases_of(islice(Scenes(), 3000))
     untrained = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     learned = untrained.train_new_from_iterator([*phrases, *(100 * EVERYDAY_WORDS)], VOCABULARY_SIZE - 258)
     merges = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    # As in CLIP the end token comes last: the model finds it by its largest id, and id 0 is left for filling up.
+    # As in CLIP the end token comes last, because the model finds it by its largest id. Id 0 is free to fill up with.
     symbols = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=merges)
 
 
 class Collator:
-    """Scenes to a batch: `B` images of `g²` patches and `N` phrases, one of each object."""
+    """Makes a batch of scenes: `B` images of `g²` patches, and all `N` phrases about their objects."""
 
     def __init__(self, processor: DetrisProcessor):
         self.processor = processor
@@ -141,7 +148,7 @@ class Collator:
             cells = np.pad(cells, ((0, 0), *[(REACH * CELLS, REACH * CELLS)] * 2))
             windows = sliding_window_view(cells, (WINDOW, WINDOW), axis=(1, 2))[:, ::CELLS, ::CELLS]
             surroundings.append(windows.reshape(len(masks), grid**2, -1)[shown, np.arange(grid**2)])
-            # Objects are counted through the batch; 0 stays background.
+            # Objects are numbered through the whole batch. 0 is the background.
             patch_objects.append(np.where(shown > 0, shown + len(attributes), 0))
             for index, thing in enumerate(scene.objects):
                 for phrase in scene.phrases[index]:
@@ -170,7 +177,7 @@ class Collator:
 
 
 class Pretraining(nn.Module):
-    """Both backbones under the heads that teach them; `forward` returns the loss for `Trainer`."""
+    """Both backbones and the heads that teach them. `forward` returns the loss, as `Trainer` asks for."""
 
     def __init__(self, vision: Dinov2WithRegistersModel, text: CLIPTextModelWithProjection):
         super().__init__()
@@ -225,9 +232,9 @@ class Pretraining(nn.Module):
 
 @torch.no_grad()
 def center_sentences(text: CLIPTextModelWithProjection, processor: DetrisProcessor) -> None:
-    """Remove from the projection the direction that all sentences share, and scale the rest.
+    """Remove the direction that all sentences share from the projection, and scale the rest.
 
-    The contrast leaves both open, and DETRIS makes kernels of sentences: a large common part would drown what tells
+    The loss determines neither. DETRIS makes kernels of sentences, and a large common part would drown what tells
     phrases apart.
     """
     input_ids = processor(text=phrases_of(islice(Scenes(), 500)), return_tensors="pt")["input_ids"]

@@ -1,10 +1,10 @@
-"""How fast a referring set of RefCOCO's size is prepared and loaded, beside bare decoding and warping in the same run.
+"""Measure how fast a referring set of RefCOCO's size is prepared and loaded, compared with bare decoding and warping.
 
     python -m benchmarks.data --output scratch
     python -m benchmarks.data --output scratch --stage loader    # one of the measurements again
 
-A synthetic set in the REFER layout is written to `<output>/refer` once; each measurement then runs in a process of its
-own. Needs Linux, 500 MB of disk and about seven minutes.
+The first call writes a synthetic set in the REFER layout to `<output>/refer`. Each measurement then runs in a process
+of its own. All together need Linux, 500 MB of disk and about seven minutes.
 """
 
 import argparse
@@ -32,19 +32,21 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from data.check import PUBLISHED
 from data.refer import RleMask
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
-from processing_detris import DetrisImageProcessor, DetrisProcessor, letterbox_maps
+from letterbox_detris import letterbox_maps
+from processing_detris import DetrisImageProcessor, DetrisProcessor
 from train_hf import TrainingCollator
 
 NAME = "refcoco/unc"
 DISTINCT_IMAGES = 300
-SIZES = [(480, 640), (480, 640), (480, 640), (640, 480)]  # heights and widths, in turn
-GRAIN, JPEG_QUALITY = 21, 90  # noise that makes files of about 160 KB
-ANNOTATIONS = 196_771  # of all objects in RefCOCO's images, most of which no phrase refers to
-CORNERS = (20, 60)  # of a polygon
+SIZES = [(480, 640), (480, 640), (480, 640), (640, 480)]  # heights and widths of one image after the other
+GRAIN, JPEG_QUALITY = 21, 90  # with this noise a file has about 160 KB
+ANNOTATIONS = 196_771  # as many as RefCOCO has for all objects of its images, to most of which no phrase refers
+CORNERS = (20, 60)  # fewest and most of a polygon
 WORDS = "left right woman man in the red blue shirt chair front back white cat dog bus of table far near top".split()
 BATCH_SIZES = (8, 16, 32)
-BLOCKS, ROWS_PER_BLOCK = 24, 32  # of loader and of bare loops, in turn
-WORKERS, SETTLED_ROWS = 2, 500
+BLOCKS, ROWS_PER_BLOCK = 24, 32  # loader and bare loops take turns with blocks of rows
+WORKERS = 2
+SETTLED_ROWS = 500  # of each worker; afterwards its memory should no longer grow
 POLL_SECONDS = 0.2
 MEBIBYTE = 2**20
 
@@ -53,7 +55,7 @@ MEBIBYTE = 2**20
 
 
 def write_refer(root: Path, seed: int = 0) -> None:
-    """Write a set with the published numbers of images, objects and phrases of RefCOCO's splits."""
+    """Write a set with as many images, objects and phrases as RefCOCO's splits have by its publication."""
     rng = np.random.default_rng(seed)
     scratch = root.with_name(f"{root.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -91,10 +93,12 @@ def write_refer(root: Path, seed: int = 0) -> None:
 
 
 def _shares(total: int, parts: int) -> list[int]:
+    """Divide a total into whole parts that differ by one at most."""
     return [total // parts + (index < total % parts) for index in range(parts)]
 
 
 def _write_photograph(folder: Path, index: int, rng: np.random.Generator) -> Path:
+    """Write a JPEG of smooth colours and noise, and return its path."""
     height, width = SIZES[index % len(SIZES)]
     coarse = rng.uniform(0, 255, (height // 40, width // 40, 3)).astype(np.float32)
     pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -105,7 +109,7 @@ def _write_photograph(folder: Path, index: int, rng: np.random.Generator) -> Pat
 
 
 def _annotation(ann_id: int, image: dict, rng: np.random.Generator) -> dict:
-    """A star-shaped polygon that lies in the image, with hundredths of pixels as COCO's have."""
+    """Draw a star-shaped polygon inside the image, in hundredths of pixels as COCO's polygons are."""
     height, width = image["height"], image["width"]
     reach = rng.uniform(0.1, 0.45) * min(height, width)
     centre = rng.uniform((reach, reach), (width - reach, height - reach))
@@ -141,7 +145,7 @@ def _ref(ref_id: int, ann_id: int, image: dict, split: str, sentences: int, rng:
 
 
 def measure_prepare(output: Path) -> dict[str, str]:
-    """Time, memory and result of `data.prepare`, its processes watched from outside."""
+    """Measure time, memory and result of `data.prepare`, whose processes are watched from outside."""
     prepared = output / "prepared"
     shutil.rmtree(prepared, ignore_errors=True)
     shutil.rmtree(output / "prepared.partial", ignore_errors=True)
@@ -166,7 +170,10 @@ def measure_prepare(output: Path) -> dict[str, str]:
 
 
 def memory_of(process: psutil.Process) -> Any:
-    """Its bytes as `rss`, `pss` (shared pages counted in parts) and `uss` (pages of its own); None if it has ended."""
+    """Return a process's memory in bytes, or None if the process has ended.
+
+    `rss` counts all its pages, `pss` of each shared page only its part, `uss` only pages of its own.
+    """
     try:
         return process.memory_full_info()
     except psutil.Error:
@@ -174,7 +181,7 @@ def memory_of(process: psutil.Process) -> Any:
 
 
 def measure_first_batch(output: Path) -> dict[str, str]:
-    """Time until the first training batch: streamed, then without and with what `datasets` has cached."""
+    """Measure the time until the first training batch: streamed, then with an empty and with a filled cache."""
     figures = {}
     cache = output / "cache"
     shutil.rmtree(cache, ignore_errors=True)
@@ -201,7 +208,7 @@ def load_train(output: Path) -> datasets.Dataset:
 
 
 def make_collator() -> TrainingCollator:
-    """The training collator with CLIP's bytes for tokens, since nothing is downloaded."""
+    """Make the training collator with a tokenizer that knows only CLIP's bytes, because nothing is downloaded."""
     symbols = list(bytes_to_unicode().values())
     symbols += [f"{symbol}</w>" for symbol in symbols] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
@@ -209,10 +216,10 @@ def make_collator() -> TrainingCollator:
 
 
 def measure_loader(output: Path) -> dict[str, str]:
-    """Rows read and collated by one thread, and bare decoding and warping of the same images, in turn.
+    """Measure one thread that reads and collates rows, in turn with bare decoding and warping of the same images.
 
-    Decoding is `datasets`' own, by Pillow, and for comparison OpenCV's, which is what the loader uses. Counted in
-    seconds of the processor, which other programs do not disturb as much as the clock's.
+    Bare decoding is once `datasets`' own, which Pillow does, and once OpenCV's, which the loader uses. The processor's
+    seconds are counted, because other programs disturb them less than the clock's.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -253,7 +260,7 @@ def measure_loader(output: Path) -> dict[str, str]:
 
 
 def measure_workers(output: Path) -> dict[str, str]:
-    """What each worker's memory grows by, pages of its own alone, from its first rows to the end of an epoch."""
+    """Measure by how much each worker's own pages grow from its first rows to the end of an epoch."""
     rows = load_train(output).shuffle(seed=0)
     loader = torch.utils.data.DataLoader(rows, BATCH_SIZES[-1], collate_fn=make_collator(), num_workers=WORKERS)
     settled = SETTLED_ROWS * WORKERS // BATCH_SIZES[-1]
@@ -274,6 +281,7 @@ def measure_workers(output: Path) -> dict[str, str]:
 
 
 def _private_memory(others: set[int]) -> dict[int, int]:
+    """Return the bytes in pages of its own of each child process, by its id; leave out the `others`."""
     workers = {process.pid for process in multiprocessing.active_children()} - others
     return {pid: memory_of(psutil.Process(pid)).uss for pid in sorted(workers)}
 

@@ -1,9 +1,9 @@
-"""Whether runs of two processes end as they should: so many in a row, of two steps and an evaluation on CPUs.
+"""Check that runs of two processes end as they should: many in a row, each of two steps and an evaluation on CPUs.
 
     python -m benchmarks.two_processes --runs 40
 
-Each run is that of the smallest backbones, on a few synthetic images. Prints each run's exit status and what a failed
-one has said last, and ends with status 1 if one failed.
+Each run trains on a few synthetic images around the shipped backbones. The program prints each run's exit status, and
+the end of a failed run's output. It ends with status 1 if a run failed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ARGUMENTS = {
     "report_to": "none",
     "test_splits": "val",
 }
-SAID_LAST = 3000  # characters of a failed run's output
+SHOWN = 3000  # last characters of a failed run's output
 
 
 def run(folder: Path) -> subprocess.CompletedProcess:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         print(f"run {number} of {args.runs}: status {ended.returncode}, {seconds:.0f} s", flush=True)
         if ended.returncode:
-            print(ended.stdout[-SAID_LAST:], flush=True)
+            print(ended.stdout[-SHOWN:], flush=True)
     print(f"{failed} of {args.runs} runs failed")
     return int(failed > 0)
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 
 import pytest
+from helpers.pictures import SIDE
 from helpers.runs import MODEL_CONFIG, SIZES
 from helpers.tokenizers import build_clip_tokenizer
 
@@ -24,6 +25,22 @@ def clip_tokenizer():
 def tiny_tokenizer():
     """A CLIP tokenizer of 517 symbols: bytes, three merges (512 … 514), start (515) and end (516)."""
     return build_clip_tokenizer([("a", "t</w>"), ("c", "at</w>"), ("d", "o")])
+
+
+@pytest.fixture
+def image_processor():
+    """It warps images to squares of `SIDE` pixels."""
+    from processing_detris import DetrisImageProcessor
+
+    return DetrisImageProcessor(size={"height": SIDE, "width": SIDE})
+
+
+@pytest.fixture
+def processor(image_processor, tiny_tokenizer):
+    """It knows the tiny tokenizer's symbols alone, and keeps 17 tokens of a phrase."""
+    from processing_detris import DetrisProcessor
+
+    return DetrisProcessor(image_processor, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
