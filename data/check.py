@@ -16,16 +16,9 @@ from typing import NamedTuple
 
 from datasets.utils import tqdm
 
-from .refer import (
-    check_image,
-    check_ref_ids,
-    read_instances,
-    read_refs,
-    read_row,
-    refer_files,
-    require,
-    skipped,
-)
+from .images import check_image
+from .records import check_ref_ids, require, skipped
+from .refer import LAYOUT, read_instances, read_refs, read_row, refer_files
 
 NAMES_SHOWN = 5  # of missing images, which can be thousands
 PROBLEMS_SHOWN = 100  # annotations of another release have one in every record
@@ -89,7 +82,7 @@ def check(
             problems.append(str(error))
 
     for path in files:
-        attempt(require, path, root=root)
+        attempt(require, path, LAYOUT, root)
     found = attempt(read_refs, files.refs) if files.refs.exists() else None
     instances = attempt(read_instances, files.instances) if files.instances.exists() else None
     if found is None or instances is None:
@@ -108,7 +101,7 @@ def check(
     missing = []
     for path, size in tqdm(sorted(sizes), desc=f"{name}: images", unit="image"):
         if Path(path).exists():
-            attempt(check_image, path, size)
+            attempt(check_image, path, size, LAYOUT)
         else:
             missing.append(os.path.relpath(path, files.images))
     if missing:

@@ -35,15 +35,10 @@ from pycocotools import mask as coco_mask
 from configuration_detris import one_line, raise_if_out_of_memory
 
 from .check import PUBLISHED
-from .refer import (
-    FEATURES,
-    RleMask,
-    load_json,
-    require_records,
-    require_regular_files,
-    skipped,
-)
-from .sources import KINDS, Records, open_records
+from .masks import RleMask
+from .records import FEATURES, Records, require_records, skipped
+from .sources import KINDS, open_records
+from .untrusted import load_json, require_regular_files
 
 RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
 ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # a file's rows are in memory at once

@@ -37,7 +37,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from PIL import Image, ImageDraw, ImageFont
 
-from .refer import FEATURES
+from .records import FEATURES
 
 DEFAULT_SIZES = {"train": 4000, "val": 250, "testA": 200, "testB": 200, "unseen": 150}  # images
 FAMILIES = ("attribute", "position", "relation", "superlative", "ordinal")

@@ -10,32 +10,16 @@ import re
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
-from .refer import (
-    COCO_IMAGES,
-    NO_TARGET,
-    Records,
-    ReferFiles,
-    ReferRecords,
-    RleMask,
-    file_inside,
-    image_size,
-    instead_of_lmdb,
-    is_int64,
-    load_json,
-    make_row,
-    naming,
-    opened_image,
-    read_row,
-    require,
-    require_inside,
-)
+from .images import image_size, read_png_mask
+from .records import NO_TARGET, Records, instead_of_lmdb, is_int64, make_row, require
+from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
+from .untrusted import file_inside, load_json, naming, require_inside
 
 KINDS = ("refer", "cris", "hub_table", "folder")
 METADATA = "metadata.jsonl"
@@ -48,7 +32,6 @@ FOLDER_LAYOUT = (
 )
 HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
 COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # the stem of a name that holds the image's id
-WRAPPED = 240  # CRIS adds an object's overlapping polygons up in 8 bits: two parts give 254, three 253, …
 
 COCO_NAMES = (
     "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter "
@@ -347,35 +330,3 @@ def _by_split(file: Path) -> tuple:
     """Sorts training before validation before test, as people list them."""
     name = file.parent.name if file.name == METADATA else file.name
     return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
-
-
-def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
-    """A PNG of one channel, 0 outside the object and either 1 or 255 inside, as RLE.
-
-    Args:
-        size: (height, width) that it must have.
-        layout: a clause for the complaint about a missing file.
-        wrapped: whether CRIS wrote it, whose pixels of overlapping polygons are a little under 255.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it is no PNG, or truncated.
-        ValueError: it has another size or other values.
-    """
-    with opened_image(path, "mask", layout, ("PNG",)) as (_, image):
-        found, mode = image.size[::-1], image.mode
-        one_channel = mode in ("1", "L", "P")
-        pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
-    if found != size:
-        raise ValueError(
-            f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
-        )
-    if not one_channel:
-        raise ValueError(f"mask {path} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
-    values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
-    if not (values <= {1} or values <= {255} or (wrapped and min(values) >= WRAPPED)):
-        raise ValueError(
-            f"mask {path} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
-            "255 inside."
-        )
-    return RleMask().encode_example(pixels)

@@ -14,7 +14,7 @@ import torch
 
 from configuration_detris import one_line, raise_if_out_of_memory, require_regular
 
-from .refer import FEATURES, require_columns
+from .records import FEATURES, require_columns
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
