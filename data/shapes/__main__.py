@@ -12,7 +12,8 @@ from .scenes import DEFAULT_SIZES, REFERENCE_SIZE
 
 
 def contact_sheet(seed: int = 0, columns: int = 4, scale: int = 3) -> Image.Image:
-    """One row of scenes a split: each scene bare, and with its masks tinted and its phrases beneath in the tint."""
+    """Draw a row of scenes for each split. A scene is shown twice, bare and with its masks tinted; beneath stands each
+    phrase in the tint of its object."""
     tints = ((255, 60, 90), (40, 190, 255), (255, 200, 0), (90, 220, 90), (210, 110, 255))
     side, font = REFERENCE_SIZE * scale, ImageFont.load_default(13)
     width, height = 2 * side + 24, side + 8 * 17 + 32

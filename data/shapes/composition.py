@@ -25,8 +25,8 @@ from .scenes import (
     SceneObject,
 )
 
-MIN_VISIBLE_SHARE = 0.6  # of an object's own pixels
-MAX_TILT = {"circle": 0.0, "ring": 0.0, "star": 0.6, "square": 0.2}  # radians; 0.3 for the rest
+MIN_VISIBLE_SHARE = 0.6  # of the pixels that an object would show if nothing stood in front of it
+MAX_TILT = {"circle": 0.0, "ring": 0.0, "star": 0.6, "square": 0.2}  # radians; other shapes are turned by up to 0.3
 
 
 def draw_scene(
@@ -37,19 +37,18 @@ def draw_scene(
     max_objects: int = MAX_OBJECTS,
     object_scale: float = 1.0,
 ) -> Scene:
-    """The scene of one image with its phrases (at least one). The same arguments always give the same scene, however
-    many others are drawn.
+    """Draw the scene of one image, with at least one phrase. The same arguments always give the same scene.
 
     Args:
-        seed: Another seed, another set.
-        split: Decides which families of phrases and which colour and shape pairs there are.
-        index: Counts the split's images.
-        image_size: Side of the image in pixels; the scene scales with it.
-        max_objects: A scene has two to so many objects.
-        object_scale: Factor on the objects' size in the image.
+        seed: each seed gives another set.
+        split: decides which families of phrases and which pairs of colour and shape there are.
+        index: number of the image in its split.
+        image_size: side of the image in pixels; the scene scales with it.
+        max_objects: the largest number of objects in a scene; the smallest is two.
+        object_scale: factor on the objects' size in the image.
 
     Raises:
-        ValueError: for an unknown split or a number out of range.
+        ValueError: the split is unknown, or a number is out of range.
     """
     check_arguments(split, image_size, max_objects, object_scale)
     key = f"{seed}/{split}/{index}"
@@ -64,13 +63,14 @@ def draw_scene(
 def _place_objects(
     rng: random.Random, key: str, split: str, image_size: int, max_objects: int, object_scale: float
 ) -> Scene:
-    """Place objects from back to front, keeping of each what `MIN_VISIBLE_SHARE` asks."""
+    """Place objects from back to front, so that `MIN_VISIBLE_SHARE` of each stays visible. An object that would hide
+    too much is drawn anew, at most 20 times, and then left out."""
     counts = range(MIN_OBJECTS, max_objects + 1)
     count = rng.choices(counts, OBJECT_COUNT_WEIGHTS[: len(counts)])[0]
     held_out = set(rng.sample(range(count), min(count, rng.choice((1, 1, 2))))) if split == "unseen" else set()
     objects: list[SceneObject] = []
     whole: list[np.ndarray] = []  # silhouettes, (S, S) bool
-    shown: list[np.ndarray] = []  # what the ones in front leave of them
+    shown: list[np.ndarray] = []  # what the objects in front leave of them
     for index in range(count):
         for _ in range(20):
             thing = _draw_object(rng, image_size, object_scale, objects, index in held_out)
@@ -94,8 +94,9 @@ def _place_objects(
 def _draw_object(
     rng: random.Random, image_size: int, object_scale: float, earlier: list[SceneObject], held_out: bool
 ) -> SceneObject:
+    """Draw an object's attributes and place; `earlier` are the objects behind it."""
     unit = image_size / REFERENCE_SIZE
-    # Shared attributes are what makes phrases need more than a noun.
+    # Where objects share attributes, phrases need more than a noun.
     model = rng.choice(earlier) if earlier else None
     shape = model.shape if model and rng.random() < 0.4 else rng.choice(SHAPES)
     color = model.color if model and rng.random() < 0.25 else rng.choice(tuple(COLORS))
@@ -133,13 +134,16 @@ def _draw_object(
 
 
 def check_arguments(split: str, image_size: int, max_objects: int, object_scale: float, count: int = 0) -> None:
+    """Refuse an unknown split and numbers out of range with a ValueError."""
     if split not in DEFAULT_SIZES:
-        raise ValueError(f"there is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}")
+        raise ValueError(f"There is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}.")
     if count < 0:
-        raise ValueError(f"the size of split {split!r} is {count}; give a number of images, 0 or more")
+        raise ValueError(f"The size of split {split!r} is {count}; give a number of images, 0 or more.")
     if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size is {image_size}; give {MIN_IMAGE_SIZE} or more, or shapes cannot be told apart")
+        raise ValueError(
+            f"image_size is {image_size}; give {MIN_IMAGE_SIZE} or more: shapes of smaller images look alike."
+        )
     if not MIN_OBJECTS <= max_objects <= MAX_OBJECTS:
-        raise ValueError(f"max_objects is {max_objects}; give {MIN_OBJECTS} to {MAX_OBJECTS}")
+        raise ValueError(f"max_objects is {max_objects}; give {MIN_OBJECTS} to {MAX_OBJECTS}.")
     if not 0 < object_scale <= MAX_OBJECT_SCALE:
-        raise ValueError(f"object_scale is {object_scale}; give more than 0 and at most {MAX_OBJECT_SCALE}")
+        raise ValueError(f"object_scale is {object_scale}; give more than 0 and at most {MAX_OBJECT_SCALE}.")

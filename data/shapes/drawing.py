@@ -8,19 +8,21 @@ import numpy as np
 
 from .scenes import REFERENCE_SIZE, Scene, SceneObject
 
-TEXTURE_PERIOD = 6.5  # pixels of an image of side 96
-SUPERSAMPLING = 4  # points along a side of a pixel
-SUBPIXEL_BITS = 4  # of the corners that OpenCV is given
-HALF_COVERED = 128  # in 255ths: a pixel belongs to an object that covers half of it
+TEXTURE_PERIOD = 6.5  # pixels, in an image of side 96
+SUPERSAMPLING = 4  # points along each side of a pixel that are drawn and averaged
+SUBPIXEL_BITS = 4  # binary places of the corners that OpenCV is given
+HALF_COVERED = 128  # of 255: a pixel belongs to an object that covers half of it
 
 
 def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
+    """A regular polygon (corners, 2) around 0 with a corner above it; every second corner is at the radius `inner`."""
     turns = np.arange(corners) / corners * 2 * np.pi - np.pi / 2
     return np.stack([np.cos(turns), np.sin(turns)], 1) * np.where(np.arange(corners) % 2, inner, 1.0)[:, None]
 
 
 def _outlines() -> dict[str, list[np.ndarray]]:
-    """Closed polygons (corners, 2) of each shape, its bounding box centred on 0 and its outer area 0.75 π."""
+    """The closed polygons (corners, 2) of each shape. The outer one has the area 0.75 π; its bounding box is
+    centred on 0."""
     arm = 0.36
     cross = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
     outer = {
@@ -47,8 +49,11 @@ REACH = {shape: float(np.linalg.norm(polygons[0], axis=1).max()) for shape, poly
 
 
 def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene: the image (S, S, 3) uint8 RGB, and labels (S, S) uint8, 0 for background and `i + 1` where object
-    `i` shows."""
+    """Draw a scene. The same scene always gives the same pixels.
+
+    Returns:
+        The image (S, S, 3) uint8 RGB, and labels (S, S) uint8: 0 for the background, `i + 1` where object `i` is seen.
+    """
     rng = random.Random(f"{scene.key}/pixels")
     size, unit = scene.image_size, scene.image_size / REFERENCE_SIZE
     picture = _background(rng, size)  # (3, S, S): arithmetic with (S, S) is several times faster than channels last
@@ -72,8 +77,8 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(rng: random.Random, image_size: int) -> np.ndarray:
-    """A dim, slightly coloured picture: a gradient, blotches or grain, with stripes, checks or neither.
-    (3, S, S) float32."""
+    """A dim, slightly coloured picture (3, S, S) float32: a gradient, blotches or grain, with stripes, checks or
+    neither."""
     noise = np.random.default_rng(rng.getrandbits(64))
     grey = rng.uniform(90, 160)
     base = np.array([grey + rng.uniform(-22, 22) for _ in range(3)], np.float32)
@@ -94,14 +99,15 @@ def _background(rng: random.Random, image_size: int) -> np.ndarray:
 
 
 def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """A window of the image around the object (with room for its shadow) and the share of each pixel it covers."""
+    """A window of the image around the object and its shadow, and how much of each pixel in it (h, w) uint8 the object
+    covers, 255 being all."""
     reach = thing.radius * REACH[thing.shape] + image_size / 24
     left, top = max(0, int(thing.x - reach)), max(0, int(thing.y - reach))
     right, bottom = min(image_size, int(thing.x + reach) + 1), min(image_size, int(thing.y + reach) + 1)
     cosine, sine = math.cos(thing.angle) * thing.radius, math.sin(thing.angle) * thing.radius
     turn = np.array([[cosine, sine], [-sine, cosine]])
     origin = np.array([thing.x - left, thing.y - top])
-    # OpenCV counts from the middle of the first pixel.
+    # OpenCV's coordinates start in the middle of the first pixel.
     polygons = [
         np.rint((((points @ turn + origin) * SUPERSAMPLING) - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
         for points in OUTLINES[thing.shape]
@@ -114,6 +120,7 @@ def _coverage(thing: SceneObject, image_size: int) -> tuple[tuple[slice, slice],
 
 
 def silhouette_of(thing: SceneObject, image_size: int) -> np.ndarray:
+    """The pixels (S, S) bool that the object covers by half or more, whether others hide them or not."""
     mask = np.zeros((image_size, image_size), bool)
     window, coverage = _coverage(thing, image_size)
     mask[window] = coverage >= HALF_COVERED
@@ -121,7 +128,7 @@ def silhouette_of(thing: SceneObject, image_size: int) -> np.ndarray:
 
 
 def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np.ndarray | float:
-    """How much of the second tone each pixel of the window shows, 0 … 1; soft at the edges."""
+    """How much of the second tone each pixel of the window (h, w) shows, from 0 to 1, with soft edges."""
     if thing.texture == "plain":
         return 0.0
     y, x = (np.arange(side.start, side.stop, dtype=np.float32) + 0.5 for side in window)
@@ -134,7 +141,8 @@ def _texture(thing: SceneObject, window: tuple[slice, slice], unit: float) -> np
 
 
 def _second_tone(rgb: np.ndarray) -> np.ndarray:
-    """Lighter for dark colours, darker for light ones, far enough to be seen and near enough to keep the name."""
+    """The second tone of a texture: lighter than a dark colour, darker than a light one, and so near that the colour
+    keeps its name."""
     luminance = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     if luminance < 40:
         return rgb + 85

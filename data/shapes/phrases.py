@@ -6,18 +6,16 @@ from collections.abc import Iterator
 
 from .scenes import FAMILIES, FAMILY_WEIGHTS, HELD_OUT, Description, Expression, Phrase, Scene, SceneObject
 
-MIN_VISIBLE_AREA = 0.012  # of the image; below that an object is not referred to
-MIN_COVER, NO_COVER = 0.004, 0.0005  # of the image: clearly in front, clearly not
-BORDER_MARGIN = 0.03
-ORDER_GAP = 0.06
-RELATION_OFFSET = 0.1
-DISTANCE_RATIO, AREA_RATIO, RADIUS_RATIO = 1.3, 1.3, 1.12
+MIN_VISIBLE_AREA = 0.012  # of the image; no phrase names an object that shows less
+MIN_COVER, NO_COVER = 0.004, 0.0005  # of the image, hidden by another object: clearly in front, clearly not
+BORDER_MARGIN, ORDER_GAP, RELATION_OFFSET = 0.03, 0.06, 0.1  # of the image's side
+DISTANCE_RATIO, AREA_RATIO, RADIUS_RATIO = 1.3, 1.3, 1.12  # between the object that is named and the next one
 MAX_WORDS = 10
 
 # --- what phrases mean ------------------------------------------------------------------------------------------
 
 _LOW, _HIGH, _MIDDLE, _ANY = (-math.inf, 0.4), (0.6, math.inf), (0.35, 0.65), (-math.inf, math.inf)
-PLACES = {  # where the centre is, across and down, as shares of the side
+PLACES = {  # where the centre lies, across and down, as shares of the image's side
     "left": (_LOW, _ANY),
     "right": (_HIGH, _ANY),
     "top": (_ANY, _LOW),
@@ -28,7 +26,8 @@ PLACES = {  # where the centre is, across and down, as shares of the side
     "bottom left": (_LOW, _HIGH),
     "bottom right": (_HIGH, _HIGH),
 }
-DIRECTIONS = {"left": (1, 0), "right": (-1, 0), "top": (0, 1), "bottom": (0, -1)}  # the way one counts from there
+# The way one counts from a side, across and down; and where one stands beside another, likewise.
+DIRECTIONS = {"left": (1, 0), "right": (-1, 0), "top": (0, 1), "bottom": (0, -1)}
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RELATIONS = (*SIDES, "in front of", "behind", "closest to")
 EXTREMES = {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}
@@ -36,7 +35,7 @@ SUPERLATIVES = ("largest", "smallest", *EXTREMES)
 
 
 def referents(expression: Expression, scene: Scene) -> list[int]:
-    """Indices of the objects that the expression describes; empty too when a margin is not met."""
+    """Indices of the objects that the expression describes; none, too, where an object stands within a margin."""
     things, family, word = scene.objects, expression.family, expression.word
     fitting = [i for i, thing in enumerate(things) if expression.target.fits(thing)]
     if family == "attribute":
@@ -53,7 +52,7 @@ def referents(expression: Expression, scene: Scene) -> list[int]:
         else:
             verdicts = [_is_related(word, i, anchor, scene) for i in fitting]
         return [] if None in verdicts else [i for i, verdict in zip(fitting, verdicts) if verdict]
-    if len(fitting) < 2:  # what is left compares objects with each other
+    if len(fitting) < 2:  # all that follows compares objects with each other
         return []
     if family == "relation":
         there = things[anchor].x, things[anchor].y
@@ -71,21 +70,21 @@ def referents(expression: Expression, scene: Scene) -> list[int]:
 
 
 def _is_at_place(word: str, thing: SceneObject, image_size: int) -> bool | None:
-    """Whether an object stands where a word of `PLACES` says; `None` when that is open to dispute."""
+    """Whether an object stands where a word of `PLACES` says; `None` if people could disagree."""
     across, down = PLACES[word]
     verdicts = _is_within(thing.x / image_size, *across), _is_within(thing.y / image_size, *down)
     return False if False in verdicts else None if None in verdicts else True
 
 
 def _is_within(value: float, low: float, high: float) -> bool | None:
-    """Whether `value` lies in the interval; `None` within the margin of a border."""
+    """Whether `value` lies in the interval; `None` if it lies within the margin of one of its borders."""
     if low + BORDER_MARGIN <= value <= high - BORDER_MARGIN:
         return True
     return False if value < low - BORDER_MARGIN or value > high + BORDER_MARGIN else None
 
 
 def _is_related(word: str, index: int, anchor: int, scene: Scene) -> bool | None:
-    """Whether object `index` stands to the anchor as a word says; `None` when that is open to dispute."""
+    """Whether object `index` and the anchor stand as a word of `RELATIONS` says; `None` if people could disagree."""
     if word in SIDES:
         one, other = scene.objects[index], scene.objects[anchor]
         x, y = (one.x - other.x) / scene.image_size, (one.y - other.y) / scene.image_size
@@ -100,13 +99,13 @@ def _is_related(word: str, index: int, anchor: int, scene: Scene) -> bool | None
 
 
 def _position_along(word: str, thing: SceneObject) -> float:
-    """What grows along the way from a side of the image."""
+    """How far away from a side of the image an object stands, in pixels up to a constant."""
     across, down = DIRECTIONS[word]
     return across * thing.x + down * thing.y
 
 
 def _object_at_rank(values: dict[int, float], rank: int, gap: float) -> list[int]:
-    """The object whose value is the `rank`-th smallest, if it is apart from its neighbours by `gap`."""
+    """The object whose value is the `rank`-th smallest; none if another value is nearer to it than `gap`."""
     order = sorted(values, key=values.get)
     neighbours = zip(order[max(0, rank - 2) : rank], order[max(0, rank - 2) + 1 : rank + 1])
     if rank > len(order) or any(values[after] - values[before] < gap for before, after in neighbours):
@@ -146,6 +145,7 @@ RANK_WORDS = {1: "first", 2: "second", 3: "third"}
 
 
 def _word_expression(rng: random.Random, expression: Expression) -> str:
+    """One of the phrases that have this meaning."""
     family, word = expression.family, expression.word
     target = _word_description(rng, expression.target, tails=family == "attribute")
     if family == "attribute":
@@ -165,7 +165,7 @@ def _word_expression(rng: random.Random, expression: Expression) -> str:
 
 
 def _word_description(rng: random.Random, description: Description, tails: bool = False) -> str:
-    """Such as "small striped red star" or, where tails are allowed, now and then "small red star with stripes"."""
+    """A phrase such as "small striped red star", with `tails` sometimes "small red star with stripes"."""
     tail = TEXTURE_TAILS.get(description.texture) if tails and rng.random() < 0.4 else None
     words = [
         rng.choice(SYNONYMS.get(attribute, (attribute,)))
@@ -178,7 +178,7 @@ def _word_description(rng: random.Random, description: Description, tails: bool 
 
 # --- which phrases are drawn ------------------------------------------------------------------------------------
 
-# Chances that shape, colour, texture and size are said, by family.
+# The chances that a phrase says shape, colour, texture and size of its target, by family, and of a relation's anchor.
 CHANCES_TO_BE_SAID = {
     "attribute": (0.85, 0.6, 0.3, 0.35),
     "position": (0.75, 0.35, 0.1, 0.1),
@@ -190,7 +190,7 @@ CHANCES_TO_BE_SAID = {
 
 
 def draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> tuple[Phrase, ...]:
-    """One to three phrases that name object `index` and nothing else, or none."""
+    """One to three phrases that name object `index` and nothing else; none if it is not to be referred to."""
     thing = scene.objects[index]
     if thing.visible_area < MIN_VISIBLE_AREA * scene.image_size**2:
         return ()
@@ -214,7 +214,8 @@ def draw_phrases(rng: random.Random, scene: Scene, index: int, split: str) -> tu
 
 
 def _propose_expressions(rng: random.Random, scene: Scene, index: int, family: str) -> Iterator[Expression]:
-    """Expressions of the family that may fit object `index`, in random order: one target, and each word for it."""
+    """Expressions of the family that may mean object `index`: one description of it, with each fitting word in random
+    order."""
     thing, size = scene.objects[index], scene.image_size
     target = _describe(rng, thing, family)
     alike = [other for other in scene.objects if target.fits(other)]
@@ -227,7 +228,7 @@ def _propose_expressions(rng: random.Random, scene: Scene, index: int, family: s
     elif family == "relation":
         other = rng.choice([i for i in range(len(scene.objects)) if i != index])
         anchor = _describe(rng, scene.objects[other], "anchor")
-        needed = len(alike) > 1 + target.fits(scene.objects[other])  # the target's attributes do not suffice
+        needed = len(alike) > 1 + target.fits(scene.objects[other])  # the attributes alone name several objects
         if anchor != Description() and (needed or rng.random() < 0.5):
             words = [word for word in RELATIONS if word == "closest to" or _is_related(word, index, other, scene)]
             yield from (Expression(family, target, word, anchor) for word in rng.sample(words, len(words)))
@@ -241,7 +242,7 @@ def _propose_expressions(rng: random.Random, scene: Scene, index: int, family: s
 
 
 def _describe(rng: random.Random, thing: SceneObject, role: str) -> Description:
-    """Some true attributes of an object, as many as the role (a family, or "anchor") usually has."""
+    """Some attributes of an object, drawn by the chances of its role, which is a family or "anchor"."""
     shape, color, texture, size = (rng.random() < chance for chance in CHANCES_TO_BE_SAID[role])
     return Description(
         thing.shape if shape else None,

@@ -23,19 +23,20 @@ def load_shapes(
     max_objects: int = MAX_OBJECTS,
     object_scale: float = 1.0,
 ) -> datasets.DatasetDict:
-    """Draw the synthetic set in memory: splits train, val, testA (attributes and positions), testB (relations,
-    superlatives and ordinals) and unseen (`HELD_OUT` pairs), a row for each object referred to, as `data/refer.py`
-    has them.
+    """Draw the synthetic set in memory: a row of `data/records.py` for each object that phrases refer to.
+
+    The splits are train and val, testA (attributes and positions), testB (relations, superlatives and ordinals), and
+    unseen (objects of the pairs in `HELD_OUT`).
 
     Args:
-        seed: Another seed, another set.
-        sizes: Images a split, for the splits that shall differ from `DEFAULT_SIZES`.
-        image_size: Side of the square images in pixels; the scenes scale with it.
-        max_objects: A scene has two to so many objects.
-        object_scale: Factor on the objects' size in the image.
+        seed: each seed gives another set.
+        sizes: numbers of images of the splits that shall differ from `DEFAULT_SIZES`.
+        image_size: side of the square images in pixels; the scenes scale with it.
+        max_objects: the largest number of objects in a scene; the smallest is two.
+        object_scale: factor on the objects' size in the image.
 
     Raises:
-        ValueError: for an unknown split, a negative size or a number out of range.
+        ValueError: a split is unknown, a size negative, or a number out of range.
     """
     sizes = DEFAULT_SIZES | (sizes or {})
     for split, count in sizes.items():
@@ -49,7 +50,7 @@ def load_shapes(
             image = {"bytes": _png(rows[0]["image"]), "path": None}
             rows = [FEATURES.encode_example(row | {"image": image}) for row in rows]
             tables.append(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
-        # With a fingerprint given, `datasets` does not pickle all pictures to compute one.
+        # Without a given fingerprint, `datasets` would pickle all pictures to compute one.
         fingerprint = Hasher.hash(("shapes", seed, split, count, image_size, max_objects, object_scale))
         splits[split] = datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
     return datasets.DatasetDict(splits)
@@ -63,10 +64,10 @@ def generate_rows(
     max_objects: int = MAX_OBJECTS,
     object_scale: float = 1.0,
 ) -> Iterator[dict]:
-    """Rows of the schema of `data/refer.py` for the split's first `count` images, one for each object referred to.
+    """Rows of the split's first `count` images, one for each object that phrases refer to; columns as in `FEATURES`.
 
-    `image` is a PIL image, one object for all rows of an image; `mask` (S, S) uint8 of 0 and 1; `category` the shape;
-    `image_id`, `ann_id` and `ref_id` are unique over the splits and do not depend on `count`.
+    `image` is a PIL image, the same object in all rows of an image; `mask` (S, S) uint8 of 0 and 1; `category` the
+    shape. `image_id`, `ann_id` and `ref_id` are unique over the splits and do not depend on `count`.
     """
     check_arguments(split, image_size, max_objects, object_scale, count)
     offset = list(DEFAULT_SIZES).index(split) * MAX_IMAGES
