@@ -1,6 +1,6 @@
-"""Masks as COCO stores them: the feature type `RleMask`, run lengths, and the union of polygons and RLEs.
+"""Masks as COCO stores them: the feature type `RleMask`, run lengths, the union of polygons and RLEs, and boxes.
 
-Importing this module registers the type with `datasets`, so it must be imported before saved rows are loaded again.
+Importing this module registers the type with `datasets`: import it before you load saved rows.
 """
 
 import math
@@ -17,20 +17,21 @@ from pycocotools import mask as coco_mask
 
 from configuration_detris import short_repr
 
-from .untrusted import naming
+from .untrusted import record_errors_begin_with
 
-MAX_PIXELS = 178_956_970  # Pillow refuses larger images; pycocotools would allocate whatever a record says
-MAX_OUTLINE = 2_000_000  # pixels around an object; pycocotools keeps some 100 bytes for each
-RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7  # COCO's compressed runs: bits a character, its flags
+MAX_PIXELS = 178_956_970  # Pillow refuses larger images, while pycocotools would allocate whatever a record says
+MAX_OUTLINE = 2_000_000  # pixels around an object; pycocotools needs some 100 bytes for each
+# COCO's compressed runs: bits of a character, the flags "another follows" and "negative", characters of a run at most.
+RUN_BITS, RUN_MORE, RUN_SIGN, RUN_LONGEST = 5, 0x20, 0x10, 7
 
 
 @dataclass
 class RleMask:
-    """Feature type of a binary mask: stored as COCO RLE (a few hundred bytes), read as an array.
+    """Feature type of a binary mask, which is stored as COCO's RLE (a few hundred bytes) and read as an array.
 
-    Takes an array (H, W), zero outside the object, or an RLE `{"size": [H, W], "counts": str, bytes or list of int}`;
-    gives a uint8 array (H, W) of 0 and 1, or the stored RLE when `decode=False`. What `run_lengths` refuses raises its
-    ValueError: a list of counts when it is stored, compressed counts when they are decoded.
+    It takes an array (H, W), zero outside the object, or an RLE `{"size": [H, W], "counts": …}` whose counts are text,
+    bytes or a list. It gives a uint8 array (H, W) of 0 and 1, or the stored RLE if `decode` is false. `run_lengths`
+    checks a list of counts when it is stored, and compressed counts when they are decoded.
     """
 
     decode: bool = True
@@ -40,13 +41,19 @@ class RleMask:
     _type: str = field(default="RleMask", init=False, repr=False)
 
     def __call__(self) -> pa.DataType:
+        """`datasets` asks for the Arrow type."""
         return self.pa_type
 
     def encode_example(self, value: np.ndarray | list | dict) -> dict:
+        """`datasets` asks how a value is stored: as compressed RLE.
+
+        Raises:
+            ValueError: `run_lengths` refuses its list of counts.
+        """
         if not isinstance(value, dict):
             value = coco_mask.encode(np.asfortranarray(np.asarray(value) != 0, dtype=np.uint8))
         elif isinstance(value["counts"], list):
-            value = _compressed(run_lengths(value), value["size"])
+            value = _compress(run_lengths(value), value["size"])
         counts = value["counts"]
         return {
             "size": [int(side) for side in value["size"]],
@@ -54,32 +61,38 @@ class RleMask:
         }
 
     def decode_example(self, value: np.ndarray | dict, token_per_repo_id: dict | None = None) -> np.ndarray:
+        """`datasets` asks how a stored value is read: as a uint8 array (H, W).
+
+        Raises:
+            ValueError: `run_lengths` refuses it.
+        """
         if isinstance(value, np.ndarray):
-            return value  # (H, W)
-        run_lengths(value)
-        return coco_mask.decode(value)  # (H, W)
+            return value
+        run_lengths(value)  # pycocotools trusts what it decodes
+        return coco_mask.decode(value)
 
     def cast_storage(self, storage: pa.Array) -> pa.Array:
-        if pa.types.is_list(storage.type):  # `Dataset.map` hands back the arrays it decoded as nested lists
+        """`datasets` asks for a column of this type: of RLEs, or of the nested lists that `map` makes of arrays."""
+        if pa.types.is_list(storage.type):
             masks = [None if mask is None else self.encode_example(mask) for mask in storage.to_pylist()]
             storage = pa.array(masks, self.pa_type)
         return array_cast(storage, self.pa_type)
 
 
-with warnings.catch_warnings():  # `datasets` calls third-party feature types experimental, each time
+with warnings.catch_warnings():  # `datasets` warns that feature types of others are experimental
     warnings.simplefilter("ignore")
     register_feature(RleMask, "RleMask")
 
 
 def run_lengths(rle: dict) -> np.ndarray:
-    """How many pixels of 0 and of 1 follow each other by turns, down the columns, in COCO's RLE, compressed or not.
+    """The lengths of the runs of a COCO RLE, compressed or not: pixels of 0 and of 1 by turns, down the columns.
 
-    No RLE of strangers may reach pycocotools before it was here: pycocotools reads on behind compressed runs that are
-    cut off, writes behind its memory for runs of over 30 bits, divides by sides of 0, and leaves pixels undefined
+    Every RLE of a stranger must pass here before pycocotools gets it. pycocotools reads on past compressed runs that
+    are cut off, writes past its memory for runs of over 30 bits, divides by sides of 0, and leaves pixels undefined
     that no run covers.
 
     Raises:
-        ValueError: the size is none, or the counts are none or not as many as the size has pixels.
+        ValueError: its size is no height and width, or its counts are not runs of as many pixels.
     """
     size, counts = mask_size(rle), rle["counts"]
     if isinstance(counts, list):
@@ -87,7 +100,7 @@ def run_lengths(rle: dict) -> np.ndarray:
             raise ValueError(f"the mask's runs {short_repr(counts)} are no numbers of pixels.")
         lengths = np.asarray(counts, dtype=np.int64)
     else:
-        lengths = _decompressed(counts if isinstance(counts, bytes) else counts.encode())
+        lengths = _decompress(counts if isinstance(counts, bytes) else counts.encode())
         if lengths is None or (lengths < 0).any():
             raise ValueError(f"the mask's runs {short_repr(counts)} are not COCO's compressed counts.")
     total, pixels = int(lengths.sum()), size[0] * size[1]
@@ -99,20 +112,24 @@ def run_lengths(rle: dict) -> np.ndarray:
 
 
 def mask_size(rle: dict) -> tuple[int, int]:
-    """The (height, width) of an RLE; ValueError if it has none."""
+    """The (height, width) of an RLE in pixels.
+
+    Raises:
+        ValueError: there is no RLE, or its size is no height and width.
+    """
     if rle is None:
-        raise ValueError("the mask is null; give an empty mask where nothing answers to the phrases")
+        raise ValueError("the mask is null; give an empty mask where the phrases name nothing")
     size = rle["size"]
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"the mask's size is {short_repr(size)}; give its height and width in pixels.")
     return tuple(size)
 
 
-def _decompressed(counts: bytes) -> np.ndarray | None:
-    """Run lengths that COCO compressed (cocoapi, `maskApi.c`, `rleToString`); None if these are not any.
+def _decompress(counts: bytes) -> np.ndarray | None:
+    """Run lengths that COCO compressed (cocoapi, `maskApi.c`, `rleToString`); None if these bytes are not any.
 
-    Each is a signed number, 5 bits a character and the lowest first; from the fourth on, what it adds to the one two
-    before it.
+    A run is a signed number of 5 bits a character, the lowest bits first. From the fourth run on, the number is the
+    difference from the run two places before.
     """
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
     ends = np.flatnonzero(codes & RUN_MORE == 0)
@@ -130,28 +147,38 @@ def _decompressed(counts: bytes) -> np.ndarray | None:
     return values
 
 
-def _compressed(lengths: np.ndarray, size: Sequence[int]) -> dict:
+def _compress(lengths: np.ndarray, size: Sequence[int]) -> dict:
+    """COCO's compressed RLE, its counts as bytes, of checked run lengths."""
     return coco_mask.frPyObjects({"size": size, "counts": lengths.tolist()}, *size)
 
 
-def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
-    """The union of COCO's polygons, RLEs and compressed RLEs as one compressed RLE of (height, width).
+def union_of_parts(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
+    """The union of polygons, RLEs and compressed RLEs as one compressed RLE.
 
-    pycocotools trusts its input: corners far away or not finite crash it, and so does an outline for whose points
-    there is no memory. All of these are refused here.
+    pycocotools trusts its input: corners that are far away or not finite crash it, and so does an outline that is too
+    long for the memory. Both are refused here first.
+
+    Args:
+        segmentation: COCO's, a list of polygons and RLEs or one RLE.
+        size: (height, width) of the image in pixels.
+        name: what to call the object in errors.
+
+    Raises:
+        ValueError: there is no part, or one is no polygon near the image or no RLE of its size.
     """
-    if not (parts := _parts(segmentation)):
+    if not (parts := mask_parts(segmentation)):
         raise ValueError(f"{name} has no mask; give polygons or RLE.")
     runs, outline = [], 0.0
     for part in parts:
         if isinstance(part, dict):
-            runs.append(_checked_runs(part, size, name))
+            runs.append(_checked_rle(part, size, name))
             continue
         try:
             corners = np.asarray(part, dtype=np.float64)
-        except (ValueError, TypeError):  # said below
+        except (ValueError, TypeError):  # refused below
             corners = np.empty(0)
-        # Corners may lie outside the image by its own size. Two corners would be taken for a box.
+        # COCO's corners lie a little outside at times: as far as the image is long is allowed. pycocotools would take
+        # two corners for a box.
         if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not (np.abs(corners) <= 2 * max(size)).all():
             raise ValueError(f"{name}: {short_repr(part)} is no polygon x1, y1, x2, y2, x3, y3 … near its image.")
         outline += np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1).sum()
@@ -163,29 +190,34 @@ def _rle(segmentation: list | dict, size: tuple[int, int], name: str) -> dict:
     return RleMask().encode_example(coco_mask.merge(runs))
 
 
-def _checked_runs(rle: dict, size: tuple[int, int], name: str) -> dict:
+def _checked_rle(rle: dict, size: tuple[int, int], name: str) -> dict:
+    """The RLE compressed and without runs of no length, if it is one of (height, width); ValueError if not.
+
+    pycocotools' `merge` writes past its memory where there are more runs than pixels, which takes runs of no length.
+    """
     height, width = size
     if tuple(rle["size"]) != size:
         raise ValueError(
             f"{name}: the mask is {short_repr(rle['size'])}, but its image is {[height, width]} (height, width)."
         )
-    with naming(name):
+    with record_errors_begin_with(name):
         lengths = run_lengths(rle)
-    filled = np.flatnonzero(lengths)  # `merge` writes behind its memory where runs of no length outnumber the pixels
+    filled = np.flatnonzero(lengths)
     values = filled % 2
     starts = np.flatnonzero(np.diff(values, prepend=1 - values[0]))
     lengths = np.add.reduceat(lengths[filled], starts)
-    return _compressed(lengths if values[0] == 0 else np.concatenate(([0], lengths)), size)
+    return _compress(lengths if values[0] == 0 else np.concatenate(([0], lengths)), size)
 
 
-def _parts(segmentation: list | dict) -> list:
+def mask_parts(segmentation: list | dict | None) -> list:
+    """The polygons and RLEs of COCO's segmentation, which is a list of them or one RLE; ValueError if it is null."""
     if segmentation is None:
         raise ValueError("its mask is null; give polygons or RLE.")
     return [segmentation] if isinstance(segmentation, dict) else segmentation
 
 
-def checked_bbox(bbox: list[float], ann_id: int) -> list[float]:
-    """The box, if it is x, y, width and height; ValueError if not."""
+def checked_bbox(bbox: Any, ann_id: int) -> list[float]:
+    """The box as x, y, width and height in pixels, if it is that; ValueError if not."""
     if (
         not isinstance(bbox, list)
         or len(bbox) != 4
@@ -197,8 +229,9 @@ def checked_bbox(bbox: list[float], ann_id: int) -> list[float]:
     return [float(side) for side in bbox]
 
 
-def _box_around(boxes: list[list[float]]) -> list[float]:
-    if len(boxes) == 1:  # as it was written: right - left would round
+def box_around(boxes: list[list[float]]) -> list[float]:
+    """The smallest box around boxes of x, y, width and height; a single box as it is."""
+    if len(boxes) == 1:  # what is computed below would be rounded
         return boxes[0]
     left, top = (min(box[axis] for box in boxes) for axis in (0, 1))
     right, bottom = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))

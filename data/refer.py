@@ -1,4 +1,8 @@
-"""The official REFER layout (lichengunc/refer, `refer.py`), and that of gRefCOCO: `load_refer` reads them."""
+"""RefCOCO and its relatives in the layout of the official reader, REFER (lichengunc/refer), and gRefCOCO's variant.
+
+`load_refer` reads a whole data set. Importing this module also registers the masks' feature type (`masks.py`) with
+`datasets`: import it before you load saved rows.
+"""
 
 import os
 import re
@@ -11,21 +15,20 @@ import datasets
 from configuration_detris import one_line, short_repr
 from untrusted_pickles import load_plain_pickle
 
-from .masks import _box_around, _parts, checked_bbox
-from .records import NO_TARGET, Records, is_int64, load_records, make_row, require
-from .untrusted import file_inside, load_json, naming, require_inside
+from .masks import box_around, checked_bbox, mask_parts
+from .records import NO_TARGET, Records, is_int64, load_records, make_row, require_exists
+from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
-# Where each published data set keeps its images under the root, and who split it.
-COCO_IMAGES = "images/train2014"
-SOURCES = {
+COCO_IMAGES = "images/train2014"  # under the root
+SOURCES = {  # the published data sets: their folder of images under the root, and who split them
     "refcoco": (COCO_IMAGES, ("unc", "google")),
     "refcoco+": (COCO_IMAGES, ("unc",)),
     "refcocog": (COCO_IMAGES, ("umd", "google")),
     "refclef": ("images/saiapr_tc-12", ("unc", "berkeley")),
     "grefcoco": (COCO_IMAGES, ("unc",)),
 }
-REFER_NAME = re.compile(r"[\w+-][\w+. -]{0,99}")  # of a data set or of who split it, which becomes part of a path
-LAYOUT = (
+REFER_NAME = re.compile(r"[\w+-][\w+. -]{0,99}")  # names a data set or who split it, and becomes part of a path
+REFER_LAYOUT = (
     "the REFER layout is <root>/<dataset>/refs(<split_by>).p, <root>/<dataset>/instances.json and "
     "<root>/<images>/<file name>"
 )
@@ -34,45 +37,47 @@ LAYOUT = (
 def load_refer(
     root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
 ) -> datasets.DatasetDict:
-    """Read one data set in the official REFER layout, one row for each referred object.
+    """Read one data set in the REFER layout, one row for each referred object.
 
-    The layout is that of the official reader (lichengunc/refer, `refer.py`), with COCO's images in
-    `images/train2014`. Every image file is opened once to compare its header with the annotations.
+    Every image file is opened once, and its size compared with the annotations.
 
     Args:
         root: folder that holds `images/` and one folder for each data set.
         dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`; with `images` any other folder in the root
             that holds `refs(<split_by>).p` and `instances.json`, such as RRSIS-D's `rrsisd`.
-        split_by: who split it: `unc`, `umd`, `google` or `berkeley`, or what else its file of refs is called by.
-        images: folder of the images, where it is not the published sets' own.
+        split_by: who split it: `unc`, `umd`, `google` or `berkeley`, or the name in the brackets of its refs file.
+        images: folder of the images; not needed for published data sets, whose images are in `images/` as usual.
 
     Returns:
         A dataset for each split that the refs file names, in the file's order, with the columns of `FEATURES`.
 
     Raises:
         FileNotFoundError: a folder, annotation file or image is missing.
-        OSError: an image is truncated or no image at all.
-        ValueError: it is not known where the images are, or a file or row holds what it should not.
+        OSError: an image is cut short, or no image at all.
+        ValueError: it is not known where the images are, or a file or record is broken.
     """
     return load_records(ReferRecords(root, dataset, split_by, images))
 
 
 class ReferRecords(Records):
-    """Records in the official REFER layout, or in that of gRefCOCO, which has a JSON file of refs.
+    """Records in the REFER layout, or in gRefCOCO's, whose refs are in a JSON file.
+
+    Args:
+        root, dataset, split_by, images: as in `load_refer`.
 
     Raises:
         FileNotFoundError: a folder or annotation file is missing.
-        ValueError: it is not known where its images are, or an annotation file holds what it should not.
+        ValueError: it is not known where the images are, or an annotation file is broken.
     """
 
-    layout = LAYOUT
+    layout = REFER_LAYOUT
 
     def __init__(
         self, root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
     ) -> None:
         files = refer_files(root, dataset, split_by, images)
         for path in (Path(root).absolute(), *files):
-            require(path, LAYOUT, root)
+            require_exists(path, REFER_LAYOUT, root)
         super().__init__(f"{dataset}/{split_by}", files.refs, files.images, (files.refs, files.instances))
         self.files = files
         self._refs, self.without_phrases = read_refs(files.refs)
@@ -86,9 +91,9 @@ class ReferRecords(Records):
 
 
 class ReferFiles(NamedTuple):
-    """Where a data set keeps what it consists of."""
+    """The files that a data set consists of."""
 
-    images: Path  # a folder
+    images: Path  # the folder of its images
     refs: Path
     instances: Path
 
@@ -96,20 +101,20 @@ class ReferFiles(NamedTuple):
 def refer_files(
     root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
 ) -> ReferFiles:
-    """Where under `root` a data set belongs, whether it is there or not.
+    """Where the files of a data set belong, whether they exist or not.
 
     Args:
-        images: folder of its images, where it is not a published set's own.
+        root, dataset, split_by, images: as in `load_refer`.
 
     Raises:
-        ValueError: a name leads elsewhere, or the data set is unknown and there are no `images`.
+        ValueError: a name would lead out of the root, or the data set is unknown and `images` is not given.
     """
     known = dataset in SOURCES and split_by in SOURCES[dataset][1]
     if images is None and not known or not (REFER_NAME.fullmatch(dataset) and REFER_NAME.fullmatch(split_by)):
         names = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())
         raise ValueError(
             f"There is no data set {short_repr(dataset)} split by {short_repr(split_by)}; known are {names}, and any "
-            "other folder in the root of which `images` says where its images are."
+            "other folder in the root, if `images` says where its images are."
         )
     root = Path(root).absolute()
     refs = f"grefs({split_by}).json" if dataset == "grefcoco" else f"refs({split_by}).p"
@@ -118,35 +123,39 @@ def refer_files(
 
 
 def read_refs(path: Path) -> tuple[list[tuple[int, Any]], int]:
-    """Read a refs file, a pickle or gRefCOCO's JSON.
+    """Read a refs file, which is a pickle or gRefCOCO's JSON.
 
-    gRefCOCO's has objects without phrases. Its loaders read phrase by phrase, so that they never meet them, as its
-    authors say (henghuiding/gRefCOCO, issues 3 and 8). In other files they are a fault, for `read_row` to name.
+    gRefCOCO has objects without phrases, which are skipped here. Its own loaders read phrase by phrase and so never
+    meet them, as its authors say (henghuiding/gRefCOCO, issues 3 and 8). In other data sets such an object is a fault,
+    and `read_row` refuses it.
 
     Returns:
-        The refs, each with its place in the file, and how many without phrases were skipped.
+        The refs, each with its place in the file; and how many were skipped.
 
     Raises:
-        ValueError: it holds no list, or more than plain data, or is a link out of the data set.
+        ValueError: the file holds no list, or more than plain data, or is a link that leads out of the data set.
     """
     require_inside(path, path.parent, path.parent.parent)
     refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
-    several = path.suffix == ".json"
+    is_grefcoco = path.suffix == ".json"
     kept = [
         (index, ref)
         for index, ref in enumerate(refs)
-        if not (several and isinstance(ref, dict) and ref.get("sentences") == [])
+        if not (is_grefcoco and isinstance(ref, dict) and ref.get("sentences") == [])
     ]
     return kept, len(refs) - len(kept)
 
 
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
-    """Read `instances.json`: its images, annotations and categories, each by id.
+    """Read `instances.json`.
+
+    Returns:
+        Its `images`, `annotations` and `categories`: dictionaries of records by their ids.
 
     Raises:
-        ValueError: it is no COCO annotation file, or is a link out of the data set.
+        ValueError: it is no COCO annotation file, or a link that leads out of the data set.
     """
     require_inside(path, path.parent, path.parent.parent)
     try:
@@ -159,7 +168,10 @@ def read_instances(path: Path) -> dict[str, dict[int, dict]]:
 
 
 def _pack_polygons(record: dict) -> dict:
-    """A quarter of the memory, while the file is still being read. What is no polygon stays for `_rle` to refuse."""
+    """Turn a record's polygons into arrays while the file is read: they take a quarter of the memory of lists.
+
+    What is no polygon stays as it is, and `union_of_parts` refuses it.
+    """
     if isinstance(record.get("segmentation"), list):
         try:
             record["segmentation"] = [array("d", polygon) for polygon in record["segmentation"]]
@@ -171,27 +183,37 @@ def _pack_polygons(record: dict) -> dict:
 def read_row(
     files: ReferFiles, index: int, ref: dict, instances: dict[str, dict[int, dict]], home: Path | None = None
 ) -> tuple[str, dict]:
-    """The split and row of the ref at `index`, whose image is not looked at.
+    """Read one ref, without looking at its image.
 
-    A list of ann_ids is gRefCOCO's way to refer to several objects, whose masks and boxes are united, or, as `[-1]`,
-    to none. As in its official loader, crowds do not count (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
+    In gRefCOCO a ref has a list of ann_ids. Several objects become one, whose mask and box are the union of theirs;
+    `[-1]` stands for no object. Crowds do not count, as in its loader (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
 
     Args:
-        home: folder that images may be linked to, besides their own; by default the data set's root.
+        files: of the data set.
+        index: place of the ref in its file.
+        ref: as `read_refs` gives it.
+        instances: as `read_instances` gives them.
+        home: folder besides that of the images that links to images may lead into; by default the data set's root.
+
+    Returns:
+        The split and the row, as `Records.read` gives them.
 
     Raises:
         ValueError: the ref is broken, or a record that it names is missing or broken.
     """
     ref_id = ref.get("ref_id") if isinstance(ref, dict) else None
-    with naming(f"{files.refs}, " + (f"ref_id {ref_id}" if is_int64(ref_id) else f"entry {index}")):
+    place = f"ref_id {ref_id}" if is_int64(ref_id) else f"entry {index}"
+    with record_errors_begin_with(f"{files.refs}, {place}", "REFER"):
         several = isinstance(ref["ann_id"], list)
         ann_ids = ref["ann_id"] if several else [ref["ann_id"]]
         category_ids = ref["category_id"] if several else [ref["category_id"]]
         no_target = several and ann_ids == [NO_TARGET]
         if no_target:
             ann_ids, category_ids = [], []
-        image = _record(instances["images"], "image_id", ref["image_id"])
-        annotations = [_record(instances["annotations"], "ann_id", ann_id) for ann_id in dict.fromkeys(ann_ids)]
+        image = _record_with_id(instances["images"], "image_id", ref["image_id"])
+        annotations = [
+            _record_with_id(instances["annotations"], "ann_id", ann_id) for ann_id in dict.fromkeys(ann_ids)
+        ]
         for annotation in annotations:
             if annotation["image_id"] != image["id"]:
                 raise ValueError(
@@ -202,8 +224,8 @@ def read_row(
             annotations = [annotation for annotation in annotations if not annotation.get("iscrowd")]
         if not annotations and not no_target:
             raise ValueError(f"the ann_ids {short_repr(ann_ids)} name no object; for no target give [{NO_TARGET}].")
-        categories = {_record(instances["categories"], "category_id", key)["name"] for key in category_ids}
-        masks = [part for annotation in annotations for part in _parts(annotation["segmentation"])]
+        categories = {_record_with_id(instances["categories"], "category_id", key)["name"] for key in category_ids}
+        masks = [part for annotation in annotations for part in mask_parts(annotation["segmentation"])]
         boxes = [checked_bbox(annotation["bbox"], annotation["id"]) for annotation in annotations]
         return make_row(
             split=ref["split"],
@@ -215,19 +237,21 @@ def read_row(
             ann_id=annotations[0]["id"] if len(annotations) == 1 else NO_TARGET,
             image_id=image["id"],
             category=categories.pop() if len(categories) == 1 else "",
-            bbox=_box_around(boxes) if boxes else None,
+            bbox=box_around(boxes) if boxes else None,
         )
 
 
-def _record(records: dict[int, dict], name: str, key: int) -> dict:
+def _record_with_id(records: dict[int, dict], name: str, key: int) -> dict:
+    """The record of this id; ValueError if there is none."""
     if key not in records:
         raise ValueError(f"{name} {short_repr(key)} is not in instances.json; take both files from the same release.")
     return records[key]
 
 
-# --- for files outside data/, until they import from where these stand ---------------------------------------------
+# --- names that files outside data/ still import from here; to be removed once they import them from their own files
 
 from .images import END_OF_JPEG, IMAGE_FORMATS, check_image, image_format  # noqa: E402, F401
 from .masks import RleMask, mask_size, run_lengths  # noqa: E402, F401
-from .records import FEATURES, MAX_PHRASE, instead_of_lmdb, require_columns, require_rows  # noqa: E402, F401
+from .records import FEATURES, MAX_PHRASE, require_columns, require_rows  # noqa: E402, F401
+from .records import lmdb_hint as instead_of_lmdb  # noqa: E402, F401
 from .untrusted import load_yaml, require_regular_files  # noqa: E402, F401
