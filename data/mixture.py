@@ -40,13 +40,6 @@ class Leak(NamedTuple):
     of_objects: int  # all training rows
 
 
-class Mixture(NamedTuple):
-    """Training rows of several data sets, and what was left out of each."""
-
-    rows: datasets.Dataset
-    leaks: list[Leak]
-
-
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:
     """Read the members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`.
 
@@ -84,7 +77,7 @@ def mix(
     splits: dict[str, datasets.DatasetDict],
     tested: Iterable[tuple[str, datasets.Dataset]] = (),
     keep_leaks: bool = False,
-) -> Mixture:
+) -> tuple[datasets.Dataset, list[Leak]]:
     """Mix the training rows of several data sets.
 
     Rows are left out if their image is in another split of any member, or in `tested`. Two rows show the same image if
@@ -133,7 +126,7 @@ def mix(
             )
         repetition = [index // len(kept) for index in range(len(chosen))]
         training.append(rows.select(chosen).add_column("repetition", repetition))
-    return Mixture(datasets.concatenate_datasets(training), leaks)
+    return datasets.concatenate_datasets(training), leaks
 
 
 def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:

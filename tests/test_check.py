@@ -6,7 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from helpers.refer_folder import HEIGHT, WIDTH, ReferFolder, cut
+from helpers.refer_folder import HEIGHT, WIDTH, ReferFolder, truncate
 
 from data import check
 from data.check import PUBLISHED, Counts
@@ -97,7 +97,7 @@ def test_everything_wrong_is_named_in_one_run(refer, capsys):
     refer.refs[4] = "a word"
     refer.instances["annotations"][5]["segmentation"] = []
     refer.write()
-    cut(refer.images / "first.jpg", -200)
+    truncate(refer.images / "first.jpg", -200)
     status, text = run(capsys, refer.root)
     assert status == 1
     expected = [

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data.refer import FEATURES
+from data.records import FEATURES
 from data.shapes import (
     COLORS,
     DEFAULT_SIZES,
