@@ -3,7 +3,7 @@
     python -m backbones.pretrain --output_dir backbones [--max_steps 6000]
 
 A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each are trained on
-scenes of `data/shapes.py` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
+scenes of `data/shapes/` (from a seed of their own, held-out combinations left out) to see and to read, not to refer:
 
 * every patch tells shape, colour, texture and size of what it shows, where that object's centre lies, how large it is
   and what of the patch and its surroundings it covers, as DINOv2's patches tell parts and objects; a middle layer's

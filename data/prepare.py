@@ -237,7 +237,7 @@ def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[d
     table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
     repeated = pa.array(table["ref_id"].to_pandas().duplicated(), pa.bool_())
     for row in table.filter(repeated).select(["ref_id", "record"]).to_pylist():
-        reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each record its own."
+        reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each its own."
         if strict:
             raise ValueError(reason)
         problems.append({"record": row["record"], "reason": reason})

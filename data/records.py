@@ -230,7 +230,7 @@ def require_unique_ref_ids(refs: str | os.PathLike, ref_ids: list[int]) -> None:
     repeated = [ref_id for ref_id, count in Counter(ref_ids).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"{refs}: {len(repeated)} ref_ids stand at several refs, such as {repeated[0]}; give each ref its own."
+            f"{refs}: {len(repeated)} ref_ids stand at several refs, such as {repeated[0]}; give each its own."
         )
 
 
