@@ -24,11 +24,11 @@ INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 
 
 class Member(NamedTuple):
-    """A data set of a mixture: how often its rows are seen in an epoch, its name, and its split to train on."""
+    """A data set of a mixture."""
 
-    weight: float
+    weight: float  # how often each of its rows is seen in an epoch
     name: str
-    split: str
+    split: str  # to train on
 
 
 class Leak(NamedTuple):

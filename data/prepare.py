@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("kind", choices=KINDS, help="the layout, as data/README.md describes it")
     parser.add_argument("path", help="folder that holds the data set, or a Hub id")
     parser.add_argument("--name", default="", help="which one of several in that folder, such as refcoco/unc")
-    parser.add_argument("--images", help="folder of the image files, where they are not where the layout has them")
+    parser.add_argument("--images", help="folder of the image files, if it is not where the layout has it")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that read")
     parser.add_argument("--strict", action="store_true", help="stop at the first broken record")

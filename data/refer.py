@@ -46,7 +46,7 @@ def load_refer(
         dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`; with `images` any other folder in the root
             that holds `refs(<split_by>).p` and `instances.json`, such as RRSIS-D's `rrsisd`.
         split_by: who split it: `unc`, `umd`, `google` or `berkeley`, or the name in the brackets of its refs file.
-        images: folder of the images; not needed for published data sets, whose images are in `images/` as usual.
+        images: folder of the images, if it is not that of a published data set.
 
     Returns:
         A dataset for each split that the refs file names, in the file's order, with the columns of `FEATURES`.

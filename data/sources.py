@@ -62,7 +62,7 @@ def open_records(
         name: which data set of the folder is meant: for `refer` dataset and split_by, such as `refcoco/unc`; for
             `cris` the folder in `anns`, such as `refcocog_u`. For the other kinds, what to call it; by default the
             path's end.
-        images: folder of the images, where they are not where the layout has them.
+        images: folder of the images, if it is not where the layout has it.
 
     Raises:
         OSError: an annotation file is missing or unreadable.

@@ -57,7 +57,7 @@ class StreamedRows:
         OSError: a file is missing or broken.
     """
 
-    def __init__(self, files: Sequence[str], shuffle_buffer_size: int = 1000):
+    def __init__(self, files: Sequence[str], shuffle_buffer_size: int = 1000) -> None:
         self.shuffle_buffer_size = shuffle_buffer_size
         self.groups = []
         for file in files:
@@ -128,7 +128,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         ValueError: there are fewer rows than workers of all processes.
     """
 
-    def __init__(self, rows: StreamedRows, batch_size: int, rank: int, world_size: int, workers: int, seed: int):
+    def __init__(
+        self, rows: StreamedRows, batch_size: int, rank: int, world_size: int, workers: int, seed: int
+    ) -> None:
         self.rows = rows
         self.rank = rank
         self.workers = workers

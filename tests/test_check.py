@@ -16,8 +16,6 @@ MINI = ROOT.parent / "shared" / "refer_mini"
 NAME = "refcoco/unc"
 WHOLE = {"train": Counts(4, 8, 2), "val": Counts(1, 2, 1), "testA": Counts(1, 2, 1), "testB": Counts(1, 2, 1)}
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
 
 @pytest.fixture
 def refer(tmp_path, monkeypatch):

@@ -11,8 +11,6 @@ from pycocotools import mask as coco_mask
 
 from data.images import read_png_mask
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
 
 @pytest.mark.parametrize(
     ("break_image", "error", "message"),

@@ -13,8 +13,6 @@ from pycocotools import mask as coco_mask
 
 from data.masks import RleMask, run_lengths
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
 
 def test_map_and_selection_keep_masks(refer):
     rows = refer.load()["train"]

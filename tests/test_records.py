@@ -3,13 +3,10 @@
 import datasets
 import numpy as np
 import pyarrow.parquet
-import pytest
 from helpers.refer_folder import HEIGHT, MASKS, WIDTH, same_rows
 from pycocotools import mask as coco_mask
 
 from data.masks import RleMask
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 
 
 def test_images_stay_where_they_are_and_masks_are_small(refer):

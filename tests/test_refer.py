@@ -35,8 +35,6 @@ from untrusted_pickles import PlainUnpickler
 
 OFFICIAL = ROOT.parent / "shared" / "conformance" / "expected" / "refer_mini.json"
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
 
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_rows(refer, protocol):

@@ -32,8 +32,6 @@ from data.records import FEATURES, load_records
 from data.refer import load_refer
 from data.sources import COCO_CATEGORIES, open_records
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
 
 @pytest.fixture(params=["small", "refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google"])
 def refer_set(request, tmp_path):
