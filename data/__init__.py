@@ -1,2 +1,2 @@
 """Referring data as Hugging Face datasets. A row is one referred object: `image`, `mask`, `sentences`, `ref_id`,
-`ann_id`, `image_id`, `category`, `bbox`; `refer.py` defines them."""
+`ann_id`, `image_id`, `category`, `bbox`; `records.py` defines them."""

@@ -1,45 +1,39 @@
-"""Check a download of the REFER data sets against what was published, and name everything that is missing.
+"""Compare a download of the REFER data sets with what was published, and name everything that is missing.
 
     python -m data.check path/to/refer                          # every data set of PUBLISHED
     python -m data.check path/to/refer refcoco/unc grefcoco/unc
     python -m data.check path/to/refer rrsisd/unc --images path/to/refer/images/rrsisd/JPEGImages
 
-Ends with status 0 when all is complete, with 1 when anything is missing, broken or differs in number. Where no numbers
-are known, nothing is compared.
+The status is 0 if all is complete, and 1 if anything is missing, broken or differs in number. Numbers are compared
+where they are known.
 """
 
 import argparse
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets.utils import tqdm
 
-from .refer import (
-    check_image,
-    check_ref_ids,
-    read_instances,
-    read_refs,
-    read_row,
-    refer_files,
-    require,
-    skipped,
-)
+from .images import check_image
+from .records import require_exists, require_unique_ref_ids, skipped_notice
+from .refer import REFER_LAYOUT, read_instances, read_refs, read_row, refer_files
 
-NAMES_SHOWN = 5  # of missing images, which can be thousands
-PROBLEMS_SHOWN = 100  # annotations of another release have one in every record
+NAMES_SHOWN = 5  # of missing images; thousands can be missing
+PROBLEMS_SHOWN = 100  # in annotations of another release, every record can be broken
 
 
 class Counts(NamedTuple):
-    """What a split holds."""
+    """How many objects, phrases and images a split holds."""
 
     objects: int
     phrases: int
     images: int
 
 
-# What the released files hold; data/README.md has the same table and says where each number is from.
+# What the published files hold. data/README.md has the same table and says where each number is from.
 PUBLISHED = {
     "refcoco/unc": {
         "train": Counts(42404, 120624, 16994),
@@ -58,7 +52,7 @@ PUBLISHED = {
         "val": Counts(2573, 4896, 1300),
         "test": Counts(5023, 9602, 2600),
     },
-    "refcocog/google": {  # its phrases are inferred, not counted
+    "refcocog/google": {  # nobody has counted its phrases: data/README.md says how they follow from other numbers
         "train": Counts(44822, 85474, 24698),
         "val": Counts(5000, 9536, 4650),
     },
@@ -73,23 +67,27 @@ def check(
     Args:
         root: folder in the REFER layout.
         name: dataset and split_by, such as `refcoco/unc`.
-        images: folder of its images, where it is not a published set's own.
+        images: folder of the images, as in `load_refer`.
 
     Returns:
-        What the sound refs of each split amount to, whether their images are there or not; a sentence for each
-        problem; and how many objects were skipped, as gRefCOCO's without phrases are.
+        The counts of each split's sound refs, even of those whose images are missing; a sentence for each problem; and
+        how many objects of gRefCOCO were skipped because they have no phrases.
+
+    Raises:
+        ValueError: it is not known where the data set's files belong.
     """
     files = refer_files(root, *name.partition("/")[::2], images)
     problems = []
 
-    def attempt(function, *arguments, **options):
+    def attempt(function: Callable, *arguments: Any) -> Any:
+        """What the function returns; None if it raises, which is then a problem."""
         try:
-            return function(*arguments, **options)
+            return function(*arguments)
         except (OSError, ValueError) as error:
             problems.append(str(error))
 
     for path in files:
-        attempt(require, path, root=root)
+        attempt(require_exists, path, REFER_LAYOUT, root)
     found = attempt(read_refs, files.refs) if files.refs.exists() else None
     instances = attempt(read_instances, files.instances) if files.instances.exists() else None
     if found is None or instances is None:
@@ -103,12 +101,12 @@ def check(
             split, row = found
             splits[split].append(row)
             sizes.add((row["image"], tuple(row["mask"]["size"])))
-    attempt(check_ref_ids, files.refs, [row["ref_id"] for rows in splits.values() for row in rows])
+    attempt(require_unique_ref_ids, files.refs, [row["ref_id"] for rows in splits.values() for row in rows])
 
     missing = []
     for path, size in tqdm(sorted(sizes), desc=f"{name}: images", unit="image"):
         if Path(path).exists():
-            attempt(check_image, path, size)
+            attempt(check_image, path, size, REFER_LAYOUT)
         else:
             missing.append(os.path.relpath(path, files.images))
     if missing:
@@ -124,14 +122,18 @@ def check(
 
 
 def report(root: str | os.PathLike, name: str, images: str | os.PathLike | None = None) -> bool:
-    """Print what `check` finds, and published counts where they are known; True if they agree and nothing is wrong."""
+    """Print what `check` finds beside the published counts, where they are known.
+
+    Returns:
+        Whether there are no problems and the counts agree.
+    """
     found, problems, without_phrases = check(root, name, images)
     for problem in problems[:PROBLEMS_SHOWN]:
         print(f"- {problem}")
     if len(problems) > PROBLEMS_SHOWN:
         print(f"… and {len(problems) - PROBLEMS_SHOWN} more problems")
     if without_phrases:
-        print(skipped(without_phrases))
+        print(skipped_notice(without_phrases))
     published = PUBLISHED.get(name)
     what = "found, published counts unknown" if published is None else "found / published"
     print(f"{f'{name} ({what})':<30}" + "".join(f"{field:>20}" for field in Counts._fields))
@@ -146,6 +148,7 @@ def report(root: str | os.PathLike, name: str, images: str | os.PathLike | None 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Check the data sets that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(
         description="Check REFER data sets against what was published.", prog="python -m data.check"
     )
@@ -153,9 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "names",
         nargs="*",
-        help=f"such as grefcoco/unc; by default those whose counts are known, {', '.join(PUBLISHED)}",
+        help=f"such as grefcoco/unc; by default those whose counts are known: {', '.join(PUBLISHED)}",
     )
-    parser.add_argument("--images", help="folder of the image files, where it is not a published set's own")
+    parser.add_argument("--images", help="folder of the image files, for other sets than the published ones")
     options = parser.parse_args(arguments)
     names = options.names or PUBLISHED
     try:

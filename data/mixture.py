@@ -1,6 +1,7 @@
-"""Training on several data sets together, without the images that any of them is tested on.
+"""Training rows of several data sets together, without the images that any of the sets is tested on.
 
-The official mixed training keeps RefCOCO's test images that RefCOCOg trains on, and so on. Here they leave.
+In the official mixed training, RefCOCOg's training rows show images that RefCOCO is tested on, and so on. Here such
+rows are left out.
 """
 
 import os
@@ -13,38 +14,41 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
-SEPARATOR = " + "  # between the data sets of a mixture; 'refcoco+' has a plus of its own
+SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
-# Twelve digits, unlike what `sources.py` takes for COCO's: six may be a camera's. All of COCO's releases number alike.
+# Exactly twelve digits, where `sources.py` takes fewer: other images may have names of six. In all of COCO's releases
+# an image has the same number.
 PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
-# RefCOCOg's two splits divide the same images, google's even shares images between train and val.
+# RefCOCOg's two divisions are of the same images, and google's has images that are both in train and in val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 
 
 class Member(NamedTuple):
-    """A data set of a mixture: how often its rows are seen in an epoch, its name, and its split to train on."""
+    """A data set of a mixture."""
 
-    weight: float
+    weight: float  # how often each of its rows is seen in an epoch
     name: str
-    split: str
+    split: str  # to train on
 
 
 class Leak(NamedTuple):
-    """What of a data set's training rows lies in images that are tested on."""
+    """How many training rows of a data set show images that are tested on."""
 
-    name: str
-    objects: int
-    phrases: int
-    of_objects: int
+    name: str  # of the data set
+    objects: int  # such rows
+    phrases: int  # in these rows
+    of_objects: int  # all training rows
 
 
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:
-    """Members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`; those without a split have `train_split`.
+    """Read the members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`.
 
-    What is a folder is its only member, whatever it is called.
+    Args:
+        mixture: as above; or a folder of whatever name, which is then the only member.
+        train_split: the split of members that name none.
 
     Raises:
-        ValueError: a member is no such thing, is named twice, or does not go with another.
+        ValueError: a member cannot be read, is named twice, or does not go together with another.
     """
     if os.path.isdir(mixture):
         return [Member(1, mixture, train_split)]
@@ -74,20 +78,23 @@ def mix(
     tested: Iterable[tuple[str, datasets.Dataset]] = (),
     keep_leaks: bool = False,
 ) -> tuple[datasets.Dataset, list[Leak]]:
-    """
-    Mix the training rows of several data sets.
+    """Mix the training rows of several data sets.
+
+    Rows are left out if their image is in another split of any member, or in `tested`. Two rows show the same image if
+    it is the same file, if its file's name has the same number of COCO's, or if it has the same `image_id` in the same
+    data set.
+
+    A weight above 1 repeats rows: with 1.5 all rows are there once, and half of them, always the same, a second time.
+    A column `repetition` counts the repetitions of a row, from 0.
 
     Args:
-        members: what to mix.
+        members: the data sets to mix.
         splits: all splits of each member, by its name.
-        tested: further rows that are tested on, each with its data set's name.
-        keep_leaks: whether rows stay whose image is in another split of any member, or in `tested`. Two rows show
-            the same image if it is the same file, is called by the same number of COCO's, or has the same `image_id`
-            in the same data set.
+        tested: further rows that are tested on, each with the name of its data set.
+        keep_leaks: whether the rows that would be left out stay.
 
     Returns:
-        The rows, with a column `repetition` that tells those apart which a weight above 1 repeats (with 1.5 half of
-        them, always the same); and for each member what has left, or with `keep_leaks` should have.
+        The rows, and for each member what was left out, or would have been without `keep_leaks`.
 
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
@@ -123,9 +130,9 @@ def mix(
 
 
 def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:
-    """For each row what its image is known by: its number in this data set, its file, its number among COCO's images.
+    """For each row the keys of its image: its image_id in this data set, its file, and its number among COCO's images.
 
-    Numbers and names of other images mean nothing in other data sets: everybody's own are numbered from 0.
+    Other numbers and names say nothing about another data set: everybody numbers images from 0.
     """
     table = rows.select_columns(["image_id", "image"]).with_format("arrow")[:]
     found = []

@@ -1,11 +1,11 @@
-"""Read referring data once, check every record of it, and keep the rows as Parquet for training.
+"""Read referring data of any layout once, check every record, and keep the rows as Parquet for training.
 
     python -m data.prepare refer path/to/refer --name refcoco/unc --output prepared/refcoco
     python -m data.prepare folder path/to/mine --output prepared/mine --push_to_hub someone/mine
 
-The output folder appears when it is whole: `<split>-*.parquet`, a `README.md` by which `datasets` and the Hub know the
-splits, `summary.json`, and `problems.jsonl` with a line for each record that was left out and why. Until then the work
-lies in `<output>.partial`; the same command started again goes on from there.
+The output folder appears when it is whole. It holds `<split>-*.parquet`, a `README.md` that tells `datasets` and the
+Hub the splits, `summary.json`, and `problems.jsonl`, a line for each record that was left out, with the reason. Until
+then the work is in `<output>.partial`, and the same command goes on from there after an interruption.
 """
 
 import argparse
@@ -35,25 +35,19 @@ from pycocotools import mask as coco_mask
 from configuration_detris import one_line, raise_if_out_of_memory
 
 from .check import PUBLISHED
-from .refer import (
-    FEATURES,
-    RleMask,
-    load_json,
-    require_records,
-    require_regular_files,
-    skipped,
-)
-from .sources import KINDS, Records, open_records
+from .records import FEATURES, STORED_FEATURES, Records, require_records, skipped_notice
+from .sources import KINDS, open_records
+from .untrusted import load_json, require_regular_files
 
-RECORDS_PER_CHUNK = 1000  # what is read again after an interruption, at most
-ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # a file's rows are in memory at once
-RESERVED = "all"  # what `datasets` calls all splits together
+RECORDS_PER_CHUNK = 1000  # after an interruption, each process reads at most so many records again
+ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # all rows of a file are in memory at once
+RESERVED_SPLIT = "all"  # `datasets` calls all splits together so
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
-JOB, CHUNK = "job", "chunk-"  # in the folder of work: what is done there, and what has been read
-WHOLE = "whole"  # what becomes the output, in the same folder
-STORED = datasets.Features(FEATURES | {"image": datasets.Image(decode=False), "mask": RleMask(decode=False)})
+# In the folder of work: the file that names the job, the files of what was read, the folder that becomes the output.
+JOB_FILE, CHUNK_PREFIX, WHOLE_FOLDER = "job", "chunk-", "whole"
+STORED = STORED_FEATURES  # for files outside data/, until they import it from where it stands
 
-CARD = """---
+CARD_TEMPLATE = """---
 {metadata}
 ---
 
@@ -69,70 +63,70 @@ Prepared by `python -m data.prepare`: one row for each referred object. Read it 
 {left_out}
 """
 
-_records: Records  # of the worker processes, which are forked so that they share the annotations
+_shared_records: Records  # worker processes are forked from one that has set it, and so share the annotations
 
 
 def prepare(
     records: Records, output: str | os.PathLike, num_proc: int = 2, strict: bool = False, embed_images: bool = False
 ) -> dict:
-    """
-    Write the rows of `records` to the folder `output`.
+    """Write the rows of `records` to the folder `output`.
 
     Args:
         records: from `open_records`.
         output: folder to make.
-        num_proc: processes that read.
-        strict: whether to stop at the first bad record instead of leaving it out.
+        num_proc: how many processes read.
+        strict: whether to stop at the first broken record instead of leaving it out.
         embed_images: whether to copy the image files in; otherwise rows hold their paths.
 
     Returns:
-        What `summary.json` holds: the `fingerprint` of all rows, and figures of each split.
+        The content of `summary.json`: the `fingerprint` of all rows, figures of each split, and so on.
 
     Raises:
-        FileExistsError: the output is there already.
-        ValueError: there are no good records, or one is bad and `strict` is set.
-        OSError: a file that a record names is missing or unreadable and `strict` is set.
+        FileExistsError: the output exists.
+        ValueError: no record is sound; with `strict`, a record is broken.
+        OSError: with `strict`, a file that a record names is missing or unreadable; or a process was killed.
     """
     output = Path(output).absolute()
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists: name a folder that does not, or remove it to prepare it anew.")
     require_records(records)
     work = output.with_name(f"{output.name}.partial")
-    _begin(work, f"{records.fingerprint} in chunks of {RECORDS_PER_CHUNK}\n")
+    _open_work_folder(work, f"{records.fingerprint} in chunks of {RECORDS_PER_CHUNK}\n")
     _read_chunks(records, work, num_proc, strict)
     summary = _assemble(records, work, strict, embed_images)
-    (work / WHOLE).rename(output)
+    (work / WHOLE_FOLDER).rename(output)
     shutil.rmtree(work)
     return summary
 
 
-def _begin(work: Path, job: str) -> None:
-    """Go on in a folder that an interrupted run of the same job has left, or make it."""
-    path = work / JOB
-    if work.exists() and not all(entry.name.startswith((JOB, CHUNK, WHOLE)) for entry in work.iterdir()):
+def _open_work_folder(work: Path, job: str) -> None:
+    """Make the folder of work, or leave it as it is if an interrupted run of the same job began there."""
+    path, ours = work / JOB_FILE, (JOB_FILE, CHUNK_PREFIX, WHOLE_FOLDER)
+    if work.exists() and not all(entry.name.startswith(ours) for entry in work.iterdir()):
         raise FileExistsError(f"{work} is in the way and was not made here: move it, or name another output.")
     if work.exists() and not (path.is_file() and path.read_text() == job):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    _write(path, job)
+    _write_whole(path, job)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
-    scratch = _scratch(path)
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or does not exist, even if this process is killed."""
+    scratch = _scratch_path(path)
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
-def _scratch(path: Path) -> Path:
+def _scratch_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no two processes write the same file
 
 
 def _read_chunks(records: Records, work: Path, num_proc: int, strict: bool) -> None:
-    global _records
-    _records = records
+    """Read all chunks that no earlier run has read, in `num_proc` processes."""
+    global _shared_records
+    _shared_records = records
     starts = range(0, len(records), RECORDS_PER_CHUNK)
-    missing = [start for start in starts if not _is_done(_chunk_files(work, start)[1], strict)]
+    missing = [start for start in starts if not _chunk_is_read(_chunk_files(work, start)[1], strict)]
     context = multiprocessing.get_context("fork")
     with (
         ProcessPoolExecutor(num_proc, context, _end_with_parent) as pool,
@@ -155,7 +149,7 @@ def _read_chunks(records: Records, work: Path, num_proc: int, strict: bool) -> N
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when its parent is killed; it would wait for ever, or write what a later run then finds."""
+    """End this worker when its parent is killed. It would wait for ever, or write into the files of a later run."""
 
     def wait() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -164,52 +158,59 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _is_done(problems_file: Path, strict: bool) -> bool:
+def _chunk_is_read(problems_file: Path, strict: bool) -> bool:
+    """Whether an earlier run has read a chunk; with `strict`, one with problems does not count."""
     return problems_file.exists() and not (strict and problems_file.stat().st_size)
 
 
 def _chunk_files(work: Path, start: int) -> tuple[Path, Path]:
-    return work / f"{CHUNK}{start:09d}.parquet", work / f"{CHUNK}{start:09d}.jsonl"
+    """The files of the chunk whose first record is `start`: its rows, and its problems."""
+    return work / f"{CHUNK_PREFIX}{start:09d}.parquet", work / f"{CHUNK_PREFIX}{start:09d}.jsonl"
 
 
 def _read_chunk(work: Path, start: int, strict: bool) -> int:
-    """Read some records and write their rows, then their problems, whose file tells that the chunk is done."""
-    indices = range(start, min(start + RECORDS_PER_CHUNK, len(_records)))
+    """Read a chunk of records and write their rows, then their problems; the file of problems says that it is done.
+
+    Returns:
+        How many records it has read.
+    """
+    records = _shared_records
+    indices = range(start, min(start + RECORDS_PER_CHUNK, len(records)))
     rows, problems = [], []
     for index in indices:
         try:
-            split, row = _records.read(index)
-            if split == RESERVED:
-                raise ValueError(f"{_records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
-            _records.check(row)
+            split, row = records.read(index)
+            if split == RESERVED_SPLIT:
+                raise ValueError(f"{records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
+            records.check(row)
             rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
         except Exception as error:
             raise_if_out_of_memory(error)
-            if not isinstance(error, OSError | ValueError):  # no reader foresees all that a stranger's file can raise
-                error = ValueError(f"{_records.refs}, entry {index}: it cannot be read ({one_line(repr(error))}).")
+            if not isinstance(error, OSError | ValueError):  # a stranger's file can raise what no reader foresees
+                error = ValueError(f"{records.refs}, entry {index}: it cannot be read ({one_line(repr(error))}).")
             if strict:
                 raise error
             problems.append({"record": index, "reason": str(error)})
-    columns = [*STORED.arrow_schema, pa.field("split", pa.string()), pa.field("record", pa.int64())]
+    columns = [*STORED_FEATURES.arrow_schema, pa.field("split", pa.string()), pa.field("record", pa.int64())]
     table = pa.Table.from_pylist(rows, schema=pa.schema(columns))
     rows_file, problems_file = _chunk_files(work, start)
-    scratch = _scratch(rows_file)
+    scratch = _scratch_path(rows_file)
     pq.write_table(table, scratch)
     os.replace(scratch, rows_file)
-    _write(problems_file, "".join(json.dumps(problem) + "\n" for problem in problems))
+    _write_whole(problems_file, "".join(json.dumps(problem) + "\n" for problem in problems))
     return len(indices)
 
 
 def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) -> dict:
-    """Make the whole folder from the chunks, and return its summary."""
+    """Make the whole output folder from the chunks; return its summary."""
     table, problems = _merge(records, work, strict)
-    whole = work / WHOLE
+    whole = work / WHOLE_FOLDER
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     figures, files, digest = {}, [], hashlib.sha256()
     for split in dict.fromkeys(table["split"].to_pylist()):
         rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
-        figures[split] = describe(rows)
+        figures[split] = split_figures(rows)
         for path in _write_split(whole, split, rows, embed_images):
             files.append(path.name)
             digest.update(path.name.encode())
@@ -230,7 +231,7 @@ def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) ->
 
 
 def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[dict]]:
-    """The rows of all chunks, in the records' order, and the problems; of rows that share a ref_id the first stays."""
+    """The rows and the problems of all chunks, in the records' order. Of rows with the same ref_id the first stays."""
     chunks = [_chunk_files(work, start) for start in range(0, len(records), RECORDS_PER_CHUNK)]
     problems = [json.loads(line) for _, path in chunks for line in path.read_text(encoding="utf-8").splitlines()]
     table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
@@ -244,14 +245,14 @@ def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[d
     table = table.filter(pa.compute.invert(repeated))
     if not len(table):
         reasons = f", the first because: {problems[0]['reason']}" if problems else ""
-        shutil.rmtree(work)  # so that what is mended is read again
+        shutil.rmtree(work)  # so that the next run reads the records that were corrected
         raise ValueError(f"{records.name} has no sound record among {len(records)}{reasons}")
     return table, problems
 
 
 def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool) -> Iterator[Path]:
-    """Write the rows of a split; gives each file when it is written."""
-    rows = datasets.Dataset(table.cast(STORED.arrow_schema), datasets.DatasetInfo(features=FEATURES))
+    """Write the rows of a split; yield each file when it is written."""
+    rows = datasets.Dataset(table.cast(STORED_FEATURES.arrow_schema), datasets.DatasetInfo(features=FEATURES))
     count = -(-len(rows) // (ROWS_PER_FILE_OF_IMAGES if embed_images else ROWS_PER_FILE))
     for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
         shard = rows.shard(count, part, contiguous=True)
@@ -263,25 +264,26 @@ def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool) 
 
 
 def _card(summary: dict) -> str:
+    """The README.md of a prepared folder."""
     files = [{"split": split, "path": f"{split}-*.parquet"} for split in summary["splits"]]
     metadata = DatasetCardData(
         configs=[{"config_name": "default", "data_files": files}], task_categories=["image-segmentation"]
     )
-    return CARD.format(
+    return CARD_TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=summary["name"],
         table=format_summary(summary),
         left_out=f"{summary['left_out']} records were left out; `{PROBLEMS}` says which and why."
-        + (f" {skipped(summary['without_phrases'])}" if summary["without_phrases"] else ""),
+        + (f" {skipped_notice(summary['without_phrases'])}" if summary["without_phrases"] else ""),
     )
 
 
 def require_whole(folder: str | os.PathLike) -> None:
-    """Refuse a prepared folder of which files are missing: `datasets` would read the others without a word.
+    """Refuse a prepared folder from which files are missing: `datasets` would read the others without a word.
 
     Raises:
-        FileNotFoundError: names the first that is missing.
-        ValueError: its `summary.json` is none, or there is a pipe or device in it.
+        FileNotFoundError: a file is missing; the message names the first.
+        ValueError: its `summary.json` cannot be read, or there is a pipe or device in the folder.
     """
     require_regular_files(folder)
     try:
@@ -296,8 +298,9 @@ def require_whole(folder: str | os.PathLike) -> None:
         )
 
 
-def describe(rows: pa.Table) -> dict[str, float]:
-    """Figures of a split: how many there are of what, words of a phrase, and the masks' share of their images."""
+def split_figures(rows: pa.Table) -> dict[str, float]:
+    """Figures of a split: numbers of objects, phrases, images and empty masks, words of a phrase, and the masks' mean
+    share of their images."""
     words = [len(sentence.split()) for sentences in rows["sentences"].to_pylist() for sentence in sentences]
     rles = rows["mask"].to_pylist()
     areas = [coco_mask.area(rle) / (rle["size"][0] * rle["size"][1]) for rle in rles]
@@ -313,7 +316,7 @@ def describe(rows: pa.Table) -> dict[str, float]:
 
 
 def format_summary(summary: dict) -> str:
-    """A line for each split, with the published counts where ours differ."""
+    """A table with a line for each split; published counts stand beside ours where they differ."""
     published = PUBLISHED.get(summary["name"], {})
     lines = {}
     for split in dict.fromkeys([*summary["splits"], *published]):
@@ -327,14 +330,15 @@ def format_summary(summary: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Prepare the data set that the command line names, and print its summary."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS, help="the layout, as data/README.md describes it")
     parser.add_argument("path", help="folder that holds the data set, or a Hub id")
     parser.add_argument("--name", default="", help="which one of several in that folder, such as refcoco/unc")
-    parser.add_argument("--images", help="folder of the image files, where the layout does not say")
+    parser.add_argument("--images", help="folder of the image files, if it is not where the layout has it")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that read")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
+    parser.add_argument("--strict", action="store_true", help="stop at the first broken record")
     parser.add_argument("--embed_images", action="store_true", help="copy the images in, to move the set elsewhere")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the rows, images included, to this data set")
     options = parser.parse_args(arguments)
@@ -349,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{parser.prog}: interrupted; the same command goes on from here.")
     print(format_summary(summary))
     if summary["without_phrases"]:
-        print(skipped(summary["without_phrases"]))
+        print(skipped_notice(summary["without_phrases"]))
     print(f"{summary['left_out']} records left out (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
     if summary["left_out"]:
         with open(Path(options.output) / PROBLEMS, encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Referring expressions in other layouts than REFER's, read into the same rows: `open_records` opens any of them.
+"""Readers of further layouts; `open_records` opens a data set in any layout, REFER's among them.
 
-The layouts: the JSON and PNG folders of CRIS, ETRIS and DETRIS; the Hub's tables of annotations without pixels; and
-a folder of one's own images with a `metadata.jsonl`. data/README.md shows each.
+The further layouts are the folders of JSON and PNG of CRIS, ETRIS and DETRIS, the Hub's tables of annotations without
+pixels, and a folder of one's own images with a `metadata.jsonl`. data/README.md shows each of them.
 """
 
 import json
@@ -10,32 +10,16 @@ import re
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
-from .refer import (
-    COCO_IMAGES,
-    NO_TARGET,
-    Records,
-    ReferFiles,
-    ReferRecords,
-    RleMask,
-    file_inside,
-    image_size,
-    instead_of_lmdb,
-    is_int64,
-    load_json,
-    make_row,
-    naming,
-    opened_image,
-    read_row,
-    require,
-    require_inside,
-)
+from .images import image_size, read_png_mask
+from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists
+from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
+from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
 KINDS = ("refer", "cris", "hub_table", "folder")
 METADATA = "metadata.jsonl"
@@ -47,8 +31,7 @@ FOLDER_LAYOUT = (
     f"the layout of a folder is <path>/{METADATA} or <path>/<split>/{METADATA}, with file names relative to it"
 )
 HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
-COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # the stem of a name that holds the image's id
-WRAPPED = 240  # CRIS adds an object's overlapping polygons up in 8 bits: two parts give 254, three 253, …
+COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # a file name's stem that holds an image's id
 
 COCO_NAMES = (
     "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter "
@@ -58,7 +41,7 @@ COCO_NAMES = (
     "potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink "
     "refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"
 )
-COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of the category ids 1 to 90
+COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids between 1 and 90 that no category has
 COCO_CATEGORIES = dict(
     zip(
         (number for number in range(1, 91) if number not in COCO_UNUSED),
@@ -75,18 +58,19 @@ def open_records(
 
     Args:
         kind: `refer` (gRefCOCO's included), `cris`, `hub_table` or `folder`.
-        path: the folder that holds it. A `hub_table` may also be named by its id on the Hub.
-        name: which data set of the folder: for `refer` dataset and split_by, such as `refcoco/unc`; for `cris` the
-            folder in `anns`, such as `refcocog_u`. Otherwise what to call it, by default as the path ends.
-        images: folder of its images, where it is not the layout's own.
+        path: the folder that holds it; for `hub_table` also its id on the Hub.
+        name: which data set of the folder is meant: for `refer` dataset and split_by, such as `refcoco/unc`; for
+            `cris` the folder in `anns`, such as `refcocog_u`. For the other kinds, what to call it; by default the
+            path's end.
+        images: folder of the images, if it is not where the layout has it.
 
     Raises:
         OSError: an annotation file is missing or unreadable.
-        ValueError: the kind or name is unknown, or an annotation file holds what it should not.
+        ValueError: the kind or name is unknown, or an annotation file is broken.
     """
     if kind in ("refer", "cris") and not name:
         raise ValueError(
-            f"Say by its name which data set of {path} is meant, such as refcoco/unc or, for cris, refcoco."
+            f"{path} may hold several data sets: give the name of one, such as refcoco/unc or, for cris, refcoco."
         )
     if kind == "refer":
         return ReferRecords(path, *name.partition("/")[::2], images=images)
@@ -107,11 +91,11 @@ def open_records(
 
 
 class CrisRecords(Records):
-    """What `tools/data_process.py` of CRIS writes, which ETRIS and DETRIS took over.
+    """Records in the folders that `tools/data_process.py` of CRIS, and with it of ETRIS and DETRIS, writes.
 
-    A record's segment_id is its ref_id. ann_id repeats it. image_id is the number in COCO's file names; images with
-    other names are numbered -1, -2, … in the names' order. `bbox` was cut to whole pixels. refclef's categories have
-    no names.
+    The segment_id of a record is its ref_id and here also its ann_id. image_id is the number in COCO's file names;
+    images with other names are numbered -1, -2, … in the order of their names. Boxes have lost their fractions of
+    pixels, and refclef's categories their names.
     """
 
     layout = CRIS_LAYOUT
@@ -123,10 +107,10 @@ class CrisRecords(Records):
         annotations, self._root = root / "anns" / name, root
         images = root / COCO_IMAGES if images is None else Path(images).absolute()
         for folder in (annotations, root / "masks" / name, images):
-            require(folder, CRIS_LAYOUT, root)
-        files = sorted(annotations.glob("*.json"), key=_by_split)
+            require_exists(folder, CRIS_LAYOUT, root)
+        files = sorted(annotations.glob("*.json"), key=_training_first)
         if not files:
-            raise FileNotFoundError(f"{annotations} has no .json file; {CRIS_LAYOUT}{instead_of_lmdb(root)}.")
+            raise FileNotFoundError(f"{annotations} has no .json file; {CRIS_LAYOUT}{lmdb_hint(root)}.")
         self._records = []
         for file in files:
             require_inside(file, root)
@@ -138,7 +122,7 @@ class CrisRecords(Records):
             self._records += [(file, number, item) for number, item in enumerate(items)]
         img_names = (item.get("img_name") for *_, item in self._records if isinstance(item, dict))
         others = {img_name for img_name in img_names if isinstance(img_name, str) and not _coco_id(img_name)}
-        self._numbers = {img_name: -number for number, img_name in enumerate(sorted(others), 1)}
+        self._ids_of_others = {img_name: -number for number, img_name in enumerate(sorted(others), 1)}
         super().__init__(name, annotations, images, files)
 
     def __len__(self) -> int:
@@ -146,7 +130,7 @@ class CrisRecords(Records):
 
     def read(self, index: int) -> tuple[str, dict]:
         file, number, item = self._records[index]
-        with naming(f"{file}, entry {number}", "CRIS"):
+        with record_errors_begin_with(f"{file}, entry {number}", "CRIS"):
             ref_id, img_name = item["segment_id"], item["img_name"]
             if not is_int64(ref_id):
                 raise ValueError(f"segment_id is {short_repr(ref_id)}; give a whole number of 64 bits.")
@@ -162,29 +146,30 @@ class CrisRecords(Records):
                 sentences=[sentence["sent"] for sentence in item["sentences"]],
                 ref_id=ref_id,
                 ann_id=ref_id,
-                image_id=_coco_id(img_name) or self._numbers[img_name],
+                image_id=_coco_id(img_name) or self._ids_of_others[img_name],
                 category="" if self.name.startswith("refclef") else self._category(item["cat"]),
                 bbox=[left, top, right - left, bottom - top],
             )
 
     @staticmethod
     def _category(position: int) -> str:
+        """The name of the category that CRIS calls by its place among COCO's 80."""
         if not is_int64(position) or not 0 <= position < len(COCO_CATEGORIES):
             raise ValueError(f"cat is {short_repr(position)}; give one of COCO's 80 categories, from 0.")
         return list(COCO_CATEGORIES.values())[position]
 
 
 def _coco_id(img_name: str) -> int:
-    """The image_id that COCO's names end in; 0, which COCO does not use, for other names."""
+    """The image_id at the end of a COCO file's name; for other names 0, which is no image's id in COCO."""
     match = COCO_FILE.fullmatch(Path(img_name).stem)
     return int(match[1]) if match else 0
 
 
 class HubTableRecords(Records):
-    """The tables `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` of the Hub, Parquet without pixels.
+    """Records in the Hub's tables `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog`, which have no pixels.
 
-    Everything but the category's name is in them; that is COCO's for its id. Splits are those of the column `split`,
-    so that RefCOCO's `test` is testA again.
+    They hold everything else but the names of categories, which are COCO's for their ids. Splits are read from the
+    column `split`, in which the rows of the Hub's `test` are testA.
     """
 
     layout = HUB_LAYOUT
@@ -192,19 +177,17 @@ class HubTableRecords(Records):
     def __init__(self, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None) -> None:
         root = Path(path).absolute()
         if root.exists() and not root.is_dir():
-            raise FileNotFoundError(f"{root} is no folder; {HUB_LAYOUT}{instead_of_lmdb(root)}.")
+            raise FileNotFoundError(f"{root} is no folder; {HUB_LAYOUT}{lmdb_hint(root)}.")
         name = name or (root.name if root.is_dir() else os.fspath(path))
         if not root.is_dir():
             if images is None:
                 raise ValueError(f"Say where COCO's train2014 is: {path} is no folder, so `images` has no default.")
             root = Path(snapshot_download(os.fspath(path), repo_type="dataset", allow_patterns="*.parquet"))
         images = root / COCO_IMAGES if images is None else Path(images).absolute()
-        require(images, HUB_LAYOUT)
-        files = sorted(root.rglob("*.parquet"), key=_by_split)
+        require_exists(images, HUB_LAYOUT)
+        files = sorted(root.rglob("*.parquet"), key=_training_first)
         if not files:
-            raise FileNotFoundError(
-                f"{root} has no .parquet file; download the table's files there{instead_of_lmdb(root)}."
-            )
+            raise FileNotFoundError(f"{root} has no .parquet file; download the table's files there{lmdb_hint(root)}.")
         tables = [self._read_table(file, root) for file in files]
         try:
             table = pa.concat_tables(tables, promote_options="default")
@@ -219,6 +202,7 @@ class HubTableRecords(Records):
 
     @staticmethod
     def _read_table(file: Path, root: Path) -> pa.Table:
+        """The columns of one Parquet file; ValueError if it is none, or lacks one."""
         require_inside(file, root)
         try:
             with pq.ParquetFile(file) as parquet:
@@ -236,7 +220,7 @@ class HubTableRecords(Records):
 
     def read(self, index: int) -> tuple[str, dict]:
         ref = self._rows[index]
-        with naming(f"{self.refs}, entry {index}", "the table"):
+        with record_errors_begin_with(f"{self.refs}, entry {index}", "the table"):
             image, annotation = json.loads(ref["raw_image_info"]), json.loads(ref["raw_anns"])
             instances = {
                 "images": {image["id"]: image},
@@ -247,22 +231,26 @@ class HubTableRecords(Records):
 
 
 class FolderRecords(Records):
-    """One's own images with a `metadata.jsonl`, as `datasets`' imagefolder has it: a JSON object a line.
+    """Records in a folder of one's own images with a `metadata.jsonl`, a JSON object a line, as `datasets` has it.
 
-    `file_name` and `sentences` are needed, and `mask`: a PNG's path, polygons, RLE, or null if nothing in the image
-    answers to the phrases. What is left out: `ref_id` and `image_id` are numbered from 0, line by line and image by
-    image, past numbers given elsewhere; `ann_id` is the ref_id, or -1 without a target; `category` is empty; `bbox` is
-    the mask's.
+    Each line needs `file_name`, `sentences`, and `mask`: a PNG's path, polygons, RLE, or null if the phrases name
+    nothing in the image. For fields that are left out, `ref_id` counts the lines and `image_id` the images, both from
+    0 and without numbers that other lines give; `ann_id` is the ref_id, or -1 if the mask is null; `category` is
+    empty; and `bbox` is the box around the mask.
     """
 
     layout = FOLDER_LAYOUT
 
     def __init__(self, path: str | os.PathLike, name: str = "") -> None:
         root = Path(path).absolute()
-        require(root, FOLDER_LAYOUT)
-        files = [root / METADATA] if (root / METADATA).exists() else sorted(root.glob(f"*/{METADATA}"), key=_by_split)
+        require_exists(root, FOLDER_LAYOUT)
+        files = (
+            [root / METADATA]
+            if (root / METADATA).exists()
+            else sorted(root.glob(f"*/{METADATA}"), key=_training_first)
+        )
         if not files:
-            raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}{instead_of_lmdb(root)}.")
+            raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}{lmdb_hint(root)}.")
         self._lines = []  # file, line number, text
         for file in files:
             require_inside(file, root)
@@ -272,16 +260,16 @@ class FolderRecords(Records):
                 raise ValueError(f"{file} has no records: write one JSON object a line, or leave the file out.")
             self._lines += filled
         super().__init__(name or root.name, files[0] if files == [root / METADATA] else root, root, files)
-        self._number()
+        self._assign_ids()
 
-    def _number(self) -> None:
-        """Give each line a ref_id and each image an image_id, whichever are written first and free numbers after."""
+    def _assign_ids(self) -> None:
+        """Choose a ref_id for each line and an image_id for each image that has none; no number is given twice."""
         images, image_ids, ref_ids, unnumbered = {}, set(), set(), []
         for index, (file, _, line) in enumerate(self._lines):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                continue  # `read` says so
+                continue  # `read` refuses it
             if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
                 continue
             image = _image_key(file, record)
@@ -303,7 +291,7 @@ class FolderRecords(Records):
 
     def read(self, index: int) -> tuple[str, dict]:
         file, number, line = self._lines[index]
-        with naming(f"{file}, line {number}", METADATA):
+        with record_errors_begin_with(f"{file}, line {number}", METADATA):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -339,43 +327,11 @@ class FolderRecords(Records):
 
 
 def _image_key(file: Path, record: dict) -> str:
-    """What tells an image from others: its path, spelled one way."""
+    """The path of an image in one spelling, by which it is told from other images."""
     return os.path.normpath(os.path.join(file.parent, record["file_name"]))
 
 
-def _by_split(file: Path) -> tuple:
-    """Sorts training before validation before test, as people list them."""
+def _training_first(file: Path) -> tuple[int, Path]:
+    """A key that sorts files of training before those of validation, and these before all others."""
     name = file.parent.name if file.name == METADATA else file.name
     return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
-
-
-def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
-    """A PNG of one channel, 0 outside the object and either 1 or 255 inside, as RLE.
-
-    Args:
-        size: (height, width) that it must have.
-        layout: a clause for the complaint about a missing file.
-        wrapped: whether CRIS wrote it, whose pixels of overlapping polygons are a little under 255.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it is no PNG, or truncated.
-        ValueError: it has another size or other values.
-    """
-    with opened_image(path, "mask", layout, ("PNG",)) as (_, image):
-        found, mode = image.size[::-1], image.mode
-        one_channel = mode in ("1", "L", "P")
-        pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
-    if found != size:
-        raise ValueError(
-            f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
-        )
-    if not one_channel:
-        raise ValueError(f"mask {path} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
-    values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
-    if not (values <= {1} or values <= {255} or (wrapped and min(values) >= WRAPPED)):
-        raise ValueError(
-            f"mask {path} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
-            "255 inside."
-        )
-    return RleMask().encode_example(pixels)

@@ -1,4 +1,4 @@
-"""Training rows read from Parquet files while they are needed, not downloaded or converted before."""
+"""Training rows that are read from Parquet files when they are needed, not downloaded or converted before."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,20 @@ import torch
 
 from configuration_detris import one_line, raise_if_out_of_memory, require_regular
 
-from .refer import FEATURES, require_columns
+from .records import FEATURES, require_columns
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
-    """Paths or URLs of the Parquet files of each split of a folder made by `data.prepare`, or of the Hub's data set.
+    """Find the Parquet files of a data set.
+
+    Args:
+        name: a folder made by `data.prepare`, or the id of a data set on the Hub.
+
+    Returns:
+        Paths or URLs of the files of each split.
 
     Raises:
-        ValueError: its files are no Parquet.
+        ValueError: its files are not Parquet.
         OSError: there is no such data set.
     """
     builder = datasets.load_dataset_builder(name)
@@ -31,31 +37,31 @@ def parquet_files(name: str) -> dict[str, list[str]]:
 
 
 class RowGroup(NamedTuple):
-    """The part of a Parquet file that is read at once."""
+    """A part of a Parquet file, which is read as a whole."""
 
-    file: str
-    index: int
-    rows: int
+    file: str  # path or URL
+    index: int  # in the file
+    rows: int  # how many
 
 
 class StreamedRows:
-    """Rows of Parquet files. At first only the files' footers are read; `len` is the number of rows.
+    """Rows of Parquet files. Only the footers of the files are read when it is made; `len` is the number of rows.
 
     Args:
         files: paths, or URLs that `fsspec` opens, such as `hf://…`.
-        shuffle_buffer_size: rows among which each worker draws the next one. Their images are in memory if they are
-            embedded in the files.
+        shuffle_buffer_size: how many rows each worker keeps in memory, with the images that are embedded in them, and
+            draws the next one from.
 
     Raises:
-        ValueError: columns are missing.
+        ValueError: a file lacks a column, or is no regular file.
         OSError: a file is missing or broken.
     """
 
-    def __init__(self, files: Sequence[str], shuffle_buffer_size: int = 1000):
+    def __init__(self, files: Sequence[str], shuffle_buffer_size: int = 1000) -> None:
         self.shuffle_buffer_size = shuffle_buffer_size
         self.groups = []
         for file in files:
-            with _opened(file) as parquet:
+            with _opened_parquet(file) as parquet:
                 metadata = parquet.metadata
             require_columns(file, metadata.schema.to_arrow_schema().names)
             self.groups += [
@@ -66,16 +72,20 @@ class StreamedRows:
         return sum(group.rows for group in self.groups)
 
     def read(self, order: Sequence[int], start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Rows from `start` to `stop` if the row groups stand in the given order, images and masks not decoded.
+        """Read a range of rows, without decoding images and masks.
+
+        Args:
+            order: all row groups by their numbers, in the order in which rows are counted.
+            start, stop: the first row, and the row after the last.
 
         Raises:
             OSError: a file is missing or broken.
         """
-        position = 0  # of the row group's first row
+        position = 0  # number of the row group's first row
         for group in (self.groups[index] for index in order):
             first, last = max(start - position, 0), min(stop - position, group.rows)
             if first < last:
-                with _opened(group.file) as parquet:
+                with _opened_parquet(group.file) as parquet:
                     rows = parquet.read_row_group(group.index, columns=list(FEATURES)).select(list(FEATURES))
                     rows = rows.cast(FEATURES.arrow_schema)
                 yield from rows.slice(first, last - first).to_pylist()
@@ -83,8 +93,8 @@ class StreamedRows:
 
 
 @contextmanager
-def _opened(file: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; raises OSError if it is missing or broken."""
+def _opened_parquet(file: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; OSError if it is missing, or broken where it is read inside the `with` block."""
     try:
         require_regular(file)
         with fsspec.open(file) as opened, pq.ParquetFile(opened) as parquet:
@@ -97,27 +107,30 @@ def _opened(file: str) -> Iterator[pq.ParquetFile]:
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
-    """The batches of one process, as lists of rows: in an epoch each row is in one batch of one process.
+    """The batches of one process, as lists of rows. In an epoch each row is in exactly one batch of one process.
 
-    The row groups are put in an order drawn from seed and epoch. What they hold is cut into runs of equal length, one
-    for each worker of each process, which draws its run through a shuffle buffer and divides it evenly into batches.
-    So all processes have as many batches, `len`, as training in step needs, and none is filled up with rows seen
-    before. Where the number of rows does not allow batches of `batch_size`, they are a little smaller, or with a
-    `batch_size` of 1 larger. The order depends on the numbers of processes and workers.
+    Seed and epoch draw an order of the row groups. Their rows, in that order, are divided into runs of equal length,
+    one for each worker of each process. A worker shuffles its run through a buffer and divides it evenly into batches.
+    So all processes have the same number of batches, `len`, as training in step needs, and no batch is filled up with
+    rows that were seen before. Where the number of rows does not divide into batches of `batch_size`, they are a
+    little smaller, or, if `batch_size` is 1, larger. The order of rows depends on the numbers of processes and
+    workers.
 
     Args:
-        rows: what to read.
-        batch_size: rows of a batch.
-        rank: number of this process.
+        rows: the rows to read.
+        batch_size: how many rows a batch has at most.
+        rank: number of this process, from 0.
         world_size: number of processes.
-        workers: of a `DataLoader`, which must be given `batch_size=None`; 1 if it has none.
+        workers: number of workers of the `DataLoader`, which must be given `batch_size=None`; 1 if it has none.
         seed: draws the order.
 
     Raises:
         ValueError: there are fewer rows than workers of all processes.
     """
 
-    def __init__(self, rows: StreamedRows, batch_size: int, rank: int, world_size: int, workers: int, seed: int):
+    def __init__(
+        self, rows: StreamedRows, batch_size: int, rank: int, world_size: int, workers: int, seed: int
+    ) -> None:
         self.rows = rows
         self.rank = rank
         self.workers = workers
@@ -132,12 +145,13 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             )
         shortest, longest = len(rows) // self.runs, -(-len(rows) // self.runs)
         self.batches_per_run = min(-(-longest // batch_size), shortest)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
 
     def __len__(self) -> int:
         return self.batches_per_run * self.workers
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw another order from the next iteration on, in all workers, too; Trainer calls this."""
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -151,6 +165,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             yield [next(rows) for _ in indices]
 
     def _shuffle(self, rows: Iterator[dict[str, Any]], generator: random.Random) -> Iterator[dict[str, Any]]:
+        """The rows, each drawn from the `shuffle_buffer_size` that were read and not given yet."""
         buffer = []
         for row in rows:
             if len(buffer) < self.rows.shuffle_buffer_size:

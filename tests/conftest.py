@@ -75,6 +75,14 @@ def tiny_backbones(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def refer(tmp_path):
+    """A REFER folder in two parts: `refs` and `instances` to change, `load` to write them out and read them back."""
+    from helpers.refer_folder import ReferFolder
+
+    return ReferFolder(tmp_path / "refer")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Small products are slower on several threads, most of all when something else keeps the processor busy."""

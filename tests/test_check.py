@@ -6,7 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from helpers.refer_folder import HEIGHT, WIDTH, ReferFolder, cut
+from helpers.refer_folder import HEIGHT, WIDTH, ReferFolder, truncate
 
 from data import check
 from data.check import PUBLISHED, Counts
@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT.parent / "shared" / "refer_mini"
 NAME = "refcoco/unc"
 WHOLE = {"train": Counts(4, 8, 2), "val": Counts(1, 2, 1), "testA": Counts(1, 2, 1), "testB": Counts(1, 2, 1)}
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
 
 
 @pytest.fixture
@@ -97,7 +95,7 @@ def test_everything_wrong_is_named_in_one_run(refer, capsys):
     refer.refs[4] = "a word"
     refer.instances["annotations"][5]["segmentation"] = []
     refer.write()
-    cut(refer.images / "first.jpg", -200)
+    truncate(refer.images / "first.jpg", -200)
     status, text = run(capsys, refer.root)
     assert status == 1
     expected = [

@@ -4,7 +4,7 @@ import pytest
 from helpers.models import PATCH_SIZE, small_config
 from transformers import CLIPTextConfig, Dinov2Config, Dinov2WithRegistersConfig
 
-from configuration_detris import DetrisConfig
+from configuration_detris import DetrisConfig, one_line
 
 
 def test_defaults_are_the_base_recipe():
@@ -82,3 +82,18 @@ def test_a_wrong_value_is_refused_with_field_value_and_remedy(fields, message):
 def test_whole_numbers_are_taken_for_fractions():
     # A YAML file that says `adapter_scale: 1` means 1.0.
     assert small_config(adapter_scale=1, aligner_dropout=0, decoder_dropout=0).adapter_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("one\n  two\tthree\r\n", "one two three"),
+        (OSError("a\x1b[31m\0b\udcff"), "a\\x1b[31m\\x00b\\udcff"),
+        ("x" * 1000, "x" * 1000),
+        ("x" * 1001, "x" * 1000 + " …"),
+        ("\0" * 1000, "\\x00" * 250 + " …"),
+        (" " * 2000, " …"),
+    ],
+)
+def test_messages_are_cut_to_one_line(message, line):
+    assert one_line(message) == line

@@ -8,7 +8,7 @@ import pytest
 
 from data.check import PUBLISHED
 from data.mixture import Member, mix, parse_mixture
-from data.refer import FEATURES
+from data.records import FEATURES
 
 
 def make_rows(image_ids: list[int], first_ref_id: int = 0, folder: str = "/images") -> datasets.Dataset:

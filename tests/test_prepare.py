@@ -1,4 +1,4 @@
-"""Preparing: the rows are the readers', whatever interrupts it, and what is bad is listed, not read or lost."""
+"""Preparing: the rows are those of the readers, however often it is interrupted, and broken records are listed."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,13 +14,13 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from helpers.other_layouts import assert_same_rows, open_lines, small_set
-from helpers.refer_folder import HEIGHT, MASKS, MINI, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from helpers.other_layouts import assert_same_rows, small_set
+from helpers.prepared import entries, load_prepared, open_refer, problems_of
+from helpers.refer_folder import HEIGHT, MASKS, MINI, WIDTH, A, ReferFolder, rectangle
 
 from data import check, prepare
-from data.refer import FEATURES, ReferRecords, load_records
+from data.records import load_records
+from data.refer import ReferRecords
 from data.sources import open_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,24 +33,12 @@ def opened(refer_set, layout, folder):
     return open_records(**getattr(refer_set, f"write_{layout}")(folder))
 
 
-def load(folder, tmp_path):
-    return datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
-
-
-def problems_of(folder):
-    return {item["record"]: item["reason"] for item in map(json.loads, open(folder / "problems.jsonl"))}
-
-
-def entries(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_the_readers(tmp_path, layout):
     records = opened(small_set(tmp_path), layout, tmp_path / "in")
     summary = prepare.prepare(records, tmp_path / "out", num_proc=1)
     expected = load_records(records)
-    assert_same_rows(load(tmp_path / "out", tmp_path), expected)
+    assert_same_rows(load_prepared(tmp_path / "out", tmp_path), expected)
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {split: figures["objects"] for split, figures in summary["splits"].items()} == {
         split: len(rows) for split, rows in expected.items()
@@ -70,7 +57,7 @@ def test_images_can_be_embedded(tmp_path):
     prepare.prepare(records, tmp_path / "out", num_proc=1, embed_images=True)
     for path in refer_set.images.iterdir():
         path.unlink()
-    loaded = load(tmp_path / "out", tmp_path)
+    loaded = load_prepared(tmp_path / "out", tmp_path)
     for rows in loaded.cast_column("image", datasets.Image(decode=False)).values():
         for image in rows["image"][:]:
             assert image["bytes"] == files[image["path"]]
@@ -83,7 +70,7 @@ def test_photographs(tmp_path, name):
         pytest.skip("needs the photographs of ../shared/refer_mini")
     records = open_records("refer", MINI, name)
     prepare.prepare(records, tmp_path / "out")
-    assert_same_rows(load(tmp_path / "out", tmp_path), load_records(records))
+    assert_same_rows(load_prepared(tmp_path / "out", tmp_path), load_records(records))
 
 
 @pytest.mark.parametrize("split", ["123", "null", "no", "été", "_"])
@@ -93,7 +80,7 @@ def test_any_word_can_name_a_split(tmp_path, split):
     folder.write()
     records = open_records("refer", folder.root, "refcoco/unc")
     prepare.prepare(records, tmp_path / "out", num_proc=1)
-    assert load(tmp_path / "out", tmp_path)[split]["ann_id"][:] == [10]
+    assert load_prepared(tmp_path / "out", tmp_path)[split]["ann_id"][:] == [10]
 
 
 def test_a_split_that_datasets_could_not_read_is_listed(tmp_path):
@@ -337,11 +324,6 @@ def bad(tmp_path):
     return folder
 
 
-def open_refer(folder):
-    folder.write()
-    return open_records("refer", folder.root, "refcoco/unc")
-
-
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_bad_records_are_listed_and_others_kept(tmp_path, monkeypatch, bad, chunk):
     monkeypatch.setattr(prepare, "RECORDS_PER_CHUNK", chunk)
@@ -352,7 +334,7 @@ def test_bad_records_are_listed_and_others_kept(tmp_path, monkeypatch, bad, chun
     assert "ref_id 110 stands at an earlier record too" in problems[3]
     assert "ref_id 115" in problems[5] and "'ann_id'" in problems[5]
     assert "ref_id 116: a phrase has 10,000,000 characters" in problems[6]
-    loaded = load(tmp_path / "out", tmp_path)
+    loaded = load_prepared(tmp_path / "out", tmp_path)
     assert {split: rows["ref_id"][:] for split, rows in loaded.items()} == {"train": [110, 114], "val": [112]}
     assert "4 records were left out" in (tmp_path / "out" / "README.md").read_text()
 
@@ -423,7 +405,7 @@ def test_any_set_in_the_layout_is_prepared_with_its_images(tmp_path, capsys):
     prepare.main([*arguments, "--images", str(images), "--num_proc", "1"])
     assert "published" not in capsys.readouterr().out and not problems_of(tmp_path / "out")
     expected = load_records(open_records("refer", folder.root, "rrsisd/unc", images))
-    assert_same_rows(load(tmp_path / "out", tmp_path), expected)
+    assert_same_rows(load_prepared(tmp_path / "out", tmp_path), expected)
     with pytest.raises(SystemExit, match="no data set 'rrsisd' split by 'unc'"):
         prepare.main([*arguments[:-1], str(tmp_path / "other")])
 
@@ -500,285 +482,3 @@ def test_push_to_hub(tmp_path, monkeypatch):
     arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
     prepare.main([*arguments, "--num_proc", "1", "--push_to_hub", "someone/mine"])
     assert_same_rows(pushed["someone/mine"], load_records(open_records("refer", folder.root, "refcoco/unc")))
-
-
-# Hostile records: each of RECORDS in a call is one case, and after it stands one that is left alone
-
-CALLS, RECORDS = 25, 81
-CASES = Counter()
-FUZZ = settings(
-    max_examples=CALLS,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # a call tells which record it was; making it smaller would take minutes
-    suppress_health_check=list(HealthCheck),
-)
-_guarded: tuple[str, int] | None = None  # folder, and file to write to when something in it is opened
-
-
-def _guard(event, arguments):
-    if _guarded and event == "open" and isinstance(arguments[0], str):
-        if os.path.realpath(arguments[0].replace("\0", "")).startswith(_guarded[0]):
-            os.write(_guarded[1], arguments[0].encode() + b"\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def audit():
-    sys.addaudithook(_guard)  # there is no way to remove it
-
-
-@pytest.fixture
-def canary(tmp_path):
-    """A photograph and a mask that nobody may open, and the file that tells whether somebody did."""
-    global _guarded
-    folder = tmp_path / "canary"
-    folder.mkdir()
-    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "canary.jpg")
-    PIL.Image.fromarray(pixels(A)).save(folder / "canary.png")
-    opened = tmp_path / "opened"
-    descriptor = os.open(opened, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _guarded = (str(folder), descriptor)
-    yield opened
-    _guarded = None
-    os.close(descriptor)
-
-
-class Code:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def traps(folder, tmp_path):
-    """Image files that no record may have: cut short, other sizes, code, links out; the names of all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    whole = {}
-    for suffix in ("jpg", "png"):
-        PIL.Image.fromarray(noise).save(folder / f"whole.{suffix}")
-        whole[suffix] = (folder / f"whole.{suffix}").read_bytes()
-    names = []
-    for suffix, content in whole.items():
-        for length in range(0, len(content) - 99, 99):
-            names.append(f"cut{length}.{suffix}")
-            (folder / names[-1]).write_bytes(content[:length])
-    (folder / "code.jpg").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    (folder / "folder.jpg").mkdir()
-    os.mkfifo(folder / "pipe.jpg")
-    (folder / "file.jpg").symlink_to(tmp_path / "canary" / "canary.jpg")
-    (folder / "relative.jpg").symlink_to(os.path.relpath(tmp_path / "canary" / "canary.jpg", folder))
-    (folder / "up").symlink_to(tmp_path / "canary")
-    (folder / "link.jpg").symlink_to("file.jpg")
-    (folder / "loop.jpg").symlink_to("loop.jpg")
-    up = os.path.relpath(tmp_path / "canary" / "canary.jpg", folder)
-    links = ["file.jpg", "relative.jpg", "up/canary.jpg", "link.jpg", "loop.jpg", "up/../canary/canary.jpg"]
-    paths = [str(tmp_path / "canary" / "canary.jpg"), up, f"./{up}", f"folder.jpg/../{up}", "..", "/", "", ".", "\0"]
-    return [*names, *links, *paths, "code.jpg", "folder.jpg", "pipe.jpg", "none.jpg", "x" * 5000, "\ud800.jpg"]
-
-
-NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e300, 10**400, -(10**9), 2**63]
-JUNK = st.one_of(  # of no field's type
-    st.sampled_from([None, True, {}, {"a": []}, [[]], [None], "\ud800", "x" * 10**4, *NUMBERS]),
-    st.recursive(st.text(max_size=3), lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=2)),
-)
-BAD_IDS = st.sampled_from(["7", "", 7.5, 1.0, True, [], [7], {}, {"id": 7}, 2**63, -(2**63) - 1, 10**400])
-CORNERS = st.floats(-20, 60, allow_nan=False)
-BAD_POLYGONS = st.one_of(
-    st.lists(CORNERS, max_size=5),  # up to 2 corners and a half
-    st.lists(CORNERS, min_size=3, max_size=9).map(lambda sides: [*sides, *sides[:-1]]),  # an odd number
-    st.tuples(st.lists(CORNERS, min_size=5, max_size=5), st.sampled_from(NUMBERS)).map(lambda it: [*it[0], it[1]]),
-    st.lists(st.floats(1e3, 1e12), min_size=6, max_size=6),
-    st.lists(JUNK, min_size=6, max_size=6).filter(lambda part: not all(isinstance(it, bool) for it in part)),
-).map(lambda polygon: [rectangle(*A), polygon])
-BAD_RLES = st.one_of(
-    st.tuples(st.integers(0, 99), st.integers(0, 99))
-    .filter(lambda size: size != (HEIGHT, WIDTH))
-    .map(lambda size: {"size": list(size), "counts": [size[0] * size[1]]}),
-    st.lists(st.integers(0, 300), max_size=9)
-    .filter(lambda runs: sum(runs) != HEIGHT * WIDTH)
-    .map(lambda runs: {"size": [HEIGHT, WIDTH], "counts": runs}),
-    st.lists(st.integers(0, 2**33), min_size=1, max_size=99).map(
-        lambda runs: {"size": [HEIGHT, WIDTH], "counts": [*runs, HEIGHT * WIDTH + 1]}
-    ),
-    st.tuples(st.integers(1, 2**40), st.integers(0, 10**6)).map(
-        lambda it: {"size": [HEIGHT, WIDTH], "counts": [-it[0], HEIGHT * WIDTH + it[0], it[1] + 1]}
-    ),
-    st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=3).map(
-        lambda counts: {"size": [HEIGHT, WIDTH], "counts": counts + "~"}
-    ),
-    st.sampled_from([{}, {"size": [HEIGHT, WIDTH]}, {"counts": [1200]}, {"size": None, "counts": None}]),
-)
-BAD_BOXES = st.one_of(
-    st.tuples(st.integers(0, 3), st.sampled_from([*NUMBERS[:3], 10**400, "1", None, True, [1]])).map(
-        lambda it: [*[1.0] * it[0], it[1], *[1.0] * (3 - it[0])]
-    ),
-    st.lists(st.integers(0, 9), max_size=8).filter(lambda box: len(box) != 4),
-    st.sampled_from(["abcd", {}, 4, float("nan")]),
-)
-BAD_PHRASES = st.one_of(
-    st.lists(st.sampled_from(["", " ", "\t\n", "\u2003"]), min_size=1, max_size=2),
-    st.just([]),
-    st.integers(10_001, 10**5).map(lambda length: ["a cat", "x" * length]),
-    st.sampled_from([None, 7, float("nan"), ["a cat"], {}, "half \ud83d"]).map(lambda phrase: ["a cat", phrase]),
-)
-BAD_SPLITS = st.sampled_from(["", "../up", "a/b", "a b", "x" * 65, "tr\nain", None, 3, ["train"], "\ud800"])
-LONG = 10**7  # characters of one phrase of each call
-
-
-@st.composite
-def changes(draw, bad, removable):
-    """Parts of a record to replace, or, as `...`, to remove; none will do."""
-    kind = draw(st.sampled_from(["remove", *bad]))
-    return (draw(st.sampled_from(removable)), ...) if kind == "remove" else (kind, draw(bad[kind]))
-
-
-def apply(record, key, value):
-    record.pop(key, None)
-    return record if value is ... else record | {key: value}
-
-
-def run_fuzz(records, output, tmp_path, canary, root, sound):
-    """All but the sound records are listed, and nothing outside was opened or run."""
-    prepare.prepare(records, output, num_proc=1)
-    problems = problems_of(output)
-    assert list(problems) == [index for index in range(len(records)) if index not in sound]
-    assert all(isinstance(reason, str) and 10 < len(reason) < 2000 for reason in problems.values())
-    loaded = load(output, tmp_path).cast_column("image", datasets.Image(decode=False))
-    rows = {row["ref_id"]: row for split in loaded.values() for row in split}
-    assert set(rows) == set(sound.values())
-    for row in rows.values():
-        assert os.path.realpath(row["image"]["path"]).startswith(os.path.realpath(root))
-        np.testing.assert_array_equal(row["mask"], pixels(A))
-    assert canary.read_text() == "" and not (tmp_path / "ran").exists()
-    assert entries(output) == ["README.md", "problems.jsonl", "summary.json", "train-00000-of-00001.parquet"]
-    CASES[type(records).__name__] += len(problems)
-
-
-BAD_LINES = {
-    "file_name": st.one_of(st.integers(0, 99), st.sampled_from([None, 7, ["whole.jpg"], {}])),
-    "mask": st.one_of(BAD_POLYGONS, BAD_RLES, st.sampled_from([7, True, [], "whole.jpg", "whole.png", ""])),
-    "sentences": st.one_of(BAD_PHRASES, st.sampled_from(["a cat", None, 7])),
-    "ref_id": BAD_IDS,
-    "ann_id": BAD_IDS,
-    "image_id": BAD_IDS,
-    "bbox": BAD_BOXES,
-    "category": st.sampled_from([["cat"], 7, "x" * 5000, "\ud800"]),
-    "split": BAD_SPLITS.filter(lambda split: split is not None),  # that is train
-    "line": st.one_of(st.binary(min_size=1, max_size=9).map(lambda line: b"{" + b"".join(line.splitlines())), JUNK),
-}
-
-
-def test_hostile_folders(tmp_path, canary):
-    root = tmp_path / "mine"
-    names = traps(root, tmp_path)
-    masks = [name.replace(".jpg", ".png") for name in names if "canary" in name or name.endswith(".png")]
-    sound_line = {"file_name": "whole.jpg", "sentences": ["a cat"], "mask": [rectangle(*A)]}
-    PIL.Image.fromarray(pixels(A)).save(root / "sound.png")
-    PIL.Image.fromarray(pixels(A)[1:]).save(root / "small.png")
-    runs = iter(range(10**9))
-
-    @FUZZ
-    @given(st.lists(changes(BAD_LINES, ["file_name", "mask", "sentences"]), min_size=RECORDS, max_size=RECORDS))
-    def fuzz(mutations):
-        lines, sound = [], {}
-        for number, (key, value) in enumerate(mutations):
-            if key == "file_name" and type(value) is int and number % 3:
-                value = names[(value * 7 + number) % len(names)]
-            elif key == "mask" and value in ("", True):
-                key, value = "mask", [*masks, "small.png"][number % (len(masks) + 1)]
-            if key == "sentences" and number == 0:
-                value = ["x" * LONG]
-            bad = apply(sound_line | {"file_name": "whole.png"}, key, value)
-            lines.append(bad if key != "line" else value)
-            sound[len(lines)] = 10**6 + number
-            mask = ([rectangle(*A)], rle(pixels(A)), "sound.png")[number % 3]
-            lines.append(sound_line | {"ref_id": 10**6 + number, "mask": mask})
-        run_fuzz(open_lines(root, *lines), tmp_path / f"out{next(runs)}", tmp_path, canary, root, sound)
-
-    fuzz()
-    assert CASES["FolderRecords"] >= 2000
-
-
-BAD_REFS = {
-    ("ref", "ref_id"): BAD_IDS,
-    ("ref", "ann_id"): st.one_of(BAD_IDS, st.sampled_from([-1, [], [10**4], [-1, 3], 10**5000])),
-    ("ref", "image_id"): BAD_IDS,
-    ("ref", "category_id"): st.one_of(BAD_IDS, st.sampled_from([99, [17], 10**5000])),
-    ("ref", "split"): BAD_SPLITS,
-    ("ref", "sentences"): st.one_of(
-        BAD_PHRASES.map(lambda phrases: [{"sent": phrase} for phrase in phrases]),
-        st.sampled_from([None, 7, "a cat", ["a cat"], [{}], {"sent": "a cat"}]),
-    ),
-    ("ref", "itself"): st.sampled_from([None, 7, "ref", [], {}, {"ref_id": 10**5000}]),
-    ("image", "file_name"): st.one_of(st.integers(0, 99), st.sampled_from([None, 7, ["whole.jpg"], {}])),
-    ("image", "height"): st.one_of(st.integers(-3, 999).filter(lambda side: side != HEIGHT), BAD_IDS),
-    ("image", "width"): st.one_of(st.integers(-3, 999).filter(lambda side: side != WIDTH), BAD_IDS),
-    ("annotation", "segmentation"): st.one_of(BAD_POLYGONS, BAD_RLES, st.sampled_from([None, [], 7, "x", [[]], [7]])),
-    ("annotation", "bbox"): BAD_BOXES,
-    ("annotation", "image_id"): BAD_IDS,
-}
-REF_PARTS = {
-    "ref": ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences"),
-    "image": ("file_name", "height", "width"),
-    "annotation": ("segmentation", "bbox", "image_id"),
-}
-
-
-def test_hostile_refer_sets(tmp_path, canary):
-    folder = ReferFolder(tmp_path / "refer")
-    names = traps(folder.images, tmp_path)
-    removable = [(part, key) for part, keys in REF_PARTS.items() for key in keys]
-    runs = iter(range(10**9))
-
-    @FUZZ
-    @given(st.lists(changes(BAD_REFS, removable), min_size=RECORDS, max_size=RECORDS))
-    def fuzz(mutations):
-        folder.refs, folder.instances["images"], folder.instances["annotations"], sound = [], [], [], {}
-        for number, ((part, key), value) in enumerate(mutations):
-            if key == "file_name" and type(value) is int and number % 3:
-                value = names[(value * 7 + number) % len(names)]
-            if key == "sentences" and number == 0:
-                value = [{"sent": "x" * LONG}]
-            for id in (1000 + number, 2000 + number):
-                record = {
-                    "ref": {"ref_id": id, "ann_id": id, "image_id": id, "category_id": 17, "split": "train"},
-                    "image": {"id": id, "file_name": "whole.jpg", "height": HEIGHT, "width": WIDTH},
-                    "annotation": {"id": id, "image_id": id, "segmentation": [rectangle(*A)], "bbox": [3, 4, 17, 11]},
-                }
-                record["ref"]["sentences"] = [{"sent": "a cat"}]
-                if id < 2000:
-                    record[part] = value if key == "itself" else apply(record[part], key, value)
-                else:
-                    sound[len(folder.refs)] = id
-                folder.refs.append(record["ref"])
-                folder.instances["images"].append(record["image"])
-                folder.instances["annotations"].append(record["annotation"])
-        run_fuzz(open_refer(folder), tmp_path / f"out{next(runs)}", tmp_path, canary, folder.images, sound)
-
-    fuzz()
-    assert CASES["ReferRecords"] >= 2000
-
-
-def test_a_pickle_with_code_ends_it_before_it_begins(tmp_path):
-    folder = ReferFolder(tmp_path / "refer")
-    for place in (lambda code: code, lambda code: [*folder.refs, code], lambda code: [folder.refs[0] | {"x": code}]):
-        folder.write()
-        (folder.root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(place(Code(tmp_path / "ran"))))
-        arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
-        with pytest.raises(SystemExit, match=r"posix.mkdir.*nothing in it was run"):
-            prepare.main(arguments)
-        assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("out*"))
-
-
-def test_rows_of_hostile_polygons_stay_in_their_image(tmp_path):
-    """Corners a little outside are COCO's own; they are cut off."""
-    folder = ReferFolder(tmp_path / "refer")
-    folder.instances["annotations"][0]["segmentation"] = [rectangle(-9, -9, B[2], B[3])]
-    prepare.prepare(open_refer(folder), tmp_path / "out", num_proc=1)
-    row = load(tmp_path / "out", tmp_path)["train"][0]
-    assert load(tmp_path / "out", tmp_path)["train"].features == FEATURES
-    np.testing.assert_array_equal(row["mask"], pixels((0, 0, B[2], B[3])))

@@ -1,57 +1,39 @@
-"""The reader of the REFER layout against masks known by arithmetic, and what it refuses."""
+"""The reader of the REFER layout, gRefCOCO's included: masks known by arithmetic, and what it refuses."""
 
-import copyreg
-import io
 import json
 import os
 import pickle
-import runpy
-import sys
-import warnings
+import shutil
 
 import datasets
 import numpy as np
-import PIL.features
 import PIL.Image
-import pyarrow.parquet
 import pytest
 import torch
-from datasets.features.features import register_feature
+from helpers.other_layouts import assert_same_rows
 from helpers.refer_folder import (
-    HEIC,
     HEIGHT,
-    HOSTILE_RLES,
     MASKS,
     MINI,
     ROOT,
     WIDTH,
+    A,
+    B,
     ReferFolder,
-    cut,
+    by_annotation,
     not_waiting,
+    pixels,
+    rectangle,
     rle,
-    runs,
-    same_rows,
 )
 from pycocotools import mask as coco_mask
 
-import data.refer
-from configuration_detris import one_line
-from data.refer import FEATURES, RleMask, load_refer, run_lengths
-from untrusted_pickles import PlainUnpickler, load_plain_pickle
+from data.records import FEATURES, load_records
+from data.refer import load_refer
+from data.sources import open_records
+from untrusted_pickles import PlainUnpickler
 
 OFFICIAL = ROOT.parent / "shared" / "conformance" / "expected" / "refer_mini.json"
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-
-
-@pytest.fixture
-def refer(tmp_path):
-    """A REFER folder in two parts: `refs` and `instances` to change, `load` to write them out and read them back."""
-    return ReferFolder(tmp_path / "refer")
-
-
-def by_annotation(loaded):
-    return {row["ann_id"]: row for rows in loaded.values() for row in rows}
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
@@ -76,13 +58,6 @@ def test_rows(refer, protocol):
         np.testing.assert_array_equal(np.asarray(by_annotation(loaded)[11]["image"]), np.asarray(image))
 
 
-def test_images_stay_where_they_are_and_masks_are_small(refer):
-    rows = refer.load()["train"]
-    stored = rows.cast_column("image", datasets.Image(decode=False)).cast_column("mask", RleMask(decode=False))
-    assert stored[0]["image"] == {"bytes": None, "path": str(refer.images / "first.jpg")}
-    assert stored[0]["mask"]["size"] == [HEIGHT, WIDTH] and len(stored[0]["mask"]["counts"]) < 50
-
-
 @pytest.mark.parametrize(("dataset", "split_by"), [("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")])
 def test_every_data_set_over_coco(refer, dataset, split_by):
     assert len(by_annotation(refer.load(dataset, split_by))) == len(MASKS)
@@ -99,155 +74,6 @@ def test_the_root_may_be_a_relative_path(refer, monkeypatch):
     rows = load_refer("../..", "refcoco", "unc")["train"]
     monkeypatch.chdir("/")
     assert rows[0]["image"].size == (WIDTH, HEIGHT)
-
-
-def test_arrow_gives_the_same_rows(refer, tmp_path):
-    loaded = refer.load()
-    loaded.save_to_disk(tmp_path / "arrow")
-    back = datasets.load_from_disk(tmp_path / "arrow")
-    assert list(back) == list(loaded)
-    for split in loaded:
-        same_rows(back[split], loaded[split])
-
-
-def test_parquet_gives_the_same_rows(refer, tmp_path):
-    rows = refer.load()["train"]
-    rows.to_parquet(tmp_path / "rows.parquet")
-    same_rows(datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")), rows)
-    stored = pyarrow.parquet.read_table(tmp_path / "rows.parquet")["mask"].to_pylist()  # what others see
-    np.testing.assert_array_equal(coco_mask.decode(stored[1]), MASKS[11][1])
-
-
-def test_map_and_selection_keep_masks(refer):
-    rows = refer.load()["train"]
-    counted = rows.map(lambda row: {"area": int(row["mask"].sum())})
-    assert counted["area"][:] == [int(MASKS[ann_id][1].sum()) for ann_id in (10, 11, 14, 16)]
-    same_rows(counted.remove_columns("area"), rows)
-    same_rows(
-        rows.select([3, 2, 1, 0]).filter(lambda row: row["mask"].any()).select([2, 1, 0]), rows.select([0, 1, 2])
-    )
-    np.testing.assert_array_equal(rows[:]["mask"][1], MASKS[11][1])
-
-
-def test_masks_as_a_plain_struct_and_back(refer):
-    rows = refer.load()["train"]
-    plain = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
-    shared = rows.cast_column("mask", plain)
-    np.testing.assert_array_equal(coco_mask.decode(shared[1]["mask"]), MASKS[11][1])
-    same_rows(shared.cast_column("mask", RleMask()), rows)
-
-
-def test_rows_can_be_made_from_arrays():
-    masks = [np.eye(3), np.ones((2, 5), dtype=bool), [[0, 255], [0, 0]], None]
-    rows = datasets.Dataset.from_dict({"mask": masks}, features=datasets.Features({"mask": RleMask()}))
-    for mask, row in zip(masks[:3], rows, strict=False):
-        np.testing.assert_array_equal(row["mask"], np.asarray(mask) != 0)
-    assert rows[3]["mask"] is None
-
-
-def test_python_2_pickles(tmp_path):
-    path = tmp_path / "refs.p"
-    for text in (
-        b"(lp0\nS'caf\\xe9'\np1\naL12L\naF1.5\nag1\na.",
-        b"\x80\x02](U\x04caf\xe9q\x01\x8a\x01\x0cF1.5\nh\x01e.",
-    ):
-        path.write_bytes(text)
-        assert load_plain_pickle(path) == ["café", 12, 1.5, "café"]
-
-
-class Hostile:
-    def __init__(self, function, *args):
-        self.call = (function, args)
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickles_with_code_are_refused_by_name(refer, tmp_path, protocol):
-    refer.refs[1]["sentences"][0]["sent"] = Hostile(os.mkdir, str(tmp_path / "was_here"))
-    with pytest.raises(ValueError, match=rf"refs\(unc\)\.p is not .*\(it asks for {os.mkdir.__module__}\.mkdir"):
-        refer.load(protocol=protocol)
-    assert not (tmp_path / "was_here").exists()
-    path = tmp_path / "other.p"
-    for value, name in (
-        (np.arange(3), "numpy"),
-        (bytearray(b"a"), "bytearray"),
-        (datasets.Value, "datasets.features"),
-    ):
-        path.write_bytes(pickle.dumps([value], min(protocol, 3)))
-        with pytest.raises(ValueError, match=rf"other.p is not .*\(it asks for .*{name}"):
-            load_plain_pickle(path)
-
-
-def test_pickles_with_external_objects_are_refused(tmp_path):
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            return "key" if isinstance(value, float) else None
-
-    file = io.BytesIO()
-    Pickler(file, 2).dump([1.5])
-    (tmp_path / "refs.p").write_bytes(file.getvalue())
-    with pytest.raises(ValueError, match="external object 'key'"):
-        load_plain_pickle(tmp_path / "refs.p")
-
-
-def test_pickles_with_extension_codes_are_refused(tmp_path):
-    path, code = tmp_path / "refs.p", 240
-    copyreg.add_extension(os.mkdir.__module__, "mkdir", code)
-    try:
-        path.write_bytes(pickle.dumps([os.mkdir], 2))
-        assert pickle.loads(path.read_bytes()) == [os.mkdir]  # the function is now cached
-        with pytest.raises(ValueError, match=r"it asks for \w+\.mkdir"):
-            load_plain_pickle(path)
-    finally:
-        copyreg.remove_extension(os.mkdir.__module__, "mkdir", code)
-    with pytest.raises(ValueError, match="refs.p is not a pickle"):
-        load_plain_pickle(path)
-
-
-def test_broken_pickles_are_named(refer, tmp_path):
-    path = tmp_path / "refs.p"
-    whole = pickle.dumps(refer.refs[:1], 2)
-    for broken in (
-        *(whole[:end] for end in range(0, len(whole), 7)),
-        b"<html>404</html>",
-        b"\x80\x63.",
-        b"cos\n",
-        b"0.",
-    ):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="refs.p is not a pickle of lists"):
-            load_plain_pickle(path)
-
-
-SAME_HASHES = [n * sys.hash_info.modulus for n in range(2, 50_000)]
-
-
-def test_numbers_given_to_objects_take_no_memory(tmp_path):
-    """C's unpickler would make room for 4 billion objects, twice."""
-    (tmp_path / "refs.p").write_bytes(b"\x80\x02]r\xff\xff\xff\xff.")
-    assert load_plain_pickle(tmp_path / "refs.p") == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x80\x05]})" + b"\x85" * 2_000_000 + b"K\x01sa.",  # a key that is a tuple in a tuple in a tuple …
-        b"\x80\x05})" + b"2\x86" * 64 + b"K\x01s.",  # one whose hash takes 2 ** 64 steps
-        b"\x80\x05(t" + b"2\x86" * 28 + b"Q.",  # an external object that would be printed so often
-        b"\x80\x05\x96" + (3 << 30).to_bytes(8, "little") + b".",  # bytes that are not there
-        b"c" + b"A" * 5_000_000 + b"\nfoo\n.",
-        # Keys and numbers of objects whose hashes are equal: each is compared with all before it.
-        b"\x80\x02}(" + b"".join(b"\x8a\x0b" + n.to_bytes(11, "little") + b"N" for n in SAME_HASHES) + b"u.",
-        b"]" + b"".join(b"p%d\n" % n for n in SAME_HASHES) + b".",
-    ],
-)
-def test_small_pickles_of_great_things_are_refused(tmp_path, content):
-    (tmp_path / "refs.p").write_bytes(content)
-    with pytest.raises(ValueError, match="refs.p is not a pickle of lists") as error:
-        load_plain_pickle(tmp_path / "refs.p")
-    assert len(str(error.value)) < 2000
 
 
 def test_a_pickle_of_something_else_is_named(refer):
@@ -282,83 +108,6 @@ def test_broken_instances_are_named(refer):
         (refer.root / "refcoco" / "instances.json").write_text(text)
         with pytest.raises(ValueError, match="instances.json is not a COCO annotation file"):
             load_refer(refer.root, "refcoco", "unc")
-
-
-@pytest.mark.parametrize(
-    ("break_image", "error", "message"),
-    [
-        (lambda path: path.unlink(), FileNotFoundError, "does not exist; the REFER layout"),
-        (lambda path: cut(path, -200), OSError, r"cannot be read \(.*truncated.*\); copy or download it again"),
-        (lambda path: cut(path, 300), OSError, "cannot be read"),
-        (lambda path: cut(path, 0), OSError, "cannot be read"),
-        (lambda path: path.write_text("404: not found"), OSError, r"cannot be read \(it is no JPEG or PNG"),
-        (
-            lambda path: PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(path),
-            ValueError,
-            f"is {WIDTH} x {HEIGHT} pixels .height x width., but its record says {HEIGHT} x {WIDTH}: take the image",
-        ),
-    ],
-)
-@pytest.mark.parametrize(("name", "ref_id"), [("first.jpg", 110), ("second.png", 111)])
-def test_bad_images_are_named_with_the_row(refer, break_image, error, message, name, ref_id):
-    break_image(refer.images / name)
-    with pytest.raises(error, match=rf"refs\(unc\)\.p, ref_id {ref_id}: image .*{name} {message}"):
-        refer.load()
-
-
-def test_images_with_odd_files_are_read(refer):
-    """Bytes after the end are no fault, and a photograph on its side counts with the size it is seen in."""
-    photograph = refer.images / "first.jpg"
-    photograph.write_bytes(photograph.read_bytes() + b"trailing bytes")
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(refer.images / "turned.jpg", exif=exif)
-    refer.instances["images"][1]["file_name"] = "turned.jpg"
-    rows = by_annotation(refer.load())
-    assert rows[11]["image"].size == rows[10]["image"].size == (WIDTH, HEIGHT)
-
-
-def test_exif_is_mentioned_only_where_there_is_one(refer):
-    for orientation, mentioned in ((None, False), (1, False), (3, False), (6, True)):
-        exif = PIL.Image.Exif()
-        if orientation:
-            exif[0x0112] = orientation
-        size = (WIDTH, HEIGHT) if mentioned else (HEIGHT, WIDTH)
-        PIL.Image.new("RGB", size).save(refer.images / "first.jpg", exif=exif)
-        with pytest.raises(ValueError, match=f"is {WIDTH} x {HEIGHT} pixels .*its record says {HEIGHT} x") as error:
-            refer.load()
-        assert ("EXIF" in str(error.value)) == ("upright" in str(error.value)) == mentioned
-
-
-@pytest.mark.parametrize(
-    "content, name",
-    [
-        (HEIC, "HEIC or AVIF"),
-        (HEIC.replace(b"heic", b"avif"), "HEIC or AVIF"),
-        (HEIC.replace(b"heic", b"mif1"), "HEIC or AVIF"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(200), "JPEG XL"),
-        (b"\xff\x0a" + bytes(200), "JPEG XL"),
-        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(200), "JPEG 2000"),
-    ],
-)
-def test_formats_that_are_not_read_are_to_be_converted(refer, content, name):
-    (refer.images / "first.jpg").write_bytes(content)
-    with pytest.raises(OSError, match=rf"first.jpg cannot be read \(it is {name}\); convert it to JPEG or PNG"):
-        refer.load()
-
-
-def test_avif_as_pillow_writes_it_is_to_be_converted(refer):
-    if not PIL.features.check("avif"):
-        pytest.skip("this Pillow writes no AVIF")
-    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(refer.images / "first.jpg", "AVIF")
-    with pytest.raises(OSError, match=r"first.jpg cannot be read \(it is HEIC or AVIF\); convert it"):
-        refer.load()
-
-
-def test_pixels_of_32_bits_are_no_broken_file(refer):
-    PIL.Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(refer.images / "first.jpg", "TIFF")
-    with pytest.raises(ValueError, match=r"first.jpg has pixels of 32 bits \(mode F\); write 8 bits a channel.$"):
-        refer.load()
 
 
 # Any data set in the layout
@@ -444,12 +193,6 @@ def test_want_of_memory_is_not_told_as_a_broken_file(refer, monkeypatch, error):
             assert caught.value is error
 
 
-def test_a_pickle_takes_no_room_for_what_is_not_there(tmp_path):
-    (tmp_path / "refs.p").write_bytes(b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"a")
-    with pytest.raises(ValueError, match="refs.p is not a pickle of lists"):
-        load_plain_pickle(tmp_path / "refs.p")
-
-
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/stdin"])
 @pytest.mark.parametrize("name", ["refcoco/refs(unc).p", "refcoco/instances.json", "images/train2014/first.jpg"])
 def test_pipes_and_devices_are_not_read(refer, name, kind):
@@ -459,49 +202,9 @@ def test_pipes_and_devices_are_not_read(refer, name, kind):
     os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
     with not_waiting(), pytest.raises((ValueError, OSError), match="is no regular file|link that leads out"):
         load_refer(refer.root, "refcoco", "unc")
-    for read in (load_plain_pickle, data.refer.load_json, data.refer.load_yaml):
-        with not_waiting(), pytest.raises(ValueError, match="is no regular file"):
-            read(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a: &x [1]\nb: *x", r"file\.yaml is not YAML \(an alias, \*x, stands .* line 2, column 4"),
-        ("a: &x [*x]", r"an alias, \*x"),
-        ("a: &x {b: 1}\nc: {<<: *x}", r"an alias, \*x"),
-        ("a: [", "is not YAML"),
-        ("[" * 10_000, "is not YAML"),
-        ("a: !!int ''", "is not YAML"),  # IndexError, AttributeError, KeyError and OverflowError of PyYAML
-        ("a: !!timestamp ''", "is not YAML"),
-        ("a: !!bool ''", "is not YAML"),
-        ("a: 1" + ":59" * 1_000 + ".5", "is not YAML"),
-        ("!!python/object/apply:os.getcwd []", "is not YAML"),
-        ("a: b\n" * 50_000, "has over 100,000 bytes"),
-    ],
-)
-def test_yaml_is_plain(tmp_path, content, message):
-    path = tmp_path / "file.yaml"
-    path.write_text("a: {b: [1, 2.5, text, null]}")
-    assert data.refer.load_yaml(path) == {"a": {"b": [1, 2.5, "text", None]}}
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        data.refer.load_yaml(path)
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ("one\n  two\tthree\r\n", "one two three"),
-        (OSError("a\x1b[31m\0b\udcff"), "a\\x1b[31m\\x00b\\udcff"),
-        ("x" * 1000, "x" * 1000),
-        ("x" * 1001, "x" * 1000 + " …"),
-        ("\0" * 1000, "\\x00" * 250 + " …"),
-        (" " * 2000, " …"),
-    ],
-)
-def test_messages_are_cut_to_one_line(message, line):
-    assert one_line(message) == line
+# Broken records
 
 
 def set_segmentation(value):
@@ -571,46 +274,135 @@ def test_bad_rows_are_named(refer, change, message):
         refer.load()
 
 
-def test_compressed_runs_are_read_as_cocos_own():
-    """Random masks, from noise to a few long runs, through COCO's own compression and counted pixel by pixel."""
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        height, width = random.integers(1, 400), random.integers(1, 50)
-        mask = (np.cumsum(random.random(height * width) < random.random() ** 3) % 2).reshape(width, height).T
-        compressed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        assert run_lengths({"size": [int(height), int(width)], "counts": compressed["counts"]}).tolist() == runs(mask)
+def test_images_of_refer_are_not_linked_away(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write()
+    shutil.move(folder.images / "first.jpg", tmp_path / "first.jpg")
+    (folder.images / "first.jpg").symlink_to(tmp_path / "first.jpg")
+    records = open_records("refer", folder.root, "refcoco/unc")
+    with pytest.raises(ValueError, match=r"ref_id 110: .*first.jpg is a link that leads out"):
+        records.read(0)
+    (folder.images / "first.jpg").unlink()
+    (folder.root / "pool").mkdir()
+    shutil.move(tmp_path / "first.jpg", folder.root / "pool" / "1.jpg")
+    (folder.images / "first.jpg").symlink_to("../../pool/1.jpg")
+    assert len(load_records(records)["train"]) == sum(ref["split"] == "train" for ref in folder.refs)
+    shutil.move(folder.images, tmp_path / "elsewhere")  # the folder of images as a whole may be elsewhere
+    folder.images.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "first.jpg").unlink()
+    shutil.copy(folder.root / "pool" / "1.jpg", tmp_path / "elsewhere" / "first.jpg")
+    records.read(0)
+    assert len(MASKS) == len(records)
 
 
-@pytest.mark.parametrize("size, start", [((1, 1), []), ((HEIGHT, WIDTH), [0, 5])])
-def test_runs_of_no_length_do_not_reach_cocos_merge(refer, size, start):
-    """There they would be written behind the memory for one run a pixel."""
-    height, width = size
-    PIL.Image.new("RGB", (width, height)).save(refer.images / "first.jpg")
-    refer.instances["images"][0].update(height=height, width=width)
-    counts = [*start, *[0] * 5000, height * width - sum(start)]
-    parts = [{"size": [height, width], "counts": counts}, {"size": [height, width], "counts": [height * width]}]
-    refer.instances["annotations"][0].update(segmentation=parts, bbox=[0, 0, 1, 1])
-    refer.refs = refer.refs[:1]
-    (row,) = refer.load()["train"]
-    ones = np.arange(len(counts)) % 2
-    np.testing.assert_array_equal(row["mask"], np.repeat(ones, counts).reshape(width, height).T)
+# gRefCOCO
+
+GREFS = {  # ref_id -> ann_id, category_id, expected ann_id, category, box, mask
+    1: ([-1], [-1], -1, "", [0, 0, 0, 0], pixels()),
+    2: ([20], [17], 20, "cat", [3, 4, 17, 11], pixels(A)),
+    3: ([20, 21], [17, 17], -1, "cat", [3, 4, 30, 21], pixels(A, B)),
+    4: ([20, 22], [17, 75], -1, "", [3, 4, 30, 21], pixels(A, B)),
+    5: ([20, 20], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),
+    6: ([20, 23], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),  # a crowd does not count
+}
 
 
-@pytest.mark.parametrize("mask, message", HOSTILE_RLES)
-def test_stored_masks_of_strangers_are_checked_before_they_are_decoded(mask, message):
-    plain = {"size": datasets.List(datasets.Value("int32")), "counts": datasets.Value("string")}
-    rows = datasets.Dataset.from_list([{"mask": mask}], datasets.Features({"mask": plain}))
-    rows = rows.cast(datasets.Features({"mask": RleMask()}))
-    with pytest.raises(ValueError, match=message):
-        rows[0]
+@pytest.fixture
+def grefs(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.instances["annotations"] = [
+        {"id": 20, "image_id": 1, "segmentation": [rectangle(*A)], "bbox": [3, 4, 17, 11], "iscrowd": 0},
+        {"id": 21, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 0},
+        {"id": 22, "image_id": 1, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
+        {"id": 23, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 1},
+        {"id": 24, "image_id": 2, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
+    ]
+    folder.refs = [
+        {
+            "ref_id": ref_id,
+            "ann_id": ann_id,
+            "category_id": category_id,
+            "image_id": 1,
+            "split": "val",
+            "no_target": ann_id == [-1],
+            "sentences": [{"sent": "both cats ", "raw": "Both cats", "sent_id": ref_id, "tokens": []}],
+        }
+        for ref_id, (ann_id, category_id, *_) in GREFS.items()
+    ]
+    return folder
 
 
-def test_importing_warns_of_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        runpy.run_path(str(ROOT / "data" / "refer.py"))
-    with warnings.catch_warnings(action="ignore"):
-        register_feature(RleMask, "RleMask")  # the copy that ran has put its own class there
+def write_grefs(folder):
+    (folder.root / "grefcoco").mkdir(exist_ok=True)
+    (folder.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(folder.refs))
+    (folder.root / "grefcoco" / "instances.json").write_text(json.dumps(folder.instances))
+    return open_records("refer", folder.root, "grefcoco/unc")
+
+
+def test_several_targets_and_none(grefs):
+    rows = load_records(write_grefs(grefs))["val"]
+    assert rows["ref_id"][:] == list(GREFS)
+    for row in rows:
+        *_, ann_id, category, bbox, mask = GREFS[row["ref_id"]]
+        assert (row["ann_id"], row["category"], row["bbox"]) == (ann_id, category, bbox), row["ref_id"]
+        np.testing.assert_array_equal(row["mask"], mask, err_msg=f"ref_id {row['ref_id']}")
+        assert row["sentences"] == ["both cats"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ann_id": []}, r"the ann_ids \[\] name no object; for no target give \[-1\]"),
+        ({"ann_id": [23]}, "name no object"),
+        ({"ann_id": [20, -1]}, "ann_id -1 is not in instances.json"),
+        ({"ann_id": [20, 99]}, "ann_id 99 is not in instances.json"),
+        ({"ann_id": [20, 24]}, "ann_id 24 is of image 2, not 1"),
+        ({"ann_id": [[20]]}, "not of REFER's type"),
+        ({"ann_id": -1}, "ann_id -1 is not in instances.json"),
+        ({"category_id": [17, 99]}, "category_id 99 is not"),
+        ({"ref_id": 2**63}, "ref_id is 9223372036854775808; give a whole number"),
+        ({"ref_id": True}, "ref_id is True"),
+        ({"sentences": [{"sent": "x" * 10_001}]}, "a phrase has 10,001 characters; at most 10,000"),
+        ({"sentences": [{"sent": "half \ud83d"}]}, "holds half a character"),
+        ({"sentences": [{"sent": 7}]}, "a phrase is 7; give text"),
+    ],
+)
+def test_bad_grefs_are_named(grefs, change, message):
+    grefs.refs[1].update(change)
+    with pytest.raises(ValueError, match=rf"grefs\(unc\)\.json, .*{message}"):
+        write_grefs(grefs).read(1)
+
+
+def test_objects_without_phrases_are_skipped_and_counted(grefs, caplog):
+    """As published files have them: in places all over, and as the only thing that is wrong."""
+    whole = load_records(write_grefs(grefs))["val"]
+    assert not caplog.records
+    silent = [{**ref, "ref_id": 100 + ref["ref_id"], "sentences": []} for ref in grefs.refs]
+    grefs.refs = [ref for pair in zip(silent, grefs.refs) for ref in pair]
+    records = write_grefs(grefs)
+    assert len(records) == len(GREFS) and records.without_phrases == len(GREFS)
+    assert_same_rows(datasets.DatasetDict(val=load_records(records)["val"]), datasets.DatasetDict(val=whole))
+    (record,) = caplog.records
+    assert "grefs(unc).json: 6 objects have no phrases and are skipped" in record.getMessage()
+    grefs.refs[1]["sentences"] = None  # no list of none
+    with pytest.raises(ValueError, match="ref_id 1: a field is missing or not of REFER's type"):
+        load_records(write_grefs(grefs))
+    grefs.refs = silent
+    with pytest.raises(ValueError, match="has no records"):
+        load_records(write_grefs(grefs))
+
+
+def test_grefs_are_never_unpickled(grefs):
+    write_grefs(grefs)
+    (grefs.root / "grefcoco" / "grefs(unc).json").write_bytes(pickle.dumps(grefs.refs))
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        open_records("refer", grefs.root, "grefcoco/unc")
+    (grefs.root / "grefcoco" / "grefs(unc).json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        open_records("refer", grefs.root, "grefcoco/unc")
+
+
+# Photographs
 
 
 @pytest.mark.skipif(not MINI.exists(), reason="needs the photographs of ../shared/refer_mini")

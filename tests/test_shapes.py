@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from data.refer import FEATURES
+from data.records import FEATURES
 from data.shapes import (
     COLORS,
     DEFAULT_SIZES,
@@ -19,13 +19,13 @@ from data.shapes import (
     Expression,
     Scene,
     SceneObject,
-    contact_sheet,
     draw_scene,
     generate_rows,
     load_shapes,
     referents,
     render,
 )
+from data.shapes.__main__ import contact_sheet
 
 SCENES = {"train": 450, "val": 120, "testA": 150, "testB": 200, "unseen": 200}
 

@@ -1,4 +1,4 @@
-"""The readers of other layouts: the same data written out in each gives the same rows, and broken records a reason."""
+"""The readers of other layouts: the same data gives equal rows in each, and broken records are named with a reason."""
 
 import json
 import os
@@ -15,27 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.other_layouts import ReferSet, assert_same_rows, open_lines, small_set
 from helpers.refer_folder import (
-    HEIC,
     HEIGHT,
-    MASKS,
     MINI,
     ROOT,
     WIDTH,
     A,
     B,
-    ReferFolder,
     not_waiting,
     pixels,
     rectangle,
     rle,
 )
-from pycocotools import mask as coco_mask
 
 from data import sources
-from data.refer import FEATURES, load_records, load_refer
-from data.sources import COCO_CATEGORIES, open_records, read_png_mask
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+from data.records import FEATURES, load_records
+from data.refer import load_refer
+from data.sources import COCO_CATEGORIES, open_records
 
 
 @pytest.fixture(params=["small", "refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google"])
@@ -143,113 +138,6 @@ def test_unknown_layouts_and_names(tmp_path):
     (tmp_path / "images" / "train2014").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no .parquet file"):
         open_records("hub_table", tmp_path)
-
-
-# gRefCOCO
-
-GREFS = {  # ref_id -> ann_id, category_id, expected ann_id, category, box, mask
-    1: ([-1], [-1], -1, "", [0, 0, 0, 0], pixels()),
-    2: ([20], [17], 20, "cat", [3, 4, 17, 11], pixels(A)),
-    3: ([20, 21], [17, 17], -1, "cat", [3, 4, 30, 21], pixels(A, B)),
-    4: ([20, 22], [17, 75], -1, "", [3, 4, 30, 21], pixels(A, B)),
-    5: ([20, 20], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),
-    6: ([20, 23], [17, 17], 20, "cat", [3, 4, 17, 11], pixels(A)),  # a crowd does not count
-}
-
-
-@pytest.fixture
-def grefs(tmp_path):
-    folder = ReferFolder(tmp_path / "refer")
-    folder.instances["annotations"] = [
-        {"id": 20, "image_id": 1, "segmentation": [rectangle(*A)], "bbox": [3, 4, 17, 11], "iscrowd": 0},
-        {"id": 21, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 0},
-        {"id": 22, "image_id": 1, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
-        {"id": 23, "image_id": 1, "segmentation": rle(pixels(B)), "bbox": [15, 10, 18, 15], "iscrowd": 1},
-        {"id": 24, "image_id": 2, "segmentation": [rectangle(*B)], "bbox": [15, 10, 18, 15], "iscrowd": 0},
-    ]
-    folder.refs = [
-        {
-            "ref_id": ref_id,
-            "ann_id": ann_id,
-            "category_id": category_id,
-            "image_id": 1,
-            "split": "val",
-            "no_target": ann_id == [-1],
-            "sentences": [{"sent": "both cats ", "raw": "Both cats", "sent_id": ref_id, "tokens": []}],
-        }
-        for ref_id, (ann_id, category_id, *_) in GREFS.items()
-    ]
-    return folder
-
-
-def write_grefs(folder):
-    (folder.root / "grefcoco").mkdir(exist_ok=True)
-    (folder.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(folder.refs))
-    (folder.root / "grefcoco" / "instances.json").write_text(json.dumps(folder.instances))
-    return open_records("refer", folder.root, "grefcoco/unc")
-
-
-def test_several_targets_and_none(grefs):
-    rows = load_records(write_grefs(grefs))["val"]
-    assert rows["ref_id"][:] == list(GREFS)
-    for row in rows:
-        *_, ann_id, category, bbox, mask = GREFS[row["ref_id"]]
-        assert (row["ann_id"], row["category"], row["bbox"]) == (ann_id, category, bbox), row["ref_id"]
-        np.testing.assert_array_equal(row["mask"], mask, err_msg=f"ref_id {row['ref_id']}")
-        assert row["sentences"] == ["both cats"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ann_id": []}, r"the ann_ids \[\] name no object; for no target give \[-1\]"),
-        ({"ann_id": [23]}, "name no object"),
-        ({"ann_id": [20, -1]}, "ann_id -1 is not in instances.json"),
-        ({"ann_id": [20, 99]}, "ann_id 99 is not in instances.json"),
-        ({"ann_id": [20, 24]}, "ann_id 24 is of image 2, not 1"),
-        ({"ann_id": [[20]]}, "not of REFER's type"),
-        ({"ann_id": -1}, "ann_id -1 is not in instances.json"),
-        ({"category_id": [17, 99]}, "category_id 99 is not"),
-        ({"ref_id": 2**63}, "ref_id is 9223372036854775808; give a whole number"),
-        ({"ref_id": True}, "ref_id is True"),
-        ({"sentences": [{"sent": "x" * 10_001}]}, "a phrase has 10,001 characters; at most 10,000"),
-        ({"sentences": [{"sent": "half \ud83d"}]}, "holds half a character"),
-        ({"sentences": [{"sent": 7}]}, "a phrase is 7; give text"),
-    ],
-)
-def test_bad_grefs_are_named(grefs, change, message):
-    grefs.refs[1].update(change)
-    with pytest.raises(ValueError, match=rf"grefs\(unc\)\.json, .*{message}"):
-        write_grefs(grefs).read(1)
-
-
-def test_objects_without_phrases_are_skipped_and_counted(grefs, caplog):
-    """As published files have them: in places all over, and as the only thing that is wrong."""
-    whole = load_records(write_grefs(grefs))["val"]
-    assert not caplog.records
-    silent = [{**ref, "ref_id": 100 + ref["ref_id"], "sentences": []} for ref in grefs.refs]
-    grefs.refs = [ref for pair in zip(silent, grefs.refs) for ref in pair]
-    records = write_grefs(grefs)
-    assert len(records) == len(GREFS) and records.without_phrases == len(GREFS)
-    assert_same_rows(datasets.DatasetDict(val=load_records(records)["val"]), datasets.DatasetDict(val=whole))
-    (record,) = caplog.records
-    assert "grefs(unc).json: 6 objects have no phrases and are skipped" in record.getMessage()
-    grefs.refs[1]["sentences"] = None  # no list of none
-    with pytest.raises(ValueError, match="ref_id 1: a field is missing or not of REFER's type"):
-        load_records(write_grefs(grefs))
-    grefs.refs = silent
-    with pytest.raises(ValueError, match="has no records"):
-        load_records(write_grefs(grefs))
-
-
-def test_grefs_are_never_unpickled(grefs):
-    write_grefs(grefs)
-    (grefs.root / "grefcoco" / "grefs(unc).json").write_bytes(pickle.dumps(grefs.refs))
-    with pytest.raises(ValueError, match="is not a JSON file"):
-        open_records("refer", grefs.root, "grefcoco/unc")
-    (grefs.root / "grefcoco" / "grefs(unc).json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is not a JSON file"):
-        open_records("refer", grefs.root, "grefcoco/unc")
 
 
 # One's own folder
@@ -417,63 +305,6 @@ def test_images_that_broke_are_named(mine):
         records.check(row)
 
 
-# PNG masks
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0, 1], None),
-        ([0, 255], None),
-        ([0, 1, 255], r"holds the values \[1, 255\]"),
-        ([0, 7], r"holds the values \[7\]; write 0 outside"),
-        ([0, 254], r"holds the values \[254\]"),
-    ],
-)
-def test_values_of_a_mask(tmp_path, values, message):
-    mask = np.resize(np.array(values, dtype=np.uint8), (HEIGHT, WIDTH))
-    PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
-    if message is None:
-        np.testing.assert_array_equal(coco_mask.decode(read_png_mask(tmp_path / "mask.png", mask.shape, "")), mask > 0)
-    else:
-        with pytest.raises(ValueError, match=message):
-            read_png_mask(tmp_path / "mask.png", mask.shape, "")
-
-
-@pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "LA", "I;16"])
-def test_modes_of_a_mask(tmp_path, mode):
-    mask = pixels(A)
-    image = PIL.Image.fromarray(mask).convert(mode) if mode != "P" else PIL.Image.fromarray(mask)
-    if mode == "P":
-        image.putpalette([0, 0, 0, 9, 200, 9])
-    elif mode == "1":
-        image = PIL.Image.fromarray(mask > 0)
-    image.save(tmp_path / "mask.png")
-    if mode in ("1", "P"):
-        np.testing.assert_array_equal(coco_mask.decode(read_png_mask(tmp_path / "mask.png", mask.shape, "")), mask)
-    else:
-        with pytest.raises(ValueError, match=f"has the mode {mode}; write one channel"):
-            read_png_mask(tmp_path / "mask.png", mask.shape, "")
-
-
-def test_masks_that_are_none(tmp_path):
-    path, size = tmp_path / "mask.png", (HEIGHT, WIDTH)
-    PIL.Image.fromarray(pixels(A).T.copy()).save(path)
-    with pytest.raises(ValueError, match="is 40 x 30 pixels .* but its image is 30 x 40"):
-        read_png_mask(path, size, "")
-    whole = path.read_bytes()
-    header = whole.index(b"IHDR") + 4
-    for broken in (
-        whole[:60],
-        b"",
-        pickle.dumps([1]),
-        whole[:header] + (2**31 - 1).to_bytes(4, "big") * 2 + whole[header + 8 :],
-    ):
-        path.write_bytes(broken)
-        with pytest.raises((OSError, ValueError), match="mask .*(cannot be read|pixels)"):
-            read_png_mask(path, (WIDTH, HEIGHT), "")
-
-
 # CRIS and the Hub's tables
 
 
@@ -624,17 +455,6 @@ def test_want_of_memory_is_not_told_as_a_broken_table(tmp_path, monkeypatch, err
             assert caught.value is error
 
 
-def test_masks_of_other_formats_are_to_be_converted(tmp_path):
-    mask = PIL.Image.fromarray(pixels(A) * np.uint8(255))
-    for name in ("JPEG", "BMP", "GIF", "TIFF", "WEBP"):
-        mask.save(tmp_path / "mask.png", name)
-        with pytest.raises(OSError, match=rf"mask .*mask.png cannot be read \(it is {name}\); convert it to PNG.$"):
-            read_png_mask(tmp_path / "mask.png", (HEIGHT, WIDTH), "")
-    (tmp_path / "mask.png").write_bytes(HEIC)
-    with pytest.raises(OSError, match=r"cannot be read \(it is HEIC or AVIF\); convert it to PNG.$"):
-        read_png_mask(tmp_path / "mask.png", (HEIGHT, WIDTH), "")
-
-
 def test_broken_tables_are_named(tmp_path):
     arguments = small_set(tmp_path).write_hub_table(tmp_path / "out")
     path = tmp_path / "out" / "data" / "train-00000-of-00001.parquet"
@@ -651,24 +471,3 @@ def test_broken_tables_are_named(tmp_path):
     pq.write_table(table, tmp_path / "secret.parquet")
     with pytest.raises(ValueError, match="is a link that leads out"):
         open_records(**arguments)
-
-
-def test_images_of_refer_are_not_linked_away(tmp_path):
-    folder = ReferFolder(tmp_path / "refer")
-    folder.write()
-    shutil.move(folder.images / "first.jpg", tmp_path / "first.jpg")
-    (folder.images / "first.jpg").symlink_to(tmp_path / "first.jpg")
-    records = open_records("refer", folder.root, "refcoco/unc")
-    with pytest.raises(ValueError, match=r"ref_id 110: .*first.jpg is a link that leads out"):
-        records.read(0)
-    (folder.images / "first.jpg").unlink()
-    (folder.root / "pool").mkdir()
-    shutil.move(tmp_path / "first.jpg", folder.root / "pool" / "1.jpg")
-    (folder.images / "first.jpg").symlink_to("../../pool/1.jpg")
-    assert len(load_records(records)["train"]) == sum(ref["split"] == "train" for ref in folder.refs)
-    shutil.move(folder.images, tmp_path / "elsewhere")  # the folder of images as a whole may be elsewhere
-    folder.images.symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "first.jpg").unlink()
-    shutil.copy(folder.root / "pool" / "1.jpg", tmp_path / "elsewhere" / "first.jpg")
-    records.read(0)
-    assert len(MASKS) == len(records)

@@ -8,8 +8,7 @@ import pytest
 from helpers.refer_folder import not_waiting
 from torch.utils.data import DataLoader
 
-from data.prepare import STORED
-from data.refer import FEATURES
+from data.records import FEATURES, STORED_FEATURES
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 
 FILES = {"a.parquet": (37, 10), "b.parquet": (5, 100), "c.parquet": (61, 7)}  # rows, and those of a row group
@@ -33,7 +32,9 @@ def make_row(number):
 def files(tmp_path_factory):
     folder, number = tmp_path_factory.mktemp("parquet"), 0
     for name, (rows, group) in FILES.items():
-        table = pa.Table.from_pylist([make_row(number + row) for row in range(rows)], schema=STORED.arrow_schema)
+        table = pa.Table.from_pylist(
+            [make_row(number + row) for row in range(rows)], schema=STORED_FEATURES.arrow_schema
+        )
         pq.write_table(table, folder / name, row_group_size=group)
         number += rows
     return [str(folder / name) for name in FILES]

@@ -11,22 +11,22 @@ EPSILON = 1e-6  # pixels added to each pair's union, as the official evaluation 
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 DESCRIPTION = """
-Mean IoU, overall IoU and precision at IoU thresholds over pairs of binary masks, one pair for each phrase; with
-phrases that name nothing also gIoU, cIoU, N-acc and T-acc.
-Pairs are counted when they are added; only three integers are kept: their intersection, union and reference's area.
+Mean IoU, overall IoU and precision at IoU thresholds over pairs of binary masks, one pair for each phrase. Where some
+phrases name nothing, also gIoU, cIoU, N-acc and T-acc.
+A pair is counted when it is added, and three integers are kept of it: intersection, union and the reference's area.
 """
 INPUTS_DESCRIPTION = """
 Args:
     predictions, references: binary masks (H, W), each pair of its own size: nested lists, arrays or tensors on any
-        device, zero outside the object. Probabilities and logits must be thresholded first.
-    intersection, union, reference_area: instead of masks, pixels of pairs that `count` has already counted.
+        device, zero outside the object. Threshold probabilities and logits first.
+    intersection, union, reference_area: instead of masks, the pixels of pairs, as `count` gives them.
 
 Returns, as fractions:
     mean_iou: mean over pairs of intersection / (union + 1e-6).
     overall_iou: sum of intersections / sum of unions.
     precision@0.5 ... precision@0.9: share of pairs whose IoU is greater than the threshold.
 
-    Only if some reference is empty (a no-target phrase), those of generalized referring segmentation:
+    Only if some reference is empty (a no-target phrase), also those of generalized referring segmentation:
     giou: mean over pairs of intersection / union, where a pair of empty masks counts 1.
     ciou: sum of intersections / sum of unions; a mask predicted for a no-target phrase adds its pixels to the unions.
         Left out where all masks are empty.
@@ -36,8 +36,8 @@ Returns, as fractions:
 
 Source: Liu, Ding and Jiang, "GRES: Generalized Referring Expression Segmentation", CVPR 2023, section on metrics, and
 their `gres_model/evaluation/refer_evaluation.py` (github.com/henghuiding/ReLA) for gIoU and cIoU. There a head of the
-model's own tells that there is no target; here a mask without a single pixel does. That file adds 1 to the
-denominators of its accuracies, and its T_acc is TP / (TP + FP + 1); here they are the paper's.
+model says that there is no target; here a mask without a single pixel says so. That file adds 1 to the denominators of
+its accuracies, and its T_acc is TP / (TP + FP + 1); here both are as in the paper.
 """
 CITATION = """
 @inproceedings{liu2023gres,
@@ -47,14 +47,15 @@ CITATION = """
   year={2023}
 }
 """
-COUNTS = ("intersection", "union", "reference_area")  # pixels that are kept of each pair
-MAX_COUNT = 2**40  # pixels; sums of those of eight million pairs stay within 64 bits
+COUNTS = ("intersection", "union", "reference_area")  # numbers of pixels that are kept of each pair
+MAX_COUNT = 2**40  # pixels; the sum over eight million pairs stays within 64 bits
 
 
 class ReferringIou(evaluate.Metric):
-    """`evaluate.load("metrics/referring_iou")`: IoU over pairs of masks, kept as three integers a pair."""
+    """IoU over pairs of masks, three integers kept of each; loaded by `evaluate.load("metrics/referring_iou")`."""
 
     def _info(self) -> evaluate.MetricInfo:
+        """Describe the metric and its inputs, as `evaluate` asks."""
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
@@ -82,7 +83,7 @@ class ReferringIou(evaluate.Metric):
 
     @staticmethod
     def iou(intersection: np.ndarray | int, union: np.ndarray | int) -> np.ndarray | float:
-        """IoU of each pair from its counts (N,) or of one pair; 0 where both masks are empty."""
+        """The IoU of one pair, or of each of N pairs from counts (N,); 0 where both masks are empty."""
         return np.asarray(intersection) / (np.asarray(union) + EPSILON)
 
     def add(self, *, prediction: Any, reference: Any) -> None:
@@ -90,12 +91,18 @@ class ReferringIou(evaluate.Metric):
         super().add(**dict(zip(COUNTS, self.count(prediction, reference), strict=True)))
 
     def add_batch(
-        self, *, predictions=None, references=None, intersection=None, union=None, reference_area=None
+        self,
+        *,
+        predictions: Any = None,
+        references: Any = None,
+        intersection: Any = None,
+        union: Any = None,
+        reference_area: Any = None,
     ) -> None:
-        """Count pairs of masks (H, W), or take over pairs already counted, each count as (N,).
+        """Count N pairs of masks (H, W), or add the counts (N,) of pairs that `count` has counted.
 
         Raises:
-            ValueError: as `count`, or counts are no whole numbers that pixels of two masks can have.
+            ValueError: as `count`, or no two masks can have these counts.
         """
         counted = (intersection, union, reference_area)
         if predictions is not None and references is not None:
@@ -115,9 +122,11 @@ class ReferringIou(evaluate.Metric):
             super().add_batch(**dict(zip(COUNTS, zip(*counts, strict=True), strict=True)))
 
     def compute(self, **pairs: Any) -> dict[str, float] | None:
-        """The metrics of all pairs added so far, and of those given here as to `add_batch`; then forgets them.
+        """Compute the metrics of all pairs that were added, and of `pairs`, given as to `add_batch`; then forget them.
 
-        Returns `None` on processes other than the first when the metric was loaded with `num_process`.
+        Returns:
+            The metrics by name, as fractions; None on processes other than the first if the metric was loaded with
+            `num_process`.
 
         Raises:
             ValueError: there are no pairs.
@@ -129,6 +138,7 @@ class ReferringIou(evaluate.Metric):
         return super().compute()
 
     def _compute(self, intersection: np.ndarray, union: np.ndarray, reference_area: np.ndarray) -> dict[str, float]:
+        """The metrics from the counts (N,) of all pairs, as `evaluate` asks."""
         ious = self.iou(intersection, union)  # (N,)
         figures = {
             "mean_iou": float(ious.mean()),
@@ -149,7 +159,7 @@ class ReferringIou(evaluate.Metric):
 
 
 def _whole_numbers(counts: Any, name: str) -> np.ndarray:
-    """Counts (N,) of any kind as an array of integers."""
+    """The counts as an array (N,) of integers; ValueError if they are not that."""
     counts = np.asarray(counts.cpu() if isinstance(counts, torch.Tensor) else counts)
     if counts.ndim != 1 or (counts.dtype.kind not in "iu" and counts.size):
         raise ValueError(
@@ -159,6 +169,7 @@ def _whole_numbers(counts: Any, name: str) -> np.ndarray:
 
 
 def _refuse_impossible(intersection: np.ndarray, union: np.ndarray, reference_area: np.ndarray) -> None:
+    """Refuse counts (N,) that no two masks can have with a ValueError."""
     possible = (
         (intersection >= 0) & (intersection <= reference_area) & (reference_area <= union) & (union <= MAX_COUNT)
     )
@@ -171,7 +182,7 @@ def _refuse_impossible(intersection: np.ndarray, union: np.ndarray, reference_ar
 
 
 def _foreground(mask: Any, name: str) -> np.ndarray:
-    """Where a binary mask (H, W) is not zero."""
+    """Where a mask (H, W) is not zero, as an array of booleans; ValueError if it is no binary mask."""
     mask = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
     if mask.ndim != 2:
         raise ValueError(f"A {name} is one mask (height, width), but its shape is {tuple(mask.shape)}.")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
-from data.refer import FEATURES
+from data.records import FEATURES
 from data.sources import open_records
 from untrusted_pickles import load_plain_pickle
 

@@ -10,7 +10,8 @@ import numpy as np
 import PIL.Image
 from pycocotools import mask as coco_mask
 
-from data.refer import FEATURES, load_refer
+from data.records import FEATURES
+from data.refer import load_refer
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT.parent / "shared" / "refer_mini"
@@ -113,6 +114,10 @@ class ReferFolder:
         (folder / "instances.json").write_text(json.dumps(self.instances))
 
 
+def by_annotation(loaded):
+    return {row["ann_id"]: row for rows in loaded.values() for row in rows}
+
+
 def same_rows(ours, theirs):
     assert ours.features == theirs.features and len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
@@ -120,7 +125,8 @@ def same_rows(ours, theirs):
             np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
 
 
-def cut(path, kept):
+def truncate(path, kept):
+    """Leave so many bytes of a file, or, if negative, leave out so many."""
     path.write_bytes(path.read_bytes()[:kept])
 
 

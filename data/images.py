@@ -1,0 +1,179 @@
+"""Image files of strangers: which format they have, how large they are, whether they are whole; and masks as PNG."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+
+from .masks import RleMask
+
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # to read EPS, Pillow would start a program
+END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
+MAX_SIDE = 32_766  # pixels; OpenCV warps no larger images
+FORMATS_NOT_READ = {  # by the first bytes of their files
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations for which width and height change places
+MIN_WRAPPED = 240  # CRIS adds overlapping polygons up in 8 bits, where 255 twice is 254 and three times 253
+
+
+def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = "") -> None:
+    """Make sure that an image file is whole and as large as its record says.
+
+    Args:
+        path: of the file.
+        size: (height, width) in pixels.
+        layout: a clause on where such files belong, for the error about a missing one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is cut short, or no image at all.
+        ValueError: it has another size, or pixels of 32 bits.
+    """
+    found, turned = _upright_size(path, layout, whole=True)
+    if found != size:
+        upright = " when upright, as its EXIF orientation says" if turned else ""
+        remedy = "annotate the upright image" if turned else "take the image that was annotated, or correct the record"
+        raise ValueError(
+            f"image {path} is {found[0]} x {found[1]} pixels (height x width){upright}, but its record says "
+            f"{size[0]} x {size[1]}: {remedy}."
+        )
+
+
+def image_size(path: str | os.PathLike, layout: str = "") -> tuple[int, int]:
+    """Read the (height, width) of an image from its header, as it is when `datasets.Image` has turned it upright.
+
+    Args:
+        path: of the file.
+        layout: a clause on where such files belong, for the error about a missing one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is no image.
+        ValueError: its pixels have 32 bits.
+    """
+    return _upright_size(path, layout, whole=False)[0]
+
+
+def _upright_size(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tuple[int, int], bool]:
+    """The (height, width) of the upright image, and whether that swaps the sides of the file's image.
+
+    Args:
+        whole: whether to make sure that the file does not end early.
+    """
+    with _opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
+        size, mode = image.size[::-1], image.mode
+        turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS
+        if turned and image.format != "TIFF":  # Pillow has swapped the sides of a TIFF already
+            size = size[::-1]
+        if whole:
+            file.seek(-len(END_OF_PNG), os.SEEK_END)
+            if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
+                image.load()  # it is likely cut short: decoding tells for sure, at 20 times the cost
+    if mode in ("I", "F"):
+        raise ValueError(f"image {path} has pixels of 32 bits (mode {mode}); write 8 bits a channel.")
+    return size, turned
+
+
+@contextmanager
+def _opened_image(
+    path: str | os.PathLike, what: str, layout: str, formats: Sequence[str]
+) -> Iterator[tuple[BinaryIO, PIL.Image.Image]]:
+    """Open a stranger's image file: the file, and the image of which Pillow has read the header.
+
+    Args:
+        path: of the file.
+        what: what to call it in errors.
+        layout: a clause on where such files belong, for the error about a missing one.
+        formats: those that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it has none of the formats, or is broken where it is read inside the `with` block.
+    """
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file, PIL.Image.open(file, formats=formats) as image:
+            yield file, image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what} {path} does not exist" + (f"; {layout}." if layout else ".")) from None
+    except PIL.UnidentifiedImageError as error:
+        wanted = " or ".join(formats)
+        with open(path, "rb") as file:
+            other = image_format(file)
+        if other:
+            raise OSError(f"{what} {path} cannot be read (it is {other}); convert it to {wanted}.") from error
+        raise OSError(f"{what} {path} cannot be read (it is no {wanted}); copy or download it again.") from error
+    except Exception as error:  # Pillow's decoders raise many types
+        raise_if_out_of_memory(error)
+        raise OSError(f"{what} {path} cannot be read ({one_line(error)}); copy or download it again.") from error
+
+
+def image_format(file: BinaryIO) -> str:
+    """The format of an image file, told by its first bytes, whether we read it or not; empty if it is no image."""
+    start = file.read(16)
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+        return "HEIC or AVIF"
+    for first_bytes, name in FORMATS_NOT_READ.items():
+        if start.startswith(first_bytes):
+            return name
+    file.seek(0)
+    try:
+        with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
+            return image.format
+    except Exception as error:  # Pillow's decoders raise many types
+        raise_if_out_of_memory(error)
+        return ""
+
+
+def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
+    """Read a mask from a PNG of one channel, which is 0 outside the object and either 1 or 255 inside.
+
+    Args:
+        path: of the file.
+        size: (height, width) that it must have, in pixels.
+        layout: a clause on where such files belong, for the error about a missing one.
+        wrapped: whether CRIS wrote it, whose pixels are a little under 255 where polygons overlap.
+
+    Returns:
+        The mask as compressed RLE.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is no PNG, or cut short.
+        ValueError: it has another size, several channels, or other values.
+    """
+    with _opened_image(path, "mask", layout, ("PNG",)) as (_, image):
+        found, mode = image.size[::-1], image.mode
+        one_channel = mode in ("1", "L", "P")
+        pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
+    if found != size:
+        raise ValueError(
+            f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
+        )
+    if not one_channel:
+        raise ValueError(f"mask {path} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
+    values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
+    if not (values <= {1} or values <= {255} or (wrapped and min(values) >= MIN_WRAPPED)):
+        raise ValueError(
+            f"mask {path} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
+            "255 inside."
+        )
+    return RleMask().encode_example(pixels)
