@@ -11,7 +11,6 @@ of the three dataclasses below; `--help` lists them with all that `TrainingArgum
 """
 
 import functools
-import io
 import json
 import logging
 import os
@@ -27,7 +26,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import cv2
 import datasets
 import evaluate
 import huggingface_hub
@@ -37,7 +35,7 @@ import pyarrow as pa
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import (
     BitsAndBytesConfig,
@@ -55,31 +53,25 @@ from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, one_line, raise_if_out_of_memory, short_repr
 from convert_detris_checkpoint import make_processor
+from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
 from data.prepare import STORED, SUMMARY, require_whole
 from data.refer import (
-    END_OF_JPEG,
-    IMAGE_FORMATS,
-    MAX_PHRASE,
     SOURCES,
     RleMask,
-    image_format,
     instead_of_lmdb,
-    is_int64,
     load_refer,
     load_yaml,
-    mask_size,
     require_columns,
     require_regular_files,
     require_rows,
-    run_lengths,
 )
 from data.shapes import load_shapes
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
-from processing_detris import CLIP_TOKENIZER, MAX_CHANNELS, BoxedMask, DetrisProcessor
+from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 from training.argument_checks import (
     COUNT,
     check_not_empty,
@@ -553,101 +545,6 @@ def _mix(
     )
     logger.warning(rows.info.description)
     return rows
-
-
-def read_image(row: dict) -> np.ndarray | Image.Image:
-    """Decode a row's image.
-
-    Returns:
-        The pixels (H, W, 3) of a JPEG, from OpenCV as officially: equal to Pillow's, which would be copied once more
-        to become an array. Of other files, and of JPEGs that are turned or in CMYK, Pillow's image.
-
-    Raises:
-        OSError: the file is missing, broken or not as large as the mask; the message names it and the row.
-        ValueError: the mask is null; the message names the row.
-    """
-    image, content = row["image"], None
-    name = f"Image {(image or {}).get('path') or 'embedded in the data set'} of the row with ref_id {row['ref_id']}"
-    try:
-        if image is None or image["bytes"] is None and image["path"] is None:
-            raise ValueError("it is null")
-        content = image["bytes"]
-        if content is None:
-            file = Path(image["path"])
-            if file.exists() and not file.is_file():  # a pipe would be waited for
-                raise OSError("it is no regular file")
-            content = file.read_bytes()
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
-            colours = header.format == "JPEG" and header.mode in ("L", "RGB")
-            upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        pixels = None
-        # OpenCV does not say that a file is cut short, and as an array so thin an image could be channels first.
-        if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
-            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
-        if pixels is None:
-            pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
-    except Exception as error:  # Pillow's decoders raise many types
-        raise_if_out_of_memory(error)
-        other = image_format(io.BytesIO(content)) if isinstance(error, UnidentifiedImageError) else ""
-        if other:
-            raise OSError(f"{name} cannot be read (it is {other}); convert it to JPEG or PNG.") from error
-        raise OSError(f"{name} cannot be read ({one_line(error)}): restore the file or leave the row out.") from error
-    size = header.size[::-1] if upright else pixels.size[::-1]
-    with _naming(row):
-        found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
-    if size != found:
-        raise OSError(
-            f"{name} is {size[0]} x {size[1]} pixels, height x width, but its mask {found[0]} x {found[1]}: "
-            "take the image that was annotated, or leave the row out."
-        )
-    return pixels
-
-
-@contextmanager
-def _naming(row: dict) -> Iterator[None]:
-    """Name the row in what its broken parts raise, which becomes a ValueError."""
-    try:
-        yield
-    except Exception as error:  # strangers' rows can make libraries raise anything
-        raise_if_out_of_memory(error)
-        raise ValueError(
-            f"The row with ref_id {short_repr(row['ref_id'])} cannot be read ({one_line(error)}): get or prepare its "
-            "data set again, or leave the row out."
-        ) from error
-
-
-def read_phrases(row: dict) -> list[str]:
-    """A row's phrases; raises ValueError if there are none, or one is empty or far too long."""
-    with _naming(row):
-        phrases = row["sentences"]
-        if not phrases or not all(phrase.strip() and len(phrase) <= MAX_PHRASE for phrase in phrases):
-            raise ValueError(f"its phrases are {short_repr(phrases)}")
-        if not is_int64(row["ref_id"]):
-            raise ValueError("its ref_id is no whole number")
-        return phrases
-
-
-def read_mask(row: dict) -> BoxedMask | np.ndarray:
-    """A row's mask, decoded in its box alone if it is still COCO's RLE."""
-    rle = row["mask"]
-    if isinstance(rle, np.ndarray):
-        return rle
-    with _naming(row):
-        lengths = run_lengths(rle)
-        if not lengths[1::2].any():  # an empty mask has no box
-            return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
-        left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
-    start, stop = left * rows, (left + width) * rows
-    ends = lengths.cumsum().clip(start, stop)
-    values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
-    return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
-
-
-def read_whole_mask(row: dict) -> np.ndarray:
-    """A row's mask (H, W)."""
-    with _naming(row):
-        return RleMask().decode_example(row["mask"])
 
 
 class ReadWhenAsked(Sequence):

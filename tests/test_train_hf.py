@@ -30,6 +30,7 @@ from transformers import BitsAndBytesConfig, CLIPTokenizer
 import train_hf
 from convert_detris_checkpoint import from_official
 from data import prepare
+from data.decoding import read_image, read_mask, read_whole_mask
 from data.refer import RleMask, check_image
 from data.shapes import load_shapes
 from data.sources import open_records
@@ -46,9 +47,6 @@ from train_hf import (
     load_splits,
     main,
     parse_arguments,
-    read_image,
-    read_mask,
-    read_whole_mask,
     select_split,
 )
 

@@ -14,10 +14,11 @@ from helpers.refer_folder import HEIC, ReferFolder, not_waiting
 from PIL import ExifTags
 
 import train_hf
-from data import prepare
+from data import decoding, prepare
+from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
 from data.refer import FEATURES, RleMask
 from data.sources import open_records
-from train_hf import DataArguments, load_rows, load_splits, read_image, read_mask, read_phrases, read_whole_mask
+from train_hf import DataArguments, load_rows, load_splits
 
 HEIGHT, WIDTH = 6, 8
 
@@ -144,10 +145,10 @@ def test_want_of_memory_is_not_disguised(tmp_path, monkeypatch, error):
     prepared = write_prepared(tmp_path / "prepared", train=make_rows(make_row(1)))
     row = make_row(1)
     for target, name, attempt in (
-        (train_hf.Image, "open", lambda: read_image(row)),
-        (train_hf, "run_lengths", lambda: read_mask(row)),
-        (train_hf.RleMask, "decode_example", lambda: read_whole_mask(row)),
-        (train_hf, "is_int64", lambda: read_phrases(row)),
+        (decoding.Image, "open", lambda: read_image(row)),
+        (decoding, "run_lengths", lambda: read_mask(row)),
+        (decoding.RleMask, "decode_example", lambda: read_whole_mask(row)),
+        (decoding, "is_int64", lambda: read_phrases(row)),
         (pa.Table, "validate", lambda: load_splits(saved, DataArguments())),
         (datasets, "load_dataset", lambda: load_splits(prepared, DataArguments())),
     ):
