@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,13 @@ from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     EvalPrediction,
-    HfArgumentParser,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PredictionOutput
-from transformers.utils import is_bitsandbytes_available
 
-from configuration_detris import DetrisConfig, one_line, raise_if_out_of_memory, short_repr
+from configuration_detris import one_line, raise_if_out_of_memory
 from convert_detris_checkpoint import make_processor
 from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
 from data.mixture import SEPARATOR, Member, mix, parse_mixture
@@ -61,7 +56,6 @@ from data.refer import (
     RleMask,
     instead_of_lmdb,
     load_refer,
-    load_yaml,
     require_columns,
     require_regular_files,
     require_rows,
@@ -72,13 +66,14 @@ from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
-from training.argument_checks import (
-    COUNT,
-    check_not_empty,
-    check_number,
-    check_texts,
-    check_training_arguments,
-    refuse_arguments,
+from training.arguments import (
+    QUANTIZATIONS,
+    DataArguments,
+    DetrisTrainingArguments,
+    ModelArguments,
+    check_combination,
+    check_fits_model,
+    parse_arguments,
 )
 from training.checkpointing_trainer import CheckpointingTrainer
 from training.processes import in_all_processes, leave_process_group
@@ -86,260 +81,11 @@ from training.run_folder import BeginRun, check_unused, find_checkpoint, lies_in
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on, leave_signals_to_main_process
 
 METRIC = Path(__file__).parent / "metrics" / "referring_iou"
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
 PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
-QUANTIZATIONS = {
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "8bit": {"load_in_8bit": True},
-}
 
 logger = logging.getLogger(__name__)
-
-
-# --- arguments ----------------------------------------------------------------------------------------------------
-
-
-def _from_json(value: dict | str | None, name: str) -> dict:
-    """A dictionary argument, which is JSON on the command line."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else {} if value is None else value
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is {short_repr(value)}, which is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
-    return value
-
-
-@dataclass
-class ModelArguments:
-    """Which model: a saved DETRIS, or a new one around two pretrained backbones."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Saved DETRIS: a folder or a Hub id."})
-    vision_backbone: str | None = field(default=None, metadata={"help": "DINOv2 for a new DETRIS: folder or Hub id."})
-    text_backbone: str | None = field(default=None, metadata={"help": "CLIP for a new DETRIS."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": f"CLIP's: folder or Hub id; else the model's own, or {CLIP_TOKENIZER} for original files."},
-    )
-    model_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
-    )
-    peft_method: str | None = field(
-        default=None,
-        metadata={"help": "What a new DETRIS trains inside its backbones: detris, lora, detris+lora or none."},
-    )
-    quantize_backbones: str | None = field(
-        default=None,
-        metadata={"help": "'4bit' or '8bit' for the frozen backbones (bitsandbytes, CUDA); needs save_adapter_only."},
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square input; else the model's."})
-    max_text_length: int | None = field(default=None, metadata={"help": "Tokens of a phrase; else the model's."})
-
-    def __post_init__(self):
-        self.model_config = _from_json(self.model_config, "model_config")
-        DetrisConfig.refuse_unknown(self.model_config)
-        check_texts(self)
-        check_not_empty(self, "model_name_or_path", "vision_backbone", "text_backbone", "tokenizer", "peft_method")
-        for name in ("image_size", "max_text_length"):
-            check_number(name, getattr(self, name), COUNT, optional=True)
-        backbones = [self.vision_backbone, self.text_backbone]
-        new = all(backbones)
-        if any(backbones) != new or new == bool(self.model_name_or_path):
-            raise ValueError("Give either model_name_or_path, or both vision_backbone and text_backbone.")
-        saved = self.model_name_or_path
-        if saved is not None and (Path(saved).suffix in WEIGHTS_SUFFIXES or Path(saved).is_file()):
-            raise ValueError(
-                f"model_name_or_path is {saved}, a file of weights: convert it first, by `python "
-                f"convert_detris_checkpoint.py {saved} <folder>`, and give that folder."
-            )
-        for name in ("model_config", "peft_method"):
-            if getattr(self, name) and not new:
-                raise ValueError(f"{name} describes a new model; the one at model_name_or_path has its own.")
-        if self.quantize_backbones not in (None, *QUANTIZATIONS):
-            raise ValueError(
-                f"quantize_backbones is {self.quantize_backbones!r}: give one of {', '.join(QUANTIZATIONS)}."
-            )
-        if self.quantize_backbones and not is_bitsandbytes_available():
-            raise ValueError("quantize_backbones needs bitsandbytes: install it, or leave the backbones as they are.")
-
-
-@dataclass
-class DataArguments:
-    """Which rows. A row is one referred object with all its phrases (`data/refer.py`)."""
-
-    dataset: str = field(
-        default="shapes",
-        metadata={
-            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by data.prepare or "
-            "save_to_disk, a data set of the Hub that data.prepare has pushed, or several that are trained on "
-            "together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the first one's other splits are taken."
-        },
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read training rows while they are needed from the Parquet files that data.prepare has made or "
-            "pushed; dataloader_drop_last is not read then. To resume takes the same number of processes and workers."
-        },
-    )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Streamed rows among which each worker draws the next one."}
-    )
-    keep_leaks: bool = field(
-        default=False, metadata={"help": "Keep training images of a mixture that are in any split tested on."}
-    )
-    data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
-    images: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the images of all its sets, where it is not the published ones' own: for 'rrsisd/unc'."
-        },
-    )
-    shapes_config: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
-    )
-    train_split: str = "train"
-    eval_split: str = field(default="val", metadata={"help": "Split that chooses the best checkpoint."})
-    eval_first_phrase_only: bool = field(
-        default=False, metadata={"help": "Choose it as officially, by the first phrase of each object alone."}
-    )
-    test_splits: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Splits that --do_predict runs over: of the data set, as 'val', or of another, as "
-            "'refcoco+:unc:testA' or 'prepared/mine:val'."
-        },
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Take only the first rows of each split."})
-
-    def __post_init__(self):
-        self.shapes_config = _from_json(self.shapes_config, "shapes_config")
-        check_texts(self)
-        check_not_empty(self, "dataset", "data_root", "train_split", "eval_split")
-        for name in ("max_train_samples", "max_eval_samples"):
-            check_number(name, getattr(self, name), COUNT, optional=True)
-        check_number("shuffle_buffer_size", self.shuffle_buffer_size, COUNT)
-        if self.images is not None and self.data_root is None:
-            raise ValueError("images is the folder of a REFER set's images: give data_root, too, or leave it out.")
-        if self.streaming and self.max_train_samples:
-            raise ValueError("streaming reads whole splits: leave max_train_samples out.")
-        if not isinstance(self.test_splits, list) or not all(isinstance(name, str) for name in self.test_splits):
-            raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
-        for name in self.test_splits:
-            if name.count(":") > 2:
-                raise ValueError(
-                    f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set and split such "
-                    "as 'refcoco+:unc:testA' or 'prepared/mine:val'."
-                )
-
-
-@dataclass
-class DetrisTrainingArguments(TrainingArguments):
-    """TrainingArguments with the paper's recipe as defaults. The optimizer is always Adam; `optim` is not read."""
-
-    learning_rate: float = 1e-4
-    num_train_epochs: float = 65.0
-    per_device_train_batch_size: int = 32
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Objects of an optimizer step over all processes and accumulated steps; takes the place of "
-            "per_device_train_batch_size."
-        },
-    )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Any other than 'constant' takes the place of the milestones."}
-    )
-    milestones: list[float] = field(
-        default_factory=lambda: [35.0, 55.0], metadata={"help": "Epochs after which the learning rate drops."}
-    )
-    milestone_factor: float = field(default=0.1, metadata={"help": "What it is multiplied by there."})
-    adapter_learning_rate_multiplier: float = field(
-        default=1.0, metadata={"help": "The adapters' learning rate as a multiple of the head's."}
-    )
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "mean_iou"
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
-    )
-    logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
-    remove_unused_columns: bool = False  # the collators read the rows, not the model
-    dataloader_pin_memory: bool = torch.accelerator.is_available()
-    use_cpu: bool = not torch.accelerator.is_available()  # or else bf16 is refused there
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Delete an older run's checkpoints, model and results in output_dir; not read when the run there "
-            "is gone on with."
-        },
-    )
-    save_adapter_only: bool = field(
-        default=False,
-        metadata={"help": "Save adapters and head alone, with where the frozen backbones are from."},
-    )
-    save_masks: bool = field(
-        default=True, metadata={"help": "Write each predicted mask and a picture of it, not only its IoU."}
-    )
-    hub_strategy: str = "end"  # what is pushed on the way has no card yet
-    model_license: str = field(default="mit", metadata={"help": "Licence of the weights, for the model card."})
-    report_to: None | str | list[str] = field(
-        default_factory=lambda: "tensorboard" if is_tensorboard_available() else "none"
-    )
-
-    def __post_init__(self):
-        check_training_arguments(self)
-        if not self.do_train:  # then nothing is evaluated or saved on the way
-            self.eval_strategy = self.save_strategy = "no"
-            self.load_best_model_at_end = False
-        super().__post_init__()
-        if self.global_batch_size is not None:
-            parts = self.world_size * self.gradient_accumulation_steps
-            if self.global_batch_size % parts:
-                raise ValueError(
-                    f"global_batch_size is {self.global_batch_size}: it must be a positive multiple of {parts}, which "
-                    f"is {self.world_size} processes times {self.gradient_accumulation_steps} accumulated steps."
-                )
-            self.per_device_train_batch_size = self.global_batch_size // parts
-
-    @property
-    def n_gpu(self) -> int:
-        """At most one: Trainer would spread a single process over all GPUs, without synchronised batch norm."""
-        return min(super().n_gpu, 1)
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, DetrisTrainingArguments]:
-    """Arguments from a YAML or JSON file, if one comes first, and from the command line, which wins.
-
-    Raises:
-        ValueError: an argument is unknown, or its value is invalid.
-        OSError: the file cannot be read.
-    """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, DetrisTrainingArguments), description=__doc__, allow_abbrev=False
-    )
-    parser.error = refuse_arguments
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        path, argv = argv[0], argv[1:]
-        defaults = load_yaml(path)
-        if not isinstance(defaults, dict):
-            raise ValueError(f"{path} holds no arguments: write one to a line, such as 'learning_rate: 1e-4'.")
-        known = {argument.name for dataclass in parser.dataclass_types for argument in fields(dataclass)}
-        unknown = set(defaults) - known
-        if unknown:
-            raise ValueError(
-                f"{path} sets {sorted(unknown, key=str)}, which are no arguments; `--help` lists those there are."
-            )
-        # As text, a number is read as on the command line: 1.5 is no seed.
-        numbers = {name: str(value) for name, value in defaults.items() if type(value) in (int, float)}
-        parser.set_defaults(**defaults | numbers)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -959,17 +705,8 @@ def prepare(
     Returns:
         The trainer, the data's arguments, the rows of each test split, and what training's begin does.
     """
-    model_args, data_args, training_args = parse_arguments(argv)
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("There is nothing to do: give --do_train, --do_eval, --do_predict or several of them.")
-    if training_args.do_predict and not data_args.test_splits:
-        raise ValueError("do_predict needs test_splits: name the splits to segment.")
-    if training_args.resume_from_checkpoint and not training_args.do_train:
-        raise ValueError(
-            "resume_from_checkpoint goes on with training: give --do_train, or model_name_or_path instead."
-        )
-    if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
-        raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
+    model_args, data_args, training_args = parse_arguments(argv, __doc__)
+    check_combination(model_args, data_args, training_args)
     output_dir, broken = Path(training_args.output_dir), []
     in_all_processes(lambda: stack.enter_context(locked(output_dir, training_args.should_save)))
     if training_args.resume_from_checkpoint:
@@ -995,8 +732,7 @@ def prepare(
 
     set_seed(training_args.seed)
     model, processor = in_all_processes(lambda: build_model(model_args))
-    if training_args.do_train and training_args.save_adapter_only and not model.config.freeze_backbones:
-        raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
+    check_fits_model(training_args, model.config)
     if training_args.do_train and training_args.save_adapter_only:
         in_all_processes(lambda: model.check_adapter_target(training_args.output_dir))
     if training_args.world_size > 1 and training_args.device.type == "cuda":

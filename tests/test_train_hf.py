@@ -790,13 +790,13 @@ def test_the_checkpoint_with_the_best_mean_iou_is_kept(make_trainer):
     ],
 )
 def test_quantised_backbones_are_refused_early(model_arguments, monkeypatch, available, arguments, message):
-    monkeypatch.setattr(train_hf, "is_bitsandbytes_available", lambda: available)
+    monkeypatch.setattr("training.arguments.is_bitsandbytes_available", lambda: available)
     with pytest.raises(ValueError, match=message):
         ModelArguments(**model_arguments, **arguments)
 
 
 def test_quantised_backbones_that_cannot_be_saved_are_refused_before_anything_is_loaded(config_file, monkeypatch):
-    monkeypatch.setattr(train_hf, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr("training.arguments.is_bitsandbytes_available", lambda: True)
     monkeypatch.setattr(train_hf, "load_rows", None)
     with pytest.raises(ValueError, match="Quantised backbones cannot be saved: give --save_adapter_only"):
         main([config_file, "--do_train", "--quantize_backbones", "4bit"])
