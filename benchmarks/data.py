@@ -33,7 +33,7 @@ from data.check import PUBLISHED
 from data.refer import RleMask
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from processing_detris import DetrisImageProcessor, DetrisProcessor, letterbox_maps
-from train_hf import TrainingCollator
+from training.collators import TrainingCollator
 
 NAME = "refcoco/unc"
 DISTINCT_IMAGES = 300

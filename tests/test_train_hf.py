@@ -39,16 +39,14 @@ from modeling_detris import DetrisForReferringSegmentation
 from train_hf import (
     DataArguments,
     DetrisTrainingArguments,
-    EvaluationCollator,
     ModelArguments,
-    TrainingCollator,
     build_model,
     load_rows,
-    load_splits,
     main,
     parse_arguments,
-    select_split,
 )
+from training.collators import EvaluationCollator, TrainingCollator
+from training.rows import Mixture, load_splits, select_split
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -377,8 +375,8 @@ def two_sets(shapes, monkeypatch):
             {split: rows.select(sum(map(images.get, letters), [])) for split, letters in sets[name].items()}
         )
 
-    monkeypatch.setattr(train_hf, "load_refer", load_refer)
-    monkeypatch.setattr(train_hf, "load_shapes", None)  # is not to be drawn in vain
+    monkeypatch.setattr("training.rows.load_refer", load_refer)
+    monkeypatch.setattr("training.rows.load_shapes", None)  # is not to be drawn in vain
     return rows, images, read
 
 
@@ -390,7 +388,7 @@ def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
     def ref_ids(letters: str) -> list[int]:
         return [rows[index]["ref_id"] for letter in letters for index in images[letter]]
 
-    assert list(train["ref_id"]) == ref_ids("cd" + "cdf")
+    assert list(train.rows["ref_id"]) == ref_ids("cd" + "cdf")
     assert list(val["ref_id"]) == ref_ids("e")
     assert list(tests["refcocog:umd:test"]["ref_id"]) == ref_ids("b")
     assert read == ["refcoco+", "refcocog"]
@@ -410,7 +408,7 @@ def test_the_card_of_a_mixture_says_what_left_or_stayed(config_file, two_sets, t
     assert card.data.datasets == ["refcoco+/unc", "refcocog/umd"]
     assert "refcoco+/unc + 0.5*refcocog/umd" in card.text
     for name in ("refcoco+/unc", "refcocog/umd"):
-        what = "STAY in training, although" if keep_leaks else "leave training, for"
+        what = "STAY in training, although" if keep_leaks else "leave training, because"
         assert re.search(rf"{re.escape(name)}: \d+ of \d+ objects \(\d+ phrases\) {what} their images", card.text)
     assert {result.dataset_name for result in card.data.eval_results} == {"refcoco+/unc"}
 
@@ -1078,7 +1076,7 @@ def test_one_command_prints_the_papers_table_with_the_official_figures(
         "refcocog:google:val": (4, 9),
     }
     run = tmp_path / "run"
-    monkeypatch.setattr(train_hf, "load_shapes", None)  # the default data set is not drawn
+    monkeypatch.setattr("training.rows.load_shapes", None)  # the default data set is not drawn
     arguments = {"model_name_or_path": model, "data_root": SHARED / "refer_mini", "output_dir": run}
     arguments |= {"save_masks": False, "disable_tqdm": True, "report_to": "none"}
     arguments = [f"--{name}={value}" for name, value in arguments.items()]
@@ -1278,8 +1276,9 @@ def test_images_of_a_split_tested_on_leave_a_single_sets_training_too(two_sets, 
     rows, images, _ = two_sets
     args = DataArguments(dataset="refcoco+/unc", data_root="unused", test_splits=["refcocog:umd:val"])
     train, _, _ = load_rows(args, do_train=True, do_eval=False, do_predict=True)
-    assert list(train["ref_id"]) == [rows[index]["ref_id"] for letter in "bcd" for index in images[letter]]
-    assert "leave training" in caplog.text and train.info.description in caplog.text
+    assert isinstance(train, Mixture)
+    assert list(train.rows["ref_id"]) == [rows[index]["ref_id"] for letter in "bcd" for index in images[letter]]
+    assert "leave training" in caplog.text and train.describe_leaks() in caplog.text
 
 
 def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):

@@ -13,12 +13,13 @@ import torch
 from helpers.refer_folder import HEIC, ReferFolder, not_waiting
 from PIL import ExifTags
 
-import train_hf
 from data import decoding, prepare
 from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
 from data.refer import FEATURES, RleMask
 from data.sources import open_records
-from train_hf import DataArguments, load_rows, load_splits
+from data.streaming import StreamedBatches
+from training.arguments import DataArguments
+from training.rows import load_rows, load_splits
 
 HEIGHT, WIDTH = 6, 8
 
@@ -95,7 +96,7 @@ def test_a_streamed_split_without_rows_is_told_as_such(tmp_path):
     name = write_prepared(tmp_path / "prepared", train=make_rows())
     rows, *_ = load_rows(DataArguments(dataset=name, streaming=True), True, False, False)
     with pytest.raises(ValueError, match="The split to train on has no rows"):
-        train_hf.StreamedBatches(rows, 4, 0, 1, 1, 0)
+        StreamedBatches(rows, 4, 0, 1, 1, 0)
 
 
 def test_null_parts_of_a_row_are_named():

@@ -4,12 +4,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import filelock
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .arguments import DetrisTrainingArguments
 from .checkpoints import (
     LAST,
     check_fits_run,
@@ -19,6 +20,7 @@ from .checkpoints import (
     read_state,
     step_of,
 )
+from .processes import in_all_processes
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole
@@ -36,6 +38,34 @@ OF_A_RUN = (
 ALSO_DELETED = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
 
 logger = logging.getLogger(__name__)
+
+
+def claim(args: DetrisTrainingArguments, sources: Iterable[str | None], stack: ExitStack) -> "BeginRun":
+    """Hold the folder of a run for it, and find the checkpoint that it goes on from.
+
+    Afterwards `args.resume_from_checkpoint` is the path of the checkpoint, if there is one.
+
+    Args:
+        sources: what the model is made from.
+        stack: holds the folder until it is closed.
+
+    Returns:
+        What is left to do when training begins.
+
+    Raises:
+        ValueError: another run is at work there, an older one is in the way, or the checkpoint does not fit.
+        OSError: the folder cannot be written.
+    """
+    output_dir, broken = Path(args.output_dir), []
+    in_all_processes(lambda: stack.enter_context(locked(output_dir, args.should_save)))
+    if args.resume_from_checkpoint:
+        found, broken = in_all_processes(lambda: find_checkpoint(args))
+        args.resume_from_checkpoint = str(found)
+    checkpoint = args.resume_from_checkpoint
+    goes_on = bool(checkpoint) and lies_in(checkpoint, output_dir)
+    if args.do_train and not goes_on:
+        in_all_processes(lambda: check_unused(output_dir, args.overwrite_output_dir, (*sources, checkpoint)))
+    return BeginRun(args.overwrite_output_dir and not goes_on, broken)
 
 
 @contextmanager
@@ -106,11 +136,8 @@ def clear(folder: Path) -> None:
     (folder / CLEARING).unlink()
 
 
-def find_checkpoint(args: TrainingArguments) -> tuple[Path, list[Path]]:
+def find_checkpoint(args: DetrisTrainingArguments) -> tuple[Path, list[Path]]:
     """The checkpoint that `resume_from_checkpoint` means, once it is known to lead to the same numbers.
-
-    Args:
-        args: with `save_adapter_only` too.
 
     Returns:
         The checkpoint, and newer ones of the same run that are broken.
