@@ -33,6 +33,7 @@ from training.arguments import (
     ModelArguments,
     check_combination,
     check_fits_model,
+    keep_only_batch,
     parse_arguments,
 )
 from training.processes import in_all_processes, leave_process_group
@@ -50,7 +51,7 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
 
     Raises:
         OSError: a folder or Hub id cannot be read.
-        ValueError: a field of the configuration is invalid, or the tokenizer has more symbols than the model.
+        ValueError: a field of the configuration is invalid, or the tokenizer has more symbols than the model reads.
     """
     overrides = {name: getattr(args, name) for name in ("image_size", "max_text_length", "peft_method")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -118,21 +119,13 @@ def read_rows(data_args: DataArguments, training_args: DetrisTrainingArguments) 
     return in_all_processes(read)
 
 
-def keep_only_batch(args: DetrisTrainingArguments, rows: int) -> None:
-    """Switch `dataloader_drop_last` off if so few rows are a single batch, which it would drop."""
-    batch_size = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and rows < batch_size:
-        logger.warning(f"dataloader_drop_last is off: {rows} objects fill no batch of {batch_size}.")
-        args.dataloader_drop_last = False
-
-
 def make_trainer(
     model_args: ModelArguments,
     args: DetrisTrainingArguments,
     train_rows: datasets.Dataset | StreamedRows | None,
     eval_rows: datasets.Dataset | None,
 ) -> DetrisTrainer:
-    """The model in its trainer. Raises OSError or ValueError if the model is no DETRIS, or cannot be trained so."""
+    """A trainer with its model. Raises OSError or ValueError if the model cannot be built, or not trained as asked."""
     set_seed(args.seed)
     model, processor = in_all_processes(lambda: build_model(model_args))
     check_fits_model(args, model.config)

@@ -118,7 +118,9 @@ def make_trainer(model_arguments, shapes, tmp_path):
     DetrisTrainingArguments."""
     import torch
 
-    from train_hf import DetrisTrainer, DetrisTrainingArguments, ModelArguments, build_model
+    from train_hf import build_model
+    from training.arguments import DetrisTrainingArguments, ModelArguments
+    from training.trainer import DetrisTrainer
 
     def make(rows=20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
         defaults = {

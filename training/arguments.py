@@ -5,6 +5,7 @@ What is wrong is refused by name and value, before anything else is read.
 
 import itertools
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,8 @@ QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "8bit": {"load_in_8bit": True},
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -287,6 +290,14 @@ def check_fits_model(training_args: DetrisTrainingArguments, config: DetrisConfi
     """Refuse with a ValueError to train backbones that would not be saved."""
     if training_args.do_train and training_args.save_adapter_only and not config.freeze_backbones:
         raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
+
+
+def keep_only_batch(args: DetrisTrainingArguments, rows: int) -> None:
+    """Switch `dataloader_drop_last` off if so few rows are a single batch, which it would drop."""
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch_size:
+        logger.warning(f"dataloader_drop_last is off: {rows} objects fill no batch of {batch_size}.")
+        args.dataloader_drop_last = False
 
 
 # --- checks of single values ----------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def evaluate_and_predict(
         result = {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
         results.append(result | _figures(metrics, "eval"))
     for split, rows in test_rows.items():
-        # The name is that of files, too, and those of "train" and "eval" are training's.
+        # Files get this name, too, and there are files called "train" and "eval" that training writes.
         name = f"test_{split}" if split in ("train", "eval") else re.sub("[:/]", "_", split)
         output = trainer.predict(rows, metric_key_prefix=name)
         metrics |= report(trainer, name, output.metrics)
@@ -67,7 +67,7 @@ def evaluate_and_predict(
 
 
 def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """The metrics that the metric's module gives, without the prefix that Trainer writes before their names."""
+    """The figures in `METRIC_NAMES`, without the prefix that Trainer puts before their names."""
     return {key: metrics[f"{prefix}_{key}"] for key in METRIC_NAMES if f"{prefix}_{key}" in metrics}
 
 

@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows to train on, where they are not those of one split alone, and what of them is tested on.
+    """Rows of several data sets to train on, and what is known of images among them that are tested on.
+
+    A single data set is a mixture, too, if it has a weight, or if splits of other data sets are tested on.
 
     Attributes:
         rows: of all data sets. The column `repetition` numbers the copies of a row that a weight above 1 repeats.
@@ -119,11 +121,11 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
 
 
 def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict], args: DataArguments) -> Mixture:
-    """The training rows of all members, without images that are tested on unless `keep_leaks` is given; logs which."""
+    """Mix the members' training rows without images that are tested on, unless `keep_leaks` is given; log which."""
     splits, tested = {member.name: splits_of(member.name) for member in members}, []
     for name in args.test_splits:
         dataset, split = dataset_and_split(name, "")
-        if dataset:  # other splits than training's leave in any case
+        if dataset:  # images of the members' own splits leave in any case
             tested.append((dataset, select_split(splits_of(dataset), split, None)))
     rows, leaks = mix(members, splits, tested, args.keep_leaks)
     rows = rows.take(min(args.max_train_samples or len(rows), len(rows)))
@@ -173,7 +175,7 @@ def public_name(dataset: str) -> str:
 
 
 def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
-    """All splits of the data set `name`, images and masks not yet decoded.
+    """All splits of the data set `name`, with images and masks as they are stored.
 
     Raises:
         ValueError: there is no such data set, or its columns are not those of `FEATURES`.
@@ -212,7 +214,7 @@ def _load_saved(name: str) -> datasets.DatasetDict:
         raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
     try:
         for rows in splits.values():
-            rows.data.validate(full=True)  # Arrow itself follows offsets out of its memory
+            rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
     except pa.ArrowException as error:
         raise_if_out_of_memory(error)
         raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
@@ -220,21 +222,24 @@ def _load_saved(name: str) -> datasets.DatasetDict:
 
 
 def _is_prepared(name: str, args: DataArguments) -> bool:
-    """Whether the name is a folder made by data.prepare, or can only be a Hub id: with `data_root` it never is."""
+    """Whether the name is a folder made by data.prepare, or can only be a Hub id.
+
+    With `data_root`, a name that is no folder is taken for a REFER set's.
+    """
     if Path(name).is_dir():
         return Path(name, SUMMARY).exists()
     return args.data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
 
 
 def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
-    """All splits of a folder made by data.prepare, or of a Hub id; or the splits of which the files are given."""
+    """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
     with _refusing_missing_set(name):
         try:
             return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
             raise_if_out_of_memory(error)
             for split, paths in (files or parquet_files(name)).items():
-                if not len(StreamedRows(paths)):  # says which file's footer is broken, as `datasets` does not
+                if not len(StreamedRows(paths)):  # opening them names a broken file, which `datasets` does not
                     raise ValueError(f"Split {split!r} of {name} has no rows: prepare the data set anew.") from error
             raise OSError(
                 f"{name} cannot be read ({one_line(error.__cause__ or error)}): prepare the data set anew."
@@ -243,7 +248,7 @@ def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> data
 
 @contextmanager
 def _refusing_missing_set(name: str) -> Iterator[None]:
-    """Say plainly that a folder made by data.prepare is not whole, or that there is no such folder or Hub id."""
+    """Refuse a prepared folder that is not whole; within, tell plainly that the Hub has no data set of that name."""
     if Path(name).is_dir():
         require_whole(name)
     try:
@@ -253,7 +258,7 @@ def _refusing_missing_set(name: str) -> Iterator[None]:
 
 
 def _as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """The splits with images and masks as they are stored: the collators decode them, and name the row that fails."""
+    """The splits with images and masks as they are stored. Refuses columns that are not those of `FEATURES`."""
     stored = datasets.DatasetDict()
     for split, rows in splits.items():
         where = f"Split {split!r} of {name}"

@@ -24,7 +24,7 @@ from .processes import in_all_processes
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole
-CLEARING = ".clearing"  # there while an older run is deleted: what is left of it is no run's
+CLEARING = ".clearing"  # a file that is there while an older run is deleted: what is left of it counts as no run
 BROKEN = "broken-"  # before the name of a checkpoint that is set aside
 OF_A_RUN = (
     "checkpoint-*",
@@ -129,7 +129,7 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
 
 
 def clear(folder: Path) -> None:
-    """Delete what an older run has left in the folder, other files not."""
+    """Delete an older run's files from the folder, and no others."""
     (folder / CLEARING).touch()
     for path in _in_folder(folder, (*OF_A_RUN, *ALSO_DELETED)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -137,7 +137,7 @@ def clear(folder: Path) -> None:
 
 
 def find_checkpoint(args: DetrisTrainingArguments) -> tuple[Path, list[Path]]:
-    """The checkpoint that `resume_from_checkpoint` means, once it is known to lead to the same numbers.
+    """The checkpoint that `resume_from_checkpoint` means, which is known to lead to the same numbers.
 
     Returns:
         The checkpoint, and newer ones of the same run that are broken.
@@ -172,7 +172,7 @@ def find_checkpoint(args: DetrisTrainingArguments) -> tuple[Path, list[Path]]:
 
 
 def set_aside(checkpoints: list[Path]) -> None:
-    """Rename broken checkpoints, so that they neither count as ones nor are written into."""
+    """Rename broken checkpoints, so that they no longer count as any, and nothing is written into them."""
     for checkpoint in checkpoints:
         target = checkpoint.with_name(BROKEN + checkpoint.name)
         shutil.rmtree(target, ignore_errors=True)
@@ -183,7 +183,7 @@ def set_aside(checkpoints: list[Path]) -> None:
 class BeginRun(TrainerCallback):
     """Deletes an older run and sets broken checkpoints aside when nothing refuses the new run any more.
 
-    That is when training begins, for Trainer compares model and optimizer with the checkpoint just before.
+    That is when training begins: just before, Trainer compares model and optimizer with the checkpoint.
 
     Args:
         clears: whether there may be an older run.

@@ -75,7 +75,7 @@ class DetrisTrainer(CheckpointingTrainer):
             processing_class=processor,
             compute_metrics=self.compute_referring_iou,
             optimizer_cls_and_kwargs=(torch.optim.Adam, adam_arguments(model, args)),
-            callbacks=[TellEpoch(collator), KeepStreamedRuns(), *(callbacks or [])],
+            callbacks=[TellEpoch(collator), CheckStreamingWorkers(), *(callbacks or [])],
         )
 
     def create_scheduler(
@@ -151,7 +151,7 @@ class DetrisTrainer(CheckpointingTrainer):
             inner.worker_init_fn = functools.partial(leave_signals_to_main_process, also=inner.worker_init_fn)
             return loader
         args = self.args
-        workers = max(args.dataloader_num_workers, 1)  # without any this process does their work
+        workers = max(args.dataloader_num_workers, 1)  # without workers, this process does their work
         loader = torch.utils.data.DataLoader(
             StreamedBatches(
                 self.train_dataset, args.train_batch_size, args.process_index, args.world_size, workers, args.seed
@@ -252,7 +252,7 @@ class DetrisTrainer(CheckpointingTrainer):
         return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
-        """As Trainer's, with counts `(R, K, 3)` of `R` objects as predictions; fills `predicted_masks`."""
+        """Segment all rows. The predictions returned are counts `(R, K, 3)`, the masks are in `predicted_masks`."""
         self.predicted_masks = [] if self.args.save_masks else None
         output = super().predict(*args, **kwargs)
         return output._replace(predictions=_in_one_array(output.predictions))
@@ -274,14 +274,14 @@ def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingAr
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
-        "fused": True,  # one call for all parameters: a tenth of the time of a call for each
+        "fused": True,  # one call for all parameters, which takes a tenth of the time of one call each
     }
 
 
-class KeepStreamedRuns(TrainerCallback):
+class CheckStreamingWorkers(TrainerCallback):
     """Refuses to resume a run that would divide streamed rows among another number of workers.
 
-    The number stands in the log history, so every checkpoint has it.
+    When a run begins, the number is written into its log history, which every checkpoint holds.
 
     Raises:
         ValueError: in Trainer, when training begins.
@@ -292,7 +292,7 @@ class KeepStreamedRuns(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        train_dataloader: torch.utils.data.DataLoader = None,
+        train_dataloader: torch.utils.data.DataLoader,
         **kwargs,
     ) -> None:
         batches, begins = train_dataloader.dataset, not state.global_step
