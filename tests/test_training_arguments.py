@@ -7,7 +7,8 @@ import pytest
 import yaml
 from helpers.runs import MODEL_CONFIG
 
-from training.arguments import DetrisTrainingArguments, ModelArguments, parse_arguments
+from configuration_detris import DetrisConfig
+from training.arguments import DetrisTrainingArguments, ModelArguments, check_fits_model, parse_arguments
 
 NAN, INF = float("nan"), float("inf")
 WRONG_NUMBERS = {
@@ -168,6 +169,13 @@ def test_a_file_without_arguments_is_refused(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.yaml {message}"):
         parse_arguments([str(tmp_path / "config.yaml")])
+
+
+def test_backbones_that_are_trained_must_be_saved():
+    args = DetrisTrainingArguments(do_train=True, save_adapter_only=True, report_to="none")
+    check_fits_model(args, DetrisConfig())
+    with pytest.raises(ValueError, match="but freeze_backbones is false: leave save_adapter_only out"):
+        check_fits_model(args, DetrisConfig(freeze_backbones=False))
 
 
 def test_one_backbone_beside_a_saved_model_is_refused():

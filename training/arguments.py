@@ -289,7 +289,9 @@ def check_combination(
 def check_fits_model(training_args: DetrisTrainingArguments, config: DetrisConfig) -> None:
     """Refuse with a ValueError to train backbones that would not be saved."""
     if training_args.do_train and training_args.save_adapter_only and not config.freeze_backbones:
-        raise ValueError("save_adapter_only leaves out the backbones, but freeze_backbones is false.")
+        raise ValueError(
+            "save_adapter_only leaves out the backbones, but freeze_backbones is false: leave save_adapter_only out."
+        )
 
 
 def keep_only_batch(args: DetrisTrainingArguments, rows: int) -> None:
