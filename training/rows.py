@@ -69,7 +69,7 @@ class Rows(NamedTuple):
     """The rows of a run, as far as they are asked for."""
 
     train: datasets.Dataset | Mixture | StreamedRows | None
-    evaluation: datasets.Dataset | None  # choose the checkpoint
+    evaluation: datasets.Dataset | None  # of the split that the best checkpoint is chosen by
     tests: dict[str, datasets.Dataset]  # by the names of the test splits
 
 
@@ -98,21 +98,19 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
 
     train = evaluation = None
     if do_train:
-        foreign = any(":" in name for name in args.test_splits)
+        tests_other_sets = any(":" in name for name in args.test_splits)
         if streamed:
             train = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
-            if foreign:
+            if tests_other_sets:
                 logger.warning("Streamed rows stay in training even if their images are in a split that is tested on.")
-        elif len(members) == 1 and members[0].weight == 1 and not foreign:
+        elif len(members) == 1 and members[0].weight == 1 and not tests_other_sets:
             train = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
         else:
             train = _mix(members, splits_of, args)
     if do_eval:
         evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples)
         if args.eval_first_phrase_only:
-            first = [sentences[:1] for sentences in evaluation["sentences"]]
-            feature = evaluation.features["sentences"]
-            evaluation = evaluation.remove_columns("sentences").add_column("sentences", first, feature=feature)
+            evaluation = _first_phrases(evaluation)
     tests = {}
     for name in args.test_splits if do_predict else []:
         dataset, split = dataset_and_split(name, first_set)
@@ -148,6 +146,12 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
     return files
+
+
+def _first_phrases(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the first phrase of each object alone, by which the official code chooses its checkpoint."""
+    first, feature = [sentences[:1] for sentences in rows["sentences"]], rows.features["sentences"]
+    return rows.remove_columns("sentences").add_column("sentences", first, feature=feature)
 
 
 def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
