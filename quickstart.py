@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from data.shapes import FAMILIES, ID_STRIDE, MAX_IMAGES, draw_scene, render
 from gallery import Sample, draw_gallery
 from train_hf import main as train
-from train_hf import parse_arguments
+from training.arguments import parse_arguments
 
 CONFIG = "configs/quickstart.yaml"
 METHODS = {

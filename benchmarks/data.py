@@ -30,11 +30,11 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data.check import PUBLISHED
-from data.refer import RleMask
+from data.masks import RleMask
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from letterbox_detris import letterbox_maps
 from processing_detris import DetrisImageProcessor, DetrisProcessor
-from train_hf import TrainingCollator
+from training.collators import TrainingCollator
 
 NAME = "refcoco/unc"
 DISTINCT_IMAGES = 300

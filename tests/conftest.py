@@ -3,6 +3,7 @@
 import gzip
 import importlib.metadata
 import os
+import shutil
 
 import pytest
 from helpers.pictures import SIDE
@@ -142,7 +143,9 @@ def make_trainer(model_arguments, shapes, tmp_path):
     DetrisTrainingArguments."""
     import torch
 
-    from train_hf import DetrisTrainer, DetrisTrainingArguments, ModelArguments, build_model
+    from train_hf import build_model
+    from training.arguments import DetrisTrainingArguments, ModelArguments
+    from training.trainer import DetrisTrainer
 
     def make(rows=20, model_config: dict | None = None, **arguments) -> DetrisTrainer:
         defaults = {
@@ -167,3 +170,76 @@ def make_trainer(model_arguments, shapes, tmp_path):
         return DetrisTrainer(model, args, processor, train_rows, shapes["val"])
 
     return make
+
+
+@pytest.fixture
+def generalized(shapes):
+    """The shapes with every other object's mask emptied, as of phrases that name nothing."""
+    import datasets
+    import numpy as np
+
+    def empty(row: dict, index: int) -> dict:
+        return {"mask": np.zeros_like(row["mask"]) if index % 2 else row["mask"]}
+
+    return datasets.DatasetDict(
+        {
+            split: rows.map(empty, with_indices=True, features=rows.features, load_from_cache_file=False)
+            for split, rows in shapes.items()
+            if len(rows)
+        }
+    )
+
+
+@pytest.fixture
+def two_sets(shapes, monkeypatch):
+    """Makes two data sets over the images a … f of the synthetic set, and gives their names as they are read."""
+    import datasets
+
+    rows = shapes["train"].map(
+        lambda row: {"image": row["image"] | {"path": f"COCO_train2014_{row['image_id']:012d}.jpg"}}
+    )
+    numbers = dict(zip(dict.fromkeys(rows["image_id"]), "abcdef"))
+    images = {
+        letter: [index for index, image_id in enumerate(rows["image_id"]) if numbers.get(image_id) == letter]
+        for letter in "abcdef"
+    }
+    sets = {
+        ("refcoco+", "unc"): {"train": "abcd", "val": "e"},
+        ("refcocog", "umd"): {"train": "cdef", "val": "a", "test": "b"},
+    }
+    read = []
+
+    def load_refer(root: str, *name: str) -> datasets.DatasetDict:
+        read.append(name[0])
+        return datasets.DatasetDict(
+            {split: rows.select(sum(map(images.get, letters), [])) for split, letters in sets[name].items()}
+        )
+
+    monkeypatch.setattr("training.rows.load_refer", load_refer)
+    monkeypatch.setattr("training.rows.load_shapes", None)  # is not to be drawn in vain
+    return rows, images, read
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with a training split of 38 rows in three files, images inside, and three rows of val."""
+    from helpers.refer_folder import ReferFolder
+
+    from data import prepare
+    from data.sources import open_records
+
+    folder = tmp_path_factory.mktemp("prepared")
+    refer = ReferFolder(folder / "refer")
+    refer.refs = [
+        {**ref, "ref_id": number, "split": "val" if number % 14 == 2 else "train"}
+        for number, ref in enumerate(refer.refs * 6)
+    ]
+    refer.refs = [ref for ref in refer.refs if ref["ref_id"] < 41]
+    refer.write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "ROWS_PER_FILE_OF_IMAGES", 15)
+        prepare.prepare(
+            open_records("refer", refer.root, "refcoco/unc"), folder / "out", num_proc=1, embed_images=True
+        )
+    shutil.rmtree(refer.root)
+    return folder / "out"

@@ -383,8 +383,9 @@ import json
 
 import datasets
 import numpy as np
+from data.decoding import read_image, read_whole_mask
 from data.streaming import StreamedBatches
-from train_hf import DataArguments, load_rows, read_image, read_whole_mask
+from train_hf import DataArguments, load_rows
 
 datasets.disable_progress_bars()
 streamed, eval_rows, _ = load_rows(DataArguments(dataset="someone/mine", streaming=True), True, True, False)

@@ -1,1 +1,1 @@
-"""What `train_hf.py` puts together: checks of arguments, the run's folder and its checkpoints, and how a run ends."""
+"""What `train_hf.py` puts together: arguments, rows, batches, the trainer, a run's folder and checkpoints, results."""

@@ -1,4 +1,4 @@
-"""Trainer's checkpoints, whole or not there at all, and resumed to the same numbers or not at all."""
+"""Trainer's checkpoints: saved whole or not at all, and resumed to the same numbers or refused."""
 
 import itertools
 import shutil
@@ -21,10 +21,14 @@ class CheckpointingTrainer(Trainer):
     resumed: Path | None = None  # the checkpoint that this run has gone on from
 
     def _get_output_dir(self, trial) -> str:
+        """Where Trainer writes checkpoints: the run's folder, or another while one is not whole."""
         return str(self.unfinished or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
-        """As Trainer's, but under another name until all processes have written their parts."""
+        """Save a checkpoint, under another name until all processes have written their parts.
+
+        Trainer calls this when a checkpoint is due.
+        """
         run, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written = run / UNFINISHED / name
         if self.args.should_save:
@@ -47,14 +51,22 @@ class CheckpointingTrainer(Trainer):
             self._push_from_checkpoint(str(run / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint. Trainer calls this before it is whole, and `_save_checkpoint` once more when it is."""
         if self.unfinished is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does. Raises FloatingPointError if a weight is not finite."""
         stop_if_not_finite(self.model, f"after step {self.state.global_step}, so that nothing is saved")
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load the model, or its adapters, from a checkpoint. Trainer calls this when it resumes.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+            FloatingPointError: a weight is not finite.
+        """
         self.resumed = Path(resume_from_checkpoint)
         if (self.resumed / ADAPTER_CONFIG_NAME).exists():
             self.model.load_adapter(resume_from_checkpoint)
@@ -64,6 +76,7 @@ class CheckpointingTrainer(Trainer):
         stop_if_not_finite(self.model, f"in {resume_from_checkpoint}")
 
     def _load_best_model(self) -> None:
+        """Load the model, or its adapters, from the best checkpoint. Trainer calls this when training ends."""
         if Path(self.state.best_model_checkpoint, ADAPTER_CONFIG_NAME).exists():
             self.model.load_adapter(self.state.best_model_checkpoint)
         else:
@@ -71,19 +84,28 @@ class CheckpointingTrainer(Trainer):
             super()._load_best_model()
 
     def _load_callback_state(self) -> None:
-        """Correct the best checkpoint's path and early stopping's count, which Trainer reads wrongly or not at all."""
+        """Correct the best checkpoint's path and the count of early stopping.
+
+        Trainer calls this when it resumes. It takes the path as it was, though the run's folder may have moved, and
+        lets the count begin anew.
+        """
         super()._load_callback_state()
         best = best_model_of(self.resumed, read_state(self.resumed))
         if best is not None and lies_in(best, Path(self.args.output_dir)):
-            best = Path(self.args.output_dir, best.name)  # Trainer, who keeps it, compares names
+            best = Path(self.args.output_dir, best.name)  # the name under which Trainer keeps it
         self.state.best_model_checkpoint = None if best is None else str(best)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):  # else its count of evaluations would begin anew
+            if isinstance(callback, EarlyStoppingCallback):
                 state = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
                 count = "early_stopping_patience_counter"
                 setattr(callback, count, state["attributes"][count])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states. Trainer calls this before training, with None if it does not resume.
+
+        Raises:
+            ValueError: they are of another model or optimizer.
+        """
         if checkpoint is None:
             return
         try:
@@ -98,5 +120,6 @@ class CheckpointingTrainer(Trainer):
             ) from error
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:  # a finished run would be resumed for one step more
+        """Train an epoch, unless the run is finished: Trainer would train a finished run for one more step."""
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)

@@ -85,8 +85,8 @@ def check_whole(checkpoint: Path, adapter_only: bool) -> None:
     """Refuse a checkpoint if a file that training goes on from is missing, cut, empty or broken.
 
     Args:
-        adapter_only: where there are no weights at all, name the adapters' file as the missing one, not the whole
-            model's.
+        adapter_only: if there are no weights at all, the message says that the adapters' file is missing, not the
+            whole model's.
 
     Raises:
         ValueError: names the file.
@@ -106,10 +106,12 @@ def check_whole(checkpoint: Path, adapter_only: bool) -> None:
 
 
 def check_fits_run(checkpoint: Path, processes: int, fp16: bool, with_best: bool) -> None:
-    """Refuse a whole checkpoint that a run of so many processes could only go on from to other numbers.
+    """Refuse a whole checkpoint if this run would go on from it to other numbers than the run that saved it.
 
     Args:
-        with_best: the best model so far is loaded at the end, so it must be there.
+        processes: of this run.
+        fp16: whether this run scales its loss.
+        with_best: whether the best model so far is loaded at the end, so that its checkpoint must be whole, too.
 
     Raises:
         ValueError: names what does not fit.
@@ -130,7 +132,7 @@ def check_fits_run(checkpoint: Path, processes: int, fp16: bool, with_best: bool
 
 
 def best_model_of(checkpoint: Path, state: TrainerState) -> Path | None:
-    """The best checkpoint so far: beside this one, for a run's folder may have moved, or else where it was."""
+    """The best checkpoint so far, beside this one if it is there, because the run's folder may have moved."""
     if state.best_model_checkpoint is None:
         return None
     recorded = Path(state.best_model_checkpoint)
@@ -204,7 +206,7 @@ def _rng_states_of(processes: int) -> set[str]:
 
 
 def _regular_file(path: Path) -> Path:
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would wait for ever
         raise ValueError(f"{path} is {'no regular file' if path.exists() else 'missing'}: {REMEDY}.")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty: {REMEDY}.")
@@ -215,7 +217,7 @@ def _read_json(path: Path) -> dict:
     _regular_file(path)
     try:
         content = load_json(path)
-    except ValueError as error:  # whose own remedy is for data
+    except ValueError as error:  # its own remedy is meant for data
         raise ValueError(f"{path} is broken ({one_line(error.__cause__)}): {REMEDY}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is broken (it is not a JSON object): {REMEDY}.")
@@ -236,6 +238,6 @@ def _check_saved_by_torch(path: Path, keys: set[str]) -> None:
             raise ValueError(f"it does not hold {', '.join(sorted(keys))}")
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what damage makes torch raise has no common base
-        reason = one_line(str(error).partition("\n")[0])  # the rest is advice to torch's users
+    except Exception as error:  # the errors that torch raises for damage have no common base
+        reason = one_line(str(error).partition("\n")[0])  # its other lines give advice to programmers
         raise ValueError(f"{path} is broken ({reason}): {REMEDY}.") from error

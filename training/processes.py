@@ -25,6 +25,6 @@ def in_all_processes(action: Callable[[], Result]) -> Result:
 
 
 def leave_process_group() -> None:
-    """Leave the other processes in order; at the interpreter's exit their threads would still run."""
+    """Leave the process group in good order: its threads would still run while the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -4,12 +4,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import filelock
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .arguments import DetrisTrainingArguments
 from .checkpoints import (
     LAST,
     check_fits_run,
@@ -19,10 +20,11 @@ from .checkpoints import (
     read_state,
     step_of,
 )
+from .processes import in_all_processes
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole
-CLEARING = ".clearing"  # there while an older run is deleted: what is left of it is no run's
+CLEARING = ".clearing"  # a file that is there while an older run is deleted: what is left of it counts as no run
 BROKEN = "broken-"  # before the name of a checkpoint that is set aside
 OF_A_RUN = (
     "checkpoint-*",
@@ -36,6 +38,34 @@ OF_A_RUN = (
 ALSO_DELETED = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
 
 logger = logging.getLogger(__name__)
+
+
+def claim(args: DetrisTrainingArguments, sources: Iterable[str | None], stack: ExitStack) -> "BeginRun":
+    """Hold the folder of a run for it, and find the checkpoint that it goes on from.
+
+    Afterwards `args.resume_from_checkpoint` is the path of the checkpoint, if there is one.
+
+    Args:
+        sources: what the model is made from.
+        stack: holds the folder until it is closed.
+
+    Returns:
+        What is left to do when training begins.
+
+    Raises:
+        ValueError: another run is at work there, an older one is in the way, or the checkpoint does not fit.
+        OSError: the folder cannot be written.
+    """
+    output_dir, broken = Path(args.output_dir), []
+    in_all_processes(lambda: stack.enter_context(locked(output_dir, args.should_save)))
+    if args.resume_from_checkpoint:
+        found, broken = in_all_processes(lambda: find_checkpoint(args))
+        args.resume_from_checkpoint = str(found)
+    checkpoint = args.resume_from_checkpoint
+    goes_on = bool(checkpoint) and lies_in(checkpoint, output_dir)
+    if args.do_train and not goes_on:
+        in_all_processes(lambda: check_unused(output_dir, args.overwrite_output_dir, (*sources, checkpoint)))
+    return BeginRun(args.overwrite_output_dir and not goes_on, broken)
 
 
 @contextmanager
@@ -99,18 +129,15 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
 
 
 def clear(folder: Path) -> None:
-    """Delete what an older run has left in the folder, other files not."""
+    """Delete an older run's files from the folder, and no others."""
     (folder / CLEARING).touch()
     for path in _in_folder(folder, (*OF_A_RUN, *ALSO_DELETED)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CLEARING).unlink()
 
 
-def find_checkpoint(args: TrainingArguments) -> tuple[Path, list[Path]]:
-    """The checkpoint that `resume_from_checkpoint` means, once it is known to lead to the same numbers.
-
-    Args:
-        args: with `save_adapter_only` too.
+def find_checkpoint(args: DetrisTrainingArguments) -> tuple[Path, list[Path]]:
+    """The checkpoint that `resume_from_checkpoint` means, which is known to lead to the same numbers.
 
     Returns:
         The checkpoint, and newer ones of the same run that are broken.
@@ -145,7 +172,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[Path, list[Path]]:
 
 
 def set_aside(checkpoints: list[Path]) -> None:
-    """Rename broken checkpoints, so that they neither count as ones nor are written into."""
+    """Rename broken checkpoints, so that they no longer count as any, and nothing is written into them."""
     for checkpoint in checkpoints:
         target = checkpoint.with_name(BROKEN + checkpoint.name)
         shutil.rmtree(target, ignore_errors=True)
@@ -156,7 +183,7 @@ def set_aside(checkpoints: list[Path]) -> None:
 class BeginRun(TrainerCallback):
     """Deletes an older run and sets broken checkpoints aside when nothing refuses the new run any more.
 
-    That is when training begins, for Trainer compares model and optimizer with the checkpoint just before.
+    That is when training begins: just before, Trainer compares model and optimizer with the checkpoint.
 
     Args:
         clears: whether there may be an older run.

@@ -53,12 +53,13 @@ class StopAtSignal(TrainerCallback):
         os.write(2, f"\n{signal.Signals(number).name}: stopping. A second Ctrl-C ends the run at once.\n".encode())
 
     def _agree(self, args: TrainingArguments) -> bool:
+        """Whether any process has received a signal. All processes call this at the same place."""
         received = self.received
         if args.world_size > 1:
             of_all = torch.tensor(received, device=args.device)
             torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX)
             received = int(of_all)
-        self.received = received or self.received  # which a signal may have set meanwhile: then all agree next time
+        self.received = received or self.received  # a signal may have come meanwhile: all agree on it next time
         self.agreed = bool(received)
         return self.agreed
 
@@ -83,9 +84,9 @@ class StopAtSignal(TrainerCallback):
 
 
 def leave_signals_to_main_process(worker: int, also: Callable[[int], None] | None = None) -> None:
-    """A loader's `worker_init_fn`: a worker outlives a signal that all processes get, for the main one still needs it.
+    """A loader's `worker_init_fn`: a worker outlives a signal to all processes, because the main one still needs it.
 
-    It ends when its main process tells it so, by SIGTERM too.
+    It ends when the main process tells it to, which also sends SIGTERM for that.
 
     Args:
         also: is called first, with the worker's number.
@@ -95,10 +96,11 @@ def leave_signals_to_main_process(worker: int, also: Callable[[int], None] | Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux has it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+        threading.Thread(target=_end_when_parent_signals, daemon=True).start()
 
 
-def _end_at_the_parents_word() -> None:
+def _end_when_parent_signals() -> None:
+    """Wait for a SIGTERM of the parent process and end then; ignore those of others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

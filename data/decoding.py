@@ -1,0 +1,126 @@
+"""A stored row's image, mask and phrases, decoded. What is broken is refused, and the message names the row.
+
+Rows come from strangers, as `datasets` or Parquet files hold them: images as paths or bytes, masks as COCO's RLE.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from pycocotools import mask as coco_mask
+
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+from processing_detris import MAX_CHANNELS, BoxedMask
+
+from .refer import (
+    END_OF_JPEG,
+    IMAGE_FORMATS,
+    MAX_PHRASE,
+    RleMask,
+    image_format,
+    is_int64,
+    mask_size,
+    run_lengths,
+)
+
+
+def read_image(row: dict) -> np.ndarray | Image.Image:
+    """Decode a row's image.
+
+    Returns:
+        A JPEG's pixels (H, W, 3), which OpenCV decodes, as in the official code. They are equal to Pillow's, which
+        would be copied once more to become an array. Other files, and JPEGs that are turned or in CMYK, are decoded
+        by Pillow and returned as its image.
+
+    Raises:
+        OSError: the file is missing, broken or not as large as the mask; the message names it and the row.
+        ValueError: the mask is null; the message names the row.
+    """
+    image, content = row["image"], None
+    name = f"Image {(image or {}).get('path') or 'embedded in the data set'} of the row with ref_id {row['ref_id']}"
+    try:
+        if image is None or image["bytes"] is None and image["path"] is None:
+            raise ValueError("it is null")
+        content = image["bytes"]
+        if content is None:
+            file = Path(image["path"])
+            if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+                raise OSError("it is no regular file")
+            content = file.read_bytes()
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
+            colours = header.format == "JPEG" and header.mode in ("L", "RGB")
+            upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        pixels = None
+        # OpenCV does not complain about a file that is cut short. And in an array, so few rows or columns could be
+        # taken for channels.
+        if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
+        if pixels is None:
+            pixels = datasets.Image().decode_example({"path": image["path"], "bytes": content})
+    except Exception as error:  # Pillow's decoders raise many types
+        raise_if_out_of_memory(error)
+        other = image_format(io.BytesIO(content)) if isinstance(error, UnidentifiedImageError) else ""
+        if other:
+            raise OSError(f"{name} cannot be read (it is {other}); convert it to JPEG or PNG.") from error
+        raise OSError(f"{name} cannot be read ({one_line(error)}): restore the file or leave the row out.") from error
+    size = header.size[::-1] if upright else pixels.size[::-1]
+    with _errors_name(row):
+        found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
+    if size != found:
+        raise OSError(
+            f"{name} is {size[0]} x {size[1]} pixels, height x width, but its mask {found[0]} x {found[1]}: "
+            "take the image that was annotated, or leave the row out."
+        )
+    return pixels
+
+
+def read_mask(row: dict) -> BoxedMask | np.ndarray:
+    """A row's mask. Only its box is decoded if the mask is still COCO's RLE; raises ValueError if that is broken."""
+    rle = row["mask"]
+    if isinstance(rle, np.ndarray):
+        return rle
+    with _errors_name(row):
+        lengths = run_lengths(rle)
+        if not lengths[1::2].any():  # an empty mask has no box
+            return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
+        left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
+    start, stop = left * rows, (left + width) * rows
+    ends = lengths.cumsum().clip(start, stop)
+    values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
+    return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
+
+
+def read_whole_mask(row: dict) -> np.ndarray:
+    """All of a row's mask (H, W), 0 and 1; raises ValueError if it is broken."""
+    with _errors_name(row):
+        return RleMask().decode_example(row["mask"])
+
+
+def read_phrases(row: dict) -> list[str]:
+    """A row's phrases; raises ValueError if there are none, one is empty or too long, or the row has no ref_id."""
+    with _errors_name(row):
+        phrases = row["sentences"]
+        if not phrases or not all(phrase.strip() and len(phrase) <= MAX_PHRASE for phrase in phrases):
+            raise ValueError(f"its phrases are {short_repr(phrases)}")
+        if not is_int64(row["ref_id"]):
+            raise ValueError("its ref_id is no whole number")
+        return phrases
+
+
+@contextmanager
+def _errors_name(row: dict) -> Iterator[None]:
+    """Turn what a row's broken parts raise into a ValueError that names the row."""
+    try:
+        yield
+    except Exception as error:  # strangers' rows can make libraries raise anything
+        raise_if_out_of_memory(error)
+        raise ValueError(
+            f"The row with ref_id {short_repr(row['ref_id'])} cannot be read ({one_line(error)}): get or prepare its "
+            "data set again, or leave the row out."
+        ) from error

@@ -1,0 +1,362 @@
+"""Which rows a run sees: splits, mixtures, streams; what is wrong with a stranger's set is told as what it is."""
+
+import json
+import os
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.refer_folder import ReferFolder, not_waiting
+from helpers.rows import OUT_OF_MEMORY, SOUND, make_row, make_rows, save, write_prepared
+from helpers.runs import SIZES
+
+from data import prepare
+from data.decoding import read_image, read_whole_mask
+from data.sources import open_records
+from data.streaming import StreamedBatches, StreamedRows
+from training.arguments import DataArguments
+from training.rows import Mixture, load_rows, load_splits, select_split
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+# --- data sets and splits -------------------------------------------------------------------------------------------
+
+
+def test_a_split_that_is_missing_or_empty_is_refused_with_those_there_are(shapes):
+    with pytest.raises(ValueError, match="'test' does not exist.*'val': "):
+        select_split(shapes, "test", None)
+    with pytest.raises(ValueError, match="'testB' is empty"):
+        select_split(shapes, "testB", None)
+    assert len(select_split(shapes, "val", 3)) == 3
+    assert len(select_split(shapes, "val", 10**6)) == len(shapes["val"])
+
+
+def test_an_unknown_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="refcoco/unc"):
+        load_splits("refcocoo", DataArguments())
+    with pytest.raises(ValueError, match="refcocoo"):
+        load_splits("refcocoo/unc", DataArguments(data_root=str(tmp_path)))
+
+
+def test_a_data_set_is_read_once_and_only_when_it_is_asked_for(two_sets):
+    rows, images, read = two_sets
+    args = DataArguments(
+        data_root="unused", test_splits=["refcocog:umd:val", "refcocog:umd:test", "refcocog:umd:train"]
+    )
+    train, val, tests = load_rows(args, do_train=False, do_eval=False, do_predict=True)
+    assert train is None and val is None and read == ["refcocog"]
+    assert [len(tests[name]) for name in args.test_splits] == [
+        sum(len(images[letter]) for letter in letters) for letters in ("a", "b", "cdef")
+    ]
+
+
+def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
+    rows, images, _ = two_sets
+    arguments = {"dataset": "refcocog/umd", "data_root": "unused", "test_splits": ["val"]}
+    _, val, tests = load_rows(DataArguments(**arguments, eval_first_phrase_only=True), False, True, True)
+    expected = [rows[index] for index in images["a"]]
+    assert val["sentences"] == [row["sentences"][:1] for row in expected]
+    assert all(np.array_equal(read_whole_mask(ours), row["mask"]) for ours, row in zip(val, expected, strict=True))
+    for every_phrase in (tests["val"], load_rows(DataArguments(**arguments), False, True, False)[1]):
+        assert every_phrase["sentences"] == [row["sentences"] for row in expected] != val["sentences"]
+
+
+def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write("rrsisd", "unc")
+    images = folder.images.rename(tmp_path / "JPEGImages")
+    arguments = {"data_root": str(folder.root), "dataset": "rrsisd/unc", "test_splits": ["testA", "rrsisd:unc:testB"]}
+    arguments = DataArguments(**arguments, images=str(images))
+    _, val, tests = load_rows(arguments, False, True, True)
+    assert val["ann_id"][:] == [12]
+    assert {name: rows["ann_id"][:] for name, rows in tests.items()} == {"testA": [13], "rrsisd:unc:testB": [15]}
+    arguments.test_splits = []
+    train, *_ = load_rows(arguments, True, False, False)
+    assert train["ann_id"][:] == [10, 11, 14, 16]
+    assert read_image(train[0]).shape == (30, 40, 3)
+    with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'.*`images` says where"):
+        load_splits("rrsisd/unc", DataArguments(data_root=str(folder.root)))
+    with pytest.raises(ValueError, match="images is the folder of a REFER set's images: give data_root"):
+        DataArguments(images=str(images))
+
+
+def test_lmdb_folders_are_told_from_others(tmp_path):
+    (tmp_path / "refcoco").mkdir()
+    (tmp_path / "refcoco" / "train.lmdb").write_bytes(bytes(8192))
+    with pytest.raises(ValueError, match="refcoco was made neither .*LMDB files.*anns/ and masks/.*data.prepare cris"):
+        load_splits(str(tmp_path / "refcoco"), DataArguments())
+    with pytest.raises(FileNotFoundError, match="does not exist; .*LMDB files.*anns/ and masks/"):
+        load_splits("refcoco/unc", DataArguments(data_root=str(tmp_path)))
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["refcoco+/unc + ", "refcoco+/unc + refcoco+/unc"])
+def test_a_mixture_of_nothing_or_the_same_is_refused(two_sets, name):
+    with pytest.raises(ValueError, match="names a data set twice|has the member"):
+        load_rows(DataArguments(dataset=name, data_root="unused"), do_train=True, do_eval=False, do_predict=False)
+
+
+def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
+    rows, images, read = two_sets
+    args = DataArguments(dataset="refcoco+/unc + refcocog/umd", data_root="unused", test_splits=["refcocog:umd:test"])
+    train, val, tests = load_rows(args, do_train=True, do_eval=True, do_predict=True)
+
+    def ref_ids(letters: str) -> list[int]:
+        return [rows[index]["ref_id"] for letter in letters for index in images[letter]]
+
+    assert list(train.rows["ref_id"]) == ref_ids("cd" + "cdf")
+    assert list(val["ref_id"]) == ref_ids("e")
+    assert list(tests["refcocog:umd:test"]["ref_id"]) == ref_ids("b")
+    assert read == ["refcoco+", "refcocog"]
+    for name, all_images, leaks in (("refcoco+/unc", "abcd", "ab"), ("refcocog/umd", "cdef", "e")):
+        phrases = sum(len(rows[index]["sentences"]) for letter in leaks for index in images[letter])
+        counts = f"{len(ref_ids(leaks))} of {len(ref_ids(all_images))} objects ({phrases} phrases)"
+        assert f"{name}: {counts} leave training" in caplog.text
+
+
+def test_images_of_a_split_tested_on_leave_a_single_sets_training_too(two_sets, caplog):
+    rows, images, _ = two_sets
+    args = DataArguments(dataset="refcoco+/unc", data_root="unused", test_splits=["refcocog:umd:val"])
+    train, _, _ = load_rows(args, do_train=True, do_eval=False, do_predict=True)
+    assert isinstance(train, Mixture)
+    assert list(train.rows["ref_id"]) == [rows[index]["ref_id"] for letter in "bcd" for index in images[letter]]
+    assert "leave training" in caplog.text and train.describe_leaks() in caplog.text
+
+
+def test_a_column_called_repetition_makes_no_mixture(tmp_path):
+    rows = make_rows(make_row(1), make_row(2)).add_column("repetition", [0, 1])
+    train, _, _ = load_rows(DataArguments(dataset=save(tmp_path / "saved", train=rows)), True, False, False)
+    assert isinstance(train, datasets.Dataset) and train["repetition"][:] == [0, 1]
+
+
+def test_folders_may_be_called_like_mixtures_and_tested_on_by_name(prepared, tmp_path):
+    for name in ("val + x", "v:1", "2*x"):
+        folder = shutil.copytree(prepared, tmp_path / name)
+        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder)), True, False, False)
+        assert len(train_rows) == 38
+    args = DataArguments(dataset="shapes", shapes_config={"sizes": SIZES}, test_splits=[f"{prepared}:val"])
+    assert len(load_rows(args, False, False, True)[2][f"{prepared}:val"]) == 3
+
+
+# --- saved and prepared folders -------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
+    datasets.DatasetDict({name: shapes[name] for name in ("train", "val")}).save_to_disk(tmp_path / "saved")
+    loaded = load_splits(str(tmp_path / "saved"), DataArguments())
+    assert loaded["val"]["sentences"] == shapes["val"]["sentences"]
+    loaded.remove_columns("mask").save_to_disk(tmp_path / "maskless")
+    with pytest.raises(ValueError, match=r"'train' of .*maskless has no columns \['mask'\]"):
+        load_splits(str(tmp_path / "maskless"), DataArguments())
+    assert np.array_equal(read_image(loaded["val"][2]), read_image(shapes["val"][2]))
+
+
+@pytest.mark.parametrize("column, values", [("sentences", ["a cat"]), ("ref_id", ["x"]), ("mask", ["x"])])
+def test_columns_of_other_types_are_refused(tmp_path, column, values):
+    table = pa.table({name: pa.array([value]) for name, value in SOUND.items()} | {column: pa.array(values)})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what data/README.md"):
+        load_splits(str(tmp_path / "saved"), DataArguments())
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(OSError, match="train.parquet cannot be read"):
+        list(StreamedRows([str(tmp_path / "train.parquet")]).read([0], 0, 1))
+
+
+def test_columns_of_plain_types_are_taken_for_what_they_are(tmp_path):
+    table = pa.table({name: pa.array([value]) for name, value in SOUND.items()})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    (row,) = load_splits(str(tmp_path / "saved"), DataArguments())["train"]
+    assert np.array_equal(read_whole_mask(row), np.eye(48, 64)) and read_image(row).size == (64, 48)
+
+
+def test_a_saved_folder_that_leads_arrow_out_of_its_memory_is_refused(tmp_path):
+    table = pa.table({name: pa.array([value] * 3) for name, value in SOUND.items()})
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved" / "train").glob("*.arrow")
+    offsets = np.array([0, 5, 10, 15], np.int32).tobytes()  # of three phrases
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, np.array([0, 2**30, 2**30, 2**30], np.int32).tobytes()))
+    with pytest.raises(OSError, match="saved is broken .*save or copy it again"):
+        load_splits(str(tmp_path / "saved"), DataArguments())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
+def test_a_broken_summary_is_named(prepared, tmp_path, content):
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match="summary.json (is not a JSON file|does not say)"):
+        load_splits(str(folder), DataArguments())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "all missing", "broken", "broken rows"])
+def test_a_damaged_prepared_folder_is_refused(prepared, tmp_path, damage, streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    files = sorted(folder.glob("train-*.parquet"))
+    for file in files if damage == "all missing" else files[1:2]:
+        content = file.read_bytes()
+        file.unlink()
+        if damage == "broken":
+            file.write_bytes(content[:-9])
+        elif damage == "broken rows":
+            file.write_bytes(content[:4] + bytes(3000) + content[3004:])
+    missing = "lacks 3 of its 4 files" if damage == "all missing" else "lacks 1 of its 4 files, such as train-00001-of"
+    message = missing if "missing" in damage else "cannot be read .*anew"
+    with pytest.raises(OSError, match=message):
+        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False)
+        list(StreamedBatches(train_rows, 4, 0, 1, 1, 0))  # only then are rows streamed
+
+
+def test_what_is_no_prepared_folder_is_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="neither by data.prepare nor by save_to_disk.*data.prepare <kind>"):
+        load_splits(str(tmp_path), DataArguments())
+    with pytest.raises(OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub"):
+        load_splits("prepared/nosuch", DataArguments())
+
+
+@pytest.mark.parametrize("write", [save, write_prepared])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([make_row(3), make_row(4), make_row(3)], "1 ref_ids stand at several refs, such as 3; give each its own"),
+        (
+            [make_row(3), make_row(4, mask=None)],
+            "1 rows whose mask is null, first row 1 with ref_id 4: give an empty mask",
+        ),
+        ([make_row(3, sentences=None), make_row(4)], "1 rows whose sentences is null, first row 0 with ref_id 3"),
+        ([make_row(3), make_row(None)], "1 rows whose ref_id is null, first row 1 with ref_id None: number the rows"),
+    ],
+)
+def test_numbers_that_repeat_and_nulls_are_told_as_such(tmp_path, write, rows, message):
+    name = write(tmp_path / "set", train=make_rows(make_row(1)), val=make_rows(*rows))
+    with pytest.raises(ValueError, match=rf"^Split 'val(idation)?' of .*set.*{message}"):
+        load_splits(name, DataArguments())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_rows_is_told_as_such(tmp_path, split):
+    splits = {"train": make_rows(make_row(1)), "val": make_rows(make_row(2)), split: make_rows()}
+    with pytest.raises(ValueError, match="saved has a split without any row"):
+        load_splits(save(tmp_path / "saved", **splits), DataArguments())
+    with pytest.raises(ValueError, match="Split '(train|validation)' of .*prepared has no rows"):
+        load_splits(write_prepared(tmp_path / "prepared", **splits), DataArguments())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nothing"])
+@pytest.mark.parametrize("name", ["train-00000-of-00001.parquet", "summary.json", "README.md", "more.parquet"])
+def test_pipes_and_devices_in_a_prepared_folder_are_not_read(tmp_path, name, kind):
+    folder = tmp_path / "prepared"
+    write_prepared(folder, train=make_rows(make_row(1)))
+    put_odd_file(folder / name, kind)
+    message = f"{name} is no regular file|made neither by data.prepare|cannot be streamed"
+    for streaming in (False, True):
+        with not_waiting(), pytest.raises(ValueError, match=message):
+            load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["dataset_dict.json", "train/data-00000-of-00001.arrow", "train/state.json"])
+def test_pipes_and_devices_in_a_saved_folder_are_not_read(tmp_path, name, kind):
+    saved = save(tmp_path / "saved", train=make_rows(make_row(1)))
+    put_odd_file(tmp_path / "saved" / name, kind)
+    with not_waiting(), pytest.raises(ValueError, match=f"{name} is no regular file"):
+        load_splits(saved, DataArguments())
+
+
+def put_odd_file(path, kind):
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+
+
+def test_a_prepared_set_of_grefcoco_keeps_what_it_skipped(tmp_path):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.refs[0]["sentences"] = []
+    folder.write("grefcoco")
+    (folder.root / "grefcoco" / "refs(unc).p").unlink()
+    (folder.root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(folder.refs))
+    prepare.prepare(open_records("refer", folder.root, "grefcoco/unc"), tmp_path / "out", num_proc=1)
+    assert load_splits(str(tmp_path / "out"), DataArguments())["train"]["ann_id"][:] == [11, 14, 16]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_want_of_memory_is_not_told_as_a_broken_data_set(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    saved = save(tmp_path / "saved", train=make_rows(make_row(1)))
+    prepared = write_prepared(tmp_path / "prepared", train=make_rows(make_row(1)))
+    for target, name, folder in ((datasets.table.Table, "validate", saved), (datasets, "load_dataset", prepared)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fail)
+            with pytest.raises(type(error)) as caught:
+                load_splits(folder, DataArguments())
+            assert caught.value is error
+
+
+def test_want_of_memory_is_found_behind_what_datasets_makes_of_it(tmp_path, monkeypatch):
+    prepared = write_prepared(tmp_path / "prepared", train=make_rows(make_row(1)))
+
+    def fail(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from MemoryError("no room")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        load_splits(prepared, DataArguments())
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):
+    """The other splits are read as always, the training split not even if its files are unreadable."""
+    arguments = DataArguments(dataset=str(prepared), streaming=True, test_splits=["val"], shuffle_buffer_size=3)
+    load_dataset, loaded = datasets.load_dataset, []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: loaded.append(kwargs) or load_dataset(*args, **kwargs)
+    )
+    train_rows, eval_rows, test_rows = load_rows(arguments, True, True, True)
+    assert [list(options["data_files"]) for options in loaded] == [["val"]]
+    assert isinstance(train_rows, StreamedRows) and len(train_rows) == 38 and train_rows.shuffle_buffer_size == 3
+    assert len(eval_rows) == len(test_rows["val"]) == 3
+    without = load_rows(DataArguments(dataset=str(prepared)), True, True, False)
+    assert len(without[0]) == 38
+    assert without[1]["ref_id"][:] == eval_rows["ref_id"][:] and eval_rows.features == without[1].features
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": "shapes"}, "'shapes' cannot be streamed: .*data.prepare"),
+        ({"dataset": "refcoco/unc", "data_root": "."}, "'refcoco/unc' cannot be streamed"),
+        ({"dataset": "shapes + refcoco/unc"}, "streaming takes one data set, not the mixture 'shapes"),
+        ({"train_split": "trian"}, "no split 'trian' to train on: it has .*'train'"),
+        ({"eval_split": "vall"}, "'vall' does not exist"),
+        ({"max_train_samples": 3}, "leave max_train_samples out"),
+        ({"shuffle_buffer_size": 0}, "shuffle_buffer_size is 0"),
+        ({"dataset": "prepared/nosuch"}, "no folder here, nor to be had from the Hub"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(prepared, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        load_rows(DataArguments(**{"dataset": str(prepared), "streaming": True} | changes), True, True, False)
+
+
+def test_a_streamed_split_without_rows_is_told_as_such(tmp_path):
+    name = write_prepared(tmp_path / "prepared", train=make_rows())
+    rows, *_ = load_rows(DataArguments(dataset=name, streaming=True), True, False, False)
+    with pytest.raises(ValueError, match="The split to train on has no rows"):
+        StreamedBatches(rows, 4, 0, 1, 1, 0)

@@ -1,0 +1,172 @@
+"""What a run leaves behind: metrics, predictions, the table, and the model card."""
+
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import pandas as pd
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from data.decoding import read_whole_mask
+from data.mixture import SEPARATOR, Member
+from gallery import Sample, draw_sample
+from model_card import METRIC_NAMES, make_model_card
+
+from .arguments import DataArguments
+from .rows import Mixture, dataset_and_split, public_name
+from .trainer import PADDING, DetrisTrainer
+
+
+def evaluate_and_predict(
+    trainer: DetrisTrainer, data_args: DataArguments, members: list[Member], test_rows: dict[str, datasets.Dataset]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Evaluate and predict, as far as it is asked for, and write metrics, predictions and the table.
+
+    Args:
+        members: data sets that are trained on. Test splits without the name of a data set are the first one's.
+        test_rows: what to predict, by the names of the test splits.
+
+    Returns:
+        All metrics; and for the card, for each split, `dataset`, `split` and the metrics by `METRIC_NAMES`.
+    """
+    args, metrics = trainer.args, {}
+    own_set = public_name(members[0].name)
+    first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
+    first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
+    lines, results = [], []  # of the table, of the card
+    if args.do_eval:
+        metrics |= report(trainer, "eval", trainer.evaluate())
+        result = {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
+        results.append(result | _figures(metrics, "eval"))
+    for split, rows in test_rows.items():
+        # Files get this name, too, and there are files called "train" and "eval" that training writes.
+        name = f"test_{split}" if split in ("train", "eval") else re.sub("[:/]", "_", split)
+        output = trainer.predict(rows, metric_key_prefix=name)
+        metrics |= report(trainer, name, output.metrics)
+        figures = _figures(output.metrics, name)
+        dataset, split_name = dataset_and_split(split, "")
+        label = f"{public_name(dataset)}:{split_name}" if Path(dataset).is_absolute() else split
+        line = {"split": label, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
+        lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
+        result = {"dataset": public_name(dataset) or own_set, "split": split_name + first_objects}
+        if not any(result.items() <= other.items() for other in results):  # do_eval may have run over the same split
+            results.append(result | figures)
+        if trainer.is_world_process_zero():
+            folder = Path(args.output_dir, "predictions", name)
+            write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
+    if lines and trainer.is_world_process_zero():
+        print(f"\n{write_table(Path(args.output_dir), lines)}\n")
+    return metrics, results
+
+
+def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The figures in `METRIC_NAMES`, without the prefix that Trainer puts before their names."""
+    return {key: metrics[f"{prefix}_{key}"] for key in METRIC_NAMES if f"{prefix}_{key}" in metrics}
+
+
+def report(trainer: DetrisTrainer, name: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Print metrics, save them as `<name>_results.json` and in `all_results.json`, and return them."""
+    trainer.log_metrics(name, metrics)
+    trainer.save_metrics(name, metrics)
+    return metrics
+
+
+def write_predictions(
+    folder: Path, rows: datasets.Dataset, counts: np.ndarray, masks: list[list[dict]] | None, metric: evaluate.Metric
+) -> None:
+    """Write a line of `results.jsonl` for each phrase, its mask (PNG, 0 and 255), and a picture of the mask.
+
+    Args:
+        folder: is made anew, so that nothing of an earlier run is left in it.
+        rows: the `R` objects that were segmented.
+        counts (`(R, K, 3)`): pixels in intersection, in union and in the truth.
+        masks: for each row, a COCO RLE for each phrase; `None` leaves masks and pictures out.
+        metric: turns counts into IoU.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if masks is not None:
+        (folder / "masks").mkdir()
+        (folder / "overlays").mkdir()
+    with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+        for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
+            if masks is not None:
+                image, truth = datasets.Image().decode_example(row["image"]), read_whole_mask(row)
+            for phrase, sentence in enumerate(row["sentences"]):
+                intersection, union, reference_area = row_counts[phrase]
+                result = {
+                    "ref_id": row["ref_id"],
+                    "image_id": row["image_id"],
+                    "sentence": sentence,
+                    "iou": float(metric.iou(intersection, union)),
+                    "intersection": intersection,
+                    "union": union,
+                    "reference_area": reference_area,
+                }
+                if masks is not None:
+                    mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
+                    result["mask"] = f"masks/{name}.png"
+                    Image.fromarray(mask * 255).save(folder / result["mask"])
+                    picture = draw_sample(Sample(image, sentence, truth, mask, result["iou"]))
+                    picture.save(folder / "overlays" / f"{name}.jpg")
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
+    """Write the paper's table, in percent, as `table.txt`, `table.md` and `table.json`, and return it as text.
+
+    Args:
+        folder: exists.
+        lines: for each split its name, objects, phrases and figures, which are called as in `METRIC_NAMES`. Below
+            them comes the plain mean of each figure, over the splits that have it.
+    """
+    heads = [head for head in METRIC_NAMES.values() if any(head in line for line in lines)]
+    mean = {head: statistics.fmean(line[head] for line in lines if head in line) for head in heads}
+    mean = {"split": "mean of the rows"} | mean
+    table = pd.DataFrame([*lines, mean | {"objects": "", "phrases": ""}])
+    text = table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    header, *body = table.to_csv(sep="|", index=False, float_format="%.2f", na_rep="-").splitlines()
+    markdown = [header, "|".join(["---"] + ["---:"] * (len(table.columns) - 1)), *body]
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (folder / "table.md").write_text("".join(f"|{line}|\n" for line in markdown), encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps([*lines, mean], indent=2) + "\n", encoding="utf-8")
+    return text
+
+
+def write_card(
+    trainer: DetrisTrainer, members: list[Member], mixture: Mixture | None, results: list[dict[str, Any]]
+) -> None:
+    """Write the model card into the output folder.
+
+    Args:
+        members: the data sets that were trained on, if anything was.
+        mixture: what they became, if the rows were mixed or searched for images that are tested on.
+        results: for each split that was evaluated, `dataset`, `split` and the metrics by `METRIC_NAMES`.
+    """
+    args = trainer.args
+    origin, dataset = "Evaluated with `train_hf.py`.", ""
+    if args.do_train:
+        dataset = SEPARATOR.join(
+            (f"{member.weight:g}*" if member.weight != 1 else "") + public_name(member.name) for member in members
+        )
+        origin = (
+            f"Trained with `train_hf.py`: {trainer.state.global_step} steps of "
+            f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
+            f"{args.learning_rate:g}, seed {args.seed}."
+        )
+        if mixture is not None:
+            origin += f" {mixture.describe_leaks()}"
+        elif {result["dataset"] for result in results} - {public_name(members[0].name)}:
+            origin += " Its training images were not compared with those of the other data sets it is tested on."
+    name = trainer.hub_model_id or Path(args.output_dir).name
+    card = make_model_card(
+        trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only
+    )
+    card.save(Path(args.output_dir) / "README.md")
