@@ -36,7 +36,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from checkpoint_files import bare_state_dict, read_tensors, require_file, skeleton
 from configuration_detris import DetrisConfig, as_value_error, check_values, one_line, short_repr
-from data.refer import load_yaml
+from data.untrusted import load_yaml
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from official_layout import (

@@ -19,6 +19,7 @@ SUBPIXELS = 32  # OpenCV 4 samples at multiples of 1/32 of a pixel
 REACHES = {cv2.INTER_LINEAR: 1, cv2.INTER_CUBIC: 2}  # how far from a place sampling looks, in pixels
 CUBIC_COEFFICIENT = -0.75  # of the cubic kernel that OpenCV and PyTorch share
 MAX_SIDE = 32_766  # pixels of an image; OpenCV warps no larger ones
+MAX_CHANNELS = 4  # red, green, blue and alpha
 CACHED_SIZES = 8  # of images, at 1.6 MB for a square of 448
 CACHED_MATRICES = 64  # two for each size of an image
 

@@ -31,17 +31,31 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+    from .configuration_detris import DetrisConfig
+    from .letterbox_detris import (
+        MAX_CHANNELS,
+        MAX_SIDE,
+        BoxedMask,
+        letterbox_image,
+        letterbox_mask,
+        undo_letterbox,
+    )
 except ImportError:
     if __package__:
         raise
-    from letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+    from configuration_detris import DetrisConfig
+    from letterbox_detris import (
+        MAX_CHANNELS,
+        MAX_SIDE,
+        BoxedMask,
+        letterbox_image,
+        letterbox_mask,
+        undo_letterbox,
+    )
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_SIDE = 448
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; all CLIP models have the same tokenizer
-MAX_CHANNELS = 4  # red, green, blue and alpha
 MAX_SQUARE = 4_096  # pixels along a side of the square, several times as many as backbones are trained with
 MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
 MIN_STD = 1 / 255  # one grey level
@@ -78,7 +92,7 @@ class DetrisImageProcessor(BaseImageProcessor):
         image_std: list[float] | None = None,
         **kwargs,
     ):
-        size = DEFAULT_SIDE if size is None else size
+        size = DetrisConfig.image_size if size is None else size
         side = size.get("height") if isinstance(size, Mapping) else size
         if type(side) is not int or not 1 <= side <= MAX_SQUARE or size not in (side, {"height": side, "width": side}):
             raise ValueError(
@@ -197,8 +211,8 @@ class DetrisProcessor(ProcessorMixin):
         self,
         image_processor: DetrisImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        max_text_length: int = 17,
-        mask_threshold: float = 0.35,
+        max_text_length: int = DetrisConfig.max_text_length,
+        mask_threshold: float = DetrisConfig.mask_threshold,
     ):
         if type(max_text_length) is not int or not 3 <= max_text_length <= MAX_TEXT_LENGTH:
             raise ValueError(

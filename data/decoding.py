@@ -12,21 +12,13 @@ import cv2
 import datasets
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-from pycocotools import mask as coco_mask
 
 from configuration_detris import one_line, raise_if_out_of_memory, short_repr
-from processing_detris import MAX_CHANNELS, BoxedMask
+from letterbox_detris import MAX_CHANNELS, BoxedMask
 
-from .refer import (
-    END_OF_JPEG,
-    IMAGE_FORMATS,
-    MAX_PHRASE,
-    RleMask,
-    image_format,
-    is_int64,
-    mask_size,
-    run_lengths,
-)
+from .images import END_OF_JPEG, IMAGE_FORMATS, image_format
+from .masks import RleMask, decode_in_box, mask_size
+from .records import MAX_PHRASE, is_int64
 
 
 def read_image(row: dict) -> np.ndarray | Image.Image:
@@ -85,15 +77,7 @@ def read_mask(row: dict) -> BoxedMask | np.ndarray:
     if isinstance(rle, np.ndarray):
         return rle
     with _errors_name(row):
-        lengths = run_lengths(rle)
-        if not lengths[1::2].any():  # an empty mask has no box
-            return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
-        left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
-    start, stop = left * rows, (left + width) * rows
-    ends = lengths.cumsum().clip(start, stop)
-    values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
-    return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))
+        return decode_in_box(rle)
 
 
 def read_whole_mask(row: dict) -> np.ndarray:

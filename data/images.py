@@ -22,7 +22,6 @@ IMAGE_FORMATS = (
     "TIFF",
 )  # to read EPS, Pillow would start a program
 END_OF_JPEG, END_OF_PNG = b"\xff\xd9", b"IEND\xaeB`\x82"
-MAX_SIDE = 32_766  # pixels; OpenCV warps no larger images
 FORMATS_NOT_READ = {  # by the first bytes of their files
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",

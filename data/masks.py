@@ -16,6 +16,7 @@ from datasets.table import array_cast
 from pycocotools import mask as coco_mask
 
 from configuration_detris import short_repr
+from letterbox_detris import BoxedMask
 
 from .untrusted import record_errors_begin_with
 
@@ -236,3 +237,20 @@ def box_around(boxes: list[list[float]]) -> list[float]:
     left, top = (min(box[axis] for box in boxes) for axis in (0, 1))
     right, bottom = (max(box[axis] + box[axis + 2] for box in boxes) for axis in (0, 1))
     return [left, top, right - left, bottom - top]
+
+
+def decode_in_box(rle: dict) -> BoxedMask:
+    """Decode COCO's RLE inside the mask's bounding box only, since most of an image lies outside its objects.
+
+    Raises:
+        ValueError: as `run_lengths`.
+    """
+    lengths = run_lengths(rle)
+    if not lengths[1::2].any():  # an empty mask has no box
+        return BoxedMask(np.zeros((1, 1), np.uint8), 0, 0, tuple(rle["size"]))
+    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    rows = rle["size"][0]  # the runs go down the columns, by turns of 0 and 1
+    start, stop = left * rows, (left + width) * rows
+    ends = lengths.cumsum().clip(start, stop)
+    values = np.repeat((np.arange(len(ends)) % 2).astype(np.uint8), np.diff(ends, prepend=start)).reshape(width, rows)
+    return BoxedMask(values[:, top : top + height].T, top, left, tuple(rle["size"]))

@@ -45,7 +45,6 @@ RESERVED_SPLIT = "all"  # `datasets` calls all splits together so
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 # In the folder of work: the file that names the job, the files of what was read, the folder that becomes the output.
 JOB_FILE, CHUNK_PREFIX, WHOLE_FOLDER = "job", "chunk-", "whole"
-STORED = STORED_FEATURES  # for files outside data/, until they import it from where it stands
 
 CARD_TEMPLATE = """---
 {metadata}

@@ -16,8 +16,9 @@ import datasets
 from pycocotools import mask as coco_mask
 
 from configuration_detris import require_regular, short_repr
+from letterbox_detris import MAX_SIDE
 
-from .images import MAX_SIDE, check_image
+from .images import check_image
 from .masks import MAX_PIXELS, RleMask, checked_bbox, union_of_parts
 from .untrusted import MAX_NAME, checked_text, record_errors_begin_with
 

@@ -246,12 +246,3 @@ def _record_with_id(records: dict[int, dict], name: str, key: int) -> dict:
     if key not in records:
         raise ValueError(f"{name} {short_repr(key)} is not in instances.json; take both files from the same release.")
     return records[key]
-
-
-# --- names that files outside data/ still import from here; to be removed once they import them from their own files
-
-from .images import END_OF_JPEG, IMAGE_FORMATS, check_image, image_format  # noqa: E402, F401
-from .masks import RleMask, mask_size, run_lengths  # noqa: E402, F401
-from .records import FEATURES, MAX_PHRASE, require_columns, require_rows  # noqa: E402, F401
-from .records import lmdb_hint as instead_of_lmdb  # noqa: E402, F401
-from .untrusted import load_yaml, require_regular_files  # noqa: E402, F401

@@ -35,7 +35,10 @@ ORDER = """
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
 """.split()
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.
-RESTRICTED = {"metrics": (), "data": ("data", "configuration_detris", "untrusted_pickles")}
+RESTRICTED = {
+    "metrics": (),
+    "data": ("data", "configuration_detris", "untrusted_pickles", "letterbox_detris"),
+}
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
     Makefile pyproject.toml requirements.txt requirements.lock requirements-dev.txt requirements-dev.lock

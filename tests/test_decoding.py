@@ -10,7 +10,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from data import decoding
 from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
-from data.refer import RleMask, check_image
+from data.images import check_image
+from data.masks import RleMask
 
 # --- images ---------------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ def test_want_of_memory_is_not_told_as_a_broken_row(monkeypatch, error):
     row = make_row(1)
     for target, name, attempt in (
         (decoding.Image, "open", lambda: read_image(row)),
-        (decoding, "run_lengths", lambda: read_mask(row)),
+        (decoding, "decode_in_box", lambda: read_mask(row)),
         (decoding.RleMask, "decode_example", lambda: read_whole_mask(row)),
         (decoding, "is_int64", lambda: read_phrases(row)),
     ):

@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from data.refer import RleMask
+from data.masks import RleMask
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor

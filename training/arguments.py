@@ -18,7 +18,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, short_repr
-from data.refer import load_yaml
+from data.untrusted import load_yaml
 from model_card import METRIC_NAMES
 from processing_detris import CLIP_TOKENIZER
 

@@ -22,7 +22,7 @@ from transformers.utils import (
 
 from checkpoint_files import check_shapes, first_not_finite, saved_shapes, shapes_of
 from configuration_detris import one_line
-from data.refer import load_json
+from data.untrusted import load_json
 
 LAST = "last"  # what --resume_from_checkpoint may say in the place of a folder
 RNG_STATE = "rng_state"

@@ -16,17 +16,12 @@ import pyarrow as pa
 
 from configuration_detris import one_line, raise_if_out_of_memory
 from data.mixture import Leak, Member, mix, parse_mixture
-from data.prepare import STORED, SUMMARY, require_whole
-from data.refer import (
-    SOURCES,
-    instead_of_lmdb,
-    load_refer,
-    require_columns,
-    require_regular_files,
-    require_rows,
-)
+from data.prepare import SUMMARY, require_whole
+from data.records import STORED_FEATURES, lmdb_hint, require_columns, require_rows
+from data.refer import SOURCES, load_refer
 from data.shapes import load_shapes
 from data.streaming import StreamedRows, parquet_files
+from data.untrusted import require_regular_files
 
 from .arguments import DataArguments
 
@@ -207,7 +202,7 @@ def _load_saved(name: str) -> datasets.DatasetDict:
     if not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
         raise ValueError(
             f"The folder {name} was made neither by data.prepare nor by save_to_disk: prepare what it holds by "
-            f"`python -m data.prepare <kind> {name} --output …`, and name that folder{instead_of_lmdb(name)}."
+            f"`python -m data.prepare <kind> {name} --output …`, and name that folder{lmdb_hint(name)}."
         )
     require_regular_files(name)
     try:
@@ -267,7 +262,7 @@ def _as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
     for split, rows in splits.items():
         where = f"Split {split!r} of {name}"
         require_columns(where, rows.column_names)
-        for column, feature in STORED.items():
+        for column, feature in STORED_FEATURES.items():
             if rows.features[column] != feature:
                 try:
                     rows = rows.cast_column(column, feature)

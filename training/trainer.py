@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from data.refer import RleMask
+from data.masks import RleMask
 from data.streaming import StreamedBatches, StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor

@@ -9,7 +9,8 @@ import PIL.Image
 import pyarrow as pa
 import torch
 
-from data.refer import FEATURES, RleMask
+from data.masks import RleMask
+from data.records import FEATURES
 
 OUT_OF_MEMORY = [
     MemoryError("no room"),
