@@ -50,8 +50,8 @@ def load_shapes(
             image = {"bytes": _png(rows[0]["image"]), "path": None}
             rows = [FEATURES.encode_example(row | {"image": image}) for row in rows]
             tables.append(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
-        # Without a given fingerprint, `datasets` would pickle all pictures to compute one. Rows in memory have no
-        # cache files, so it need not change with this code.
+        # Without a given fingerprint, `datasets` would pickle all pictures to compute one. It need not change with
+        # this code, because rows in memory have no cache files.
         fingerprint = Hasher.hash(("shapes", seed, split, count, image_size, max_objects, object_scale))
         splits[split] = datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
     return datasets.DatasetDict(splits)
