@@ -9,9 +9,7 @@ import html
 import numbers
 import os
 import re
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import ftfy
@@ -31,38 +29,24 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .configuration_detris import DetrisConfig
-    from .letterbox_detris import (
-        MAX_CHANNELS,
-        MAX_SIDE,
-        BoxedMask,
-        letterbox_image,
-        letterbox_mask,
-        undo_letterbox,
-    )
+    from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, as_value_error, short_repr
+    from .letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import DetrisConfig
-    from letterbox_detris import (
-        MAX_CHANNELS,
-        MAX_SIDE,
-        BoxedMask,
-        letterbox_image,
-        letterbox_mask,
-        undo_letterbox,
-    )
+    from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, as_value_error, short_repr
+    from letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 
 logger = logging.get_logger(__name__)
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; all CLIP models have the same tokenizer
-MAX_SQUARE = 4_096  # pixels along a side of the square, several times as many as backbones are trained with
 MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
 MIN_STD = 1 / 255  # one grey level
 # Fields of saved files that tell transformers which classes to load.
 CLASS_FIELDS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
 # One can iterate over these too, but not to get phrases.
 NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)
+CONFIGURATION_IS_BROKEN = "The processor's configuration in {} is no JSON object of fields, so save or get it again"
 BYTE_SYMBOLS = 512  # each of the 256 bytes, inside a word and at the end of one
 
 
@@ -94,10 +78,14 @@ class DetrisImageProcessor(BaseImageProcessor):
     ):
         size = DetrisConfig.image_size if size is None else size
         side = size.get("height") if isinstance(size, Mapping) else size
-        if type(side) is not int or not 1 <= side <= MAX_SQUARE or size not in (side, {"height": side, "width": side}):
+        if (
+            type(side) is not int
+            or not 1 <= side <= MAX_IMAGE_SIZE
+            or size not in (side, {"height": side, "width": side})
+        ):
             raise ValueError(
-                f"size is {reprlib.repr(size)}, but DETRIS sees squares: give {{'height': side, 'width': side}} in "
-                f"pixels, at most {MAX_SQUARE:,}."
+                f"size is {short_repr(size)}, but DETRIS sees squares: give {{'height': side, 'width': side}} in "
+                f"pixels, at most {MAX_IMAGE_SIZE:,}."
             )
         self.size = {"height": side, "width": side}
         self.image_mean = _checked_channels(OPENAI_CLIP_MEAN if image_mean is None else image_mean, "image_mean", 0)
@@ -108,7 +96,7 @@ class DetrisImageProcessor(BaseImageProcessor):
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with _refusing_broken_configuration(pretrained_model_name_or_path):
+        with as_value_error(CONFIGURATION_IS_BROKEN.format(pretrained_model_name_or_path)):
             fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
@@ -216,7 +204,7 @@ class DetrisProcessor(ProcessorMixin):
     ):
         if type(max_text_length) is not int or not 3 <= max_text_length <= MAX_TEXT_LENGTH:
             raise ValueError(
-                f"max_text_length is {reprlib.repr(max_text_length)}: start, end and at least one word need 3 or more "
+                f"max_text_length is {short_repr(max_text_length)}: start, end and at least one word need 3 or more "
                 f"tokens, and at most {MAX_TEXT_LENGTH:,} are allowed."
             )
         if len(tokenizer) < BYTE_SYMBOLS:  # without its file `from_pretrained` makes a tokenizer that is all but empty
@@ -244,7 +232,7 @@ class DetrisProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with _refusing_broken_configuration(pretrained_model_name_or_path):
+        with as_value_error(CONFIGURATION_IS_BROKEN.format(pretrained_model_name_or_path)):
             fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
@@ -552,7 +540,7 @@ def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str
     for n, phrase in enumerate(phrases):
         if not isinstance(phrase, str):
             raise TypeError(
-                f"phrase {n} of text is {reprlib.repr(phrase)}, of type {type(phrase).__name__}: give a string."
+                f"phrase {n} of text is {short_repr(phrase)}, of type {type(phrase).__name__}: give a string."
             )
     return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
 
@@ -571,7 +559,7 @@ def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple])
         agrees = any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in fixed[name])
         if value is not None and not agrees:
             raise TypeError(
-                f"{name} is {reprlib.repr(value)}, but here it is always {fixed[name][0]!r}: leave it out, or load "
+                f"{name} is {short_repr(value)}, but here it is always {fixed[name][0]!r}: leave it out, or load "
                 "a checkpoint made with another."
             )
 
@@ -579,7 +567,7 @@ def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple])
 def _checked_threshold(threshold: Any, name: str) -> float:
     """Return a threshold of probabilities; refuse anything else with a ValueError."""
     if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
-        raise ValueError(f"{name} is {reprlib.repr(threshold)}: it is a probability, give a number from 0 to 1.")
+        raise ValueError(f"{name} is {short_repr(threshold)}: it is a probability, give a number from 0 to 1.")
     return threshold
 
 
@@ -591,21 +579,10 @@ def _checked_channels(values: Any, name: str, least: float) -> list[float]:
         or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= 1 for v in values)
     ):
         raise ValueError(
-            f"{name} is {reprlib.repr(values)}: give three numbers from {least:.3g} to 1, for red, green and blue "
+            f"{name} is {short_repr(values)}: give three numbers from {least:.3g} to 1, for red, green and blue "
             "from 0 to 1."
         )
     return list(values)
-
-
-@contextmanager
-def _refusing_broken_configuration(source: Any) -> Iterator[None]:
-    """Turn whatever a broken configuration file makes transformers raise inside into one ValueError."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise ValueError(
-            f"The processor's configuration in {source} is no JSON object of fields ({error}): save or get it again."
-        ) from error
 
 
 def _make_processor(cls: type, image_class: type, image_arguments: tuple, *arguments: Any) -> DetrisProcessor:

@@ -257,7 +257,7 @@ LONG_CLASS = "class Long:\n" + "    x = 0\n" * MAX_CLASS_LINES
             },
             [
                 "data/check.py imports processing_detris.py, but may import data or configuration_detris "
-                "or untrusted_pickles",
+                "or untrusted_pickles or letterbox_detris",
                 "data/mixture.py imports data/check.py, which stands below it",
             ],
             id="data",

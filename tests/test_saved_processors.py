@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from processing_detris import MAX_SQUARE, DetrisImageProcessor, DetrisProcessor
+from configuration_detris import MAX_IMAGE_SIZE
+from processing_detris import DetrisImageProcessor, DetrisProcessor
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"size": MAX_SQUARE + 1}, "size is 4097, .* at most 4,096"),
+        ({"size": MAX_IMAGE_SIZE + 1}, "size is 4097, .* at most 4,096"),
         ({"size": 10**9}, "size is 1000000000"),
         ({"size": {"height": 10**9, "width": 10**9}}, "size is {'height': 1000000000"),
         ({"size": -56}, "size is -56"),
