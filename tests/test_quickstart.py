@@ -62,7 +62,7 @@ PICKED = {
     ],
     "ordinal": [(3, "the second shape from bottom"), (4, "first plain object from the top")],
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,7 @@ def code_files() -> set[str]:
     return files
 
 
+@pytest.mark.slow
 def test_the_auto_classes_without_the_repository(tmp_path):
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in (WHOLE, ADAPTER)]
     for folder in folders:

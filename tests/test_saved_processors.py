@@ -227,6 +227,7 @@ def assert_refused_or_works(folder):
     processor.to_json_string()
 
 
+@pytest.mark.slow
 def test_saved_folder_loads_without_the_repository(processor, tmp_path):
     processor.max_text_length, processor.mask_threshold = 9, 0.4
     processor.save_pretrained(tmp_path / "saved")
