@@ -35,10 +35,10 @@ try:
     from .untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
-        AsksForCode,
-        NotRead,
+        ForbiddenGlobal,
+        Placeholder,
         ScriptObject,
-        StoredTensor,
+        TensorRecord,
         load_tensor_pickle,
     )
 except ImportError:
@@ -48,10 +48,10 @@ except ImportError:
     from untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
-        AsksForCode,
-        NotRead,
+        ForbiddenGlobal,
+        Placeholder,
         ScriptObject,
-        StoredTensor,
+        TensorRecord,
         load_tensor_pickle,
     )
 
@@ -207,7 +207,7 @@ def _script_tensors(root: ScriptObject, source_of: Callable[[str], str]) -> dict
             continue
         names = declared[place][name]
         if names is None or not isinstance(module.state, dict):
-            raise AsksForCode(f"{place}.{name}.__setstate__")
+            raise ForbiddenGlobal(f"{place}.{name}.__setstate__")
         count += len(module.state)
         if count > MAX_ATTRIBUTES:
             raise ValueError("its modules have too many attributes")
@@ -285,8 +285,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         for name, tensor in stored.items():
-            if not isinstance(tensor, StoredTensor):
-                kind = tensor.kind if isinstance(tensor, NotRead) else f"a {type(tensor).__name__}"
+            if not isinstance(tensor, TensorRecord):
+                kind = tensor.kind if isinstance(tensor, Placeholder) else f"a {type(tensor).__name__}"
                 raise ValueError(
                     f"{path} holds no state dict: {short_repr(name)} is {kind}, not a plain tensor. Save the model's "
                     "state_dict alone, dense and not quantised."
@@ -314,7 +314,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
 
 
-def _tensor(stored: StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
+def _tensor(stored: TensorRecord, storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=stored.dtype, device="cpu").set_(storage, stored.offset, stored.shape, stored.stride)
 
 
@@ -323,7 +323,7 @@ def _naming_file(path: str | os.PathLike) -> Iterator[None]:
     """Name the file in the errors raised inside, and say what to do."""
     try:
         yield
-    except AsksForCode as error:
+    except ForbiddenGlobal as error:
         raise ValueError(
             f"{path} asks for {one_line(error)}, which is neither a tensor nor a plain container; nothing in it was "
             "run: get the file from those who published it, or save its state_dict alone."

@@ -351,7 +351,7 @@ HOSTILE = {  # what is written, and what is said
     "bytearray": (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (2**34).to_bytes(5, "little") + b"\x85R.", "bytearray"),
     "attributes of a function": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(" + text("call") + b"Nub.",
-        "sets attributes of a Function",
+        "sets attributes of a SafeFunction",
     ),
     "attributes of a type": (b"\x80\x02ctorch\nFloatStorage\n}b.", "sets attributes of a dtype"),
     "items of a list": (b"\x80\x02](K\0K\0u.", "sets items of a list"),
@@ -645,7 +645,7 @@ def test_memory_that_runs_out_is_told_as_that(tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr("checkpoint_files._TensorUnpickler.find_class", fail)
+    monkeypatch.setattr("untrusted_pickles.TensorUnpickler.find_class", fail)
     with pytest.raises(MemoryError):
         read_tensors(tmp_path / "a.pth")
 
