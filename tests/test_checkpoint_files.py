@@ -18,8 +18,8 @@ import torch
 from helpers.hostile_torchscript import Written
 from torch import nn
 
+from backbones_detris import read_clip_text
 from checkpoint_files import bare_state_dict, read_tensors
-from convert_detris_checkpoint import read_clip_text
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # TorchScript
