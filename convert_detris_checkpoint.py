@@ -1,10 +1,10 @@
-"""Official checkpoints to this project's layout and back.
+"""Converts official checkpoints to this project's layout and back.
 
     python convert_detris_checkpoint.py best_model.pth detris-base-refcoco --dataset refcoco/unc
     python convert_detris_checkpoint.py detris-base-refcoco best_model.pth --to-official
 
-The first writes a folder that `AutoModel` and `AutoProcessor` load; widths, depths and adapter layers are read off the
-checkpoint. The second writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads.
+The first command writes a folder that `AutoModel` and `AutoProcessor` load; widths, depths and adapter layers are read
+off the checkpoint. The second writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from checkpoint_files import (
     skeleton,
     tensors_for_model,
 )
-from configuration_detris import DetrisConfig, as_value_error, check_values, one_line, short_repr
+from configuration_detris import DetrisConfig, as_value_error, check_values, errors_begin_with, one_line, short_repr
 from data.refer import load_yaml
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
@@ -52,9 +52,10 @@ from official_layout import (
 )
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
-# The tokens of a phrase leave no trace in a checkpoint (official `config/<dataset>/*.yaml`, `word_len`).
+# Tokens of a phrase by data set, which a checkpoint does not tell (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
-# What checkpoints that are often mistaken for an official DETRIS have in their names, the more special first.
+# Models whose checkpoints are easily mistaken for an official DETRIS, and how names of their tensors begin. ETRIS
+# comes before CRIS, because its names also begin as those of CRIS do.
 OTHER_MODELS = {
     "of ETRIS": ("backbone.", "bridger."),
     "of CRIS": ("backbone.", "neck."),
@@ -65,6 +66,61 @@ OTHER_MODELS = {
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
+
+
+def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dict[str, torch.Tensor]:
+    """
+    Convert an official state dict to one that `DetrisForReferringSegmentation(config)` loads with `strict=True`.
+
+    Args:
+        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`,
+            `"model_state_dict"` or `"model"`; names may begin with `module.` and `_orig_mod.`.
+        config: the configuration of the model that will load the result.
+
+    Returns:
+        `dict[str, torch.Tensor]` by our names, in float32 whatever type they had. They are views of the official
+        tensors where possible.
+
+    Raises:
+        ValueError: if `config` is of a kind that the official code does not have, the checkpoint is of another model,
+            tensors are missing, too many, of another shape than `config` says or not of plain numbers, or a number is
+            NaN or infinite; the message names them.
+    """
+    _require_official_kind(config)
+    official = _official_tensors(official)
+    _check_depths(config)
+    remedy = "Get the file again, or give the configuration (--recipe) that it was trained with."
+    return official_to_ours(official, DetrisForReferringSegmentation, config, name_table(config), remedy)
+
+
+def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
+    """
+    Convert our state dict to an official one, which the official model loads with `strict=True`.
+
+    Tensors without an effect are written as zeros: the neck's query and key weights, and CLIP's logit scale.
+
+    Args:
+        state_dict: the state dict of a `DetrisForReferringSegmentation(config)`.
+        config: its configuration.
+
+    Returns:
+        `dict[str, torch.Tensor]` by official names, without `module.` in front, in float32 whatever type they had.
+
+    Raises:
+        ValueError: if the official code has no such model, tensors do not fit `config`, or a number is NaN or
+            infinite; the message names them.
+    """
+    _require_official_kind(config)
+    if config.vision_config.model_type != "dinov2_with_registers":
+        raise ValueError(
+            f"The vision backbone is of type {config.vision_config.model_type}: the official code has only DINOv2 "
+            "with registers."
+        )
+    _check_depths(config)
+    require_plain_tensors(state_dict)
+    table = name_table(config)
+    expected = expected_tensors(DetrisForReferringSegmentation, config, table)
+    return tensors_to_official(tensors_for_model(state_dict, expected), table) | {UNUSED_TENSOR: torch.tensor(0.0)}
 
 
 def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -78,7 +134,7 @@ def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _check_depths(config: DetrisConfig) -> None:
-    """Refuse more layers than any model has, because the table has rows for each, and each takes time to build."""
+    """Refuse more layers than any model has with a ValueError, because listing and building each one takes time."""
     for field, depth in (
         ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
         ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
@@ -88,68 +144,14 @@ def _check_depths(config: DetrisConfig) -> None:
             raise ValueError(f"{field} is {short_repr(depth)}: no DETRIS has more than {MAX_LAYERS}.")
 
 
-def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dict[str, torch.Tensor]:
-    """
-    Convert an official state dict to one that `DetrisForReferringSegmentation(config)` loads with `strict=True`.
-
-    Args:
-        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`,
-            `"model_state_dict"` or `"model"`; names may carry `module.` and `_orig_mod.`.
-        config: the configuration of the model to load.
-
-    Returns:
-        `dict[str, torch.Tensor]` by our names, in float32 whatever they were. Tensors are views of the official ones
-        where possible.
-
-    Raises:
-        ValueError: if it is the checkpoint of another model, tensors are missing, too many, of another shape than in
-            `config` or not of plain numbers, or a number is NaN or infinite; the message names them.
-    """
-    _require_official(config)
-    official = _official_tensors(official)
-    _check_depths(config)
-    remedy = "Get the file again, or give the configuration (--recipe) that it was trained with."
-    return official_to_ours(official, DetrisForReferringSegmentation, config, name_table(config), remedy)
-
-
-def _require_official(config: DetrisConfig) -> None:
-    """Refuse models of a kind that the official code does not have."""
+def _require_official_kind(config: DetrisConfig) -> None:
+    """Refuse a model of a kind that the official code does not have with a ValueError."""
     if config.peft_method != "detris":
         raise ValueError(f"peft_method is {config.peft_method}: the official code has adapters of DETRIS only.")
     if len(config.feature_layers) + 1 != len(NECK_LEVELS):
         raise ValueError(
             f"feature_layers is {list(config.feature_layers)}: an official DETRIS has {len(NECK_LEVELS) - 1}."
         )
-
-
-def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
-    """
-    Convert our state dict to an official one, which the official model loads with `strict=True`.
-
-    What has no effect is written as zeros: the neck's query and key weights, and CLIP's logit scale.
-
-    Args:
-        state_dict: of a `DetrisForReferringSegmentation(config)`.
-        config: its configuration.
-
-    Returns:
-        `dict[str, torch.Tensor]` by official names, without `module.` in front, in float32.
-
-    Raises:
-        ValueError: if the official code has no such model, tensors do not fit `config`, or a number is NaN or
-            infinite; the message names them.
-    """
-    _require_official(config)
-    if config.vision_config.model_type != "dinov2_with_registers":
-        raise ValueError(
-            f"The vision backbone is of type {config.vision_config.model_type}: the official code has only DINOv2 "
-            "with registers."
-        )
-    _check_depths(config)
-    require_plain_tensors(state_dict)
-    table = name_table(config)
-    expected = expected_tensors(DetrisForReferringSegmentation, config, table)
-    return tensors_to_official(tensors_for_model(state_dict, expected), table) | {UNUSED_TENSOR: torch.tensor(0.0)}
 
 
 # --- recognition --------------------------------------------------------------------------------------------------
@@ -161,12 +163,12 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
 
     Args:
         official: as for [`convert_state_dict`].
-        **fields: fields of [`DetrisConfig`] that leave no trace in the tensors or shall be others; `vision_config` and
-            `text_config` as mappings of the fields that differ.
+        **fields: fields of [`DetrisConfig`] that tensors do not show, or that are to differ from what they show;
+            `vision_config` and `text_config` as mappings of the fields that differ.
 
     Raises:
-        ValueError: if it is the checkpoint of another model, a tensor is missing or misshapen that the configuration
-            is read from, or a size or field is invalid.
+        ValueError: if it is the checkpoint of another model, a tensor that a size is read from is missing or
+            misshapen, or a size or field is invalid.
     """
     DetrisConfig.refuse_unknown(fields)
     official = _official_tensors(official)
@@ -235,19 +237,17 @@ def from_official(
         **fields: as for [`recognize_config`].
 
     Raises:
-        OSError: if a file or folder is missing, damaged or in the way.
+        OSError: if a file is missing or damaged, or `output_dir` exists.
         ValueError: if the checkpoint is not a whole official DETRIS, or the tokenizer does not fit it.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
     official = read_tensors(checkpoint)
-    try:
+    with errors_begin_with(checkpoint):
         config = recognize_config(official, **fields)
         processor = make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from None
     model = skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
     origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
@@ -263,7 +263,7 @@ def from_official(
 
 def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
     """
-    The processor of a model with this configuration.
+    Build the processor of a model with this configuration.
 
     Args:
         tokenizer_name: Hub id or folder of CLIP's tokenizer.
@@ -294,7 +294,7 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
     Write a saved DETRIS as a checkpoint that the official test script loads; the file appears when it is whole.
 
     Raises:
-        OSError: if the folder cannot be read, or the file is there already.
+        OSError: if the folder cannot be read, or `checkpoint` exists.
         ValueError: if the model is of a kind that the official code does not have, or a number is NaN or infinite.
     """
     checkpoint = Path(checkpoint)
@@ -305,21 +305,20 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
     refuse_pipes(folder)
     config = DetrisConfig.from_pretrained(folder)
     try:
-        tensors = load_file(weights)  # which maps the file: a model would copy it
+        tensors = load_file(weights)  # maps the file; building a model would copy it
     except SafetensorError as error:
         raise OSError(f"{weights} is cut short or damaged ({one_line(error)}): save or download it again.") from None
-    try:
+    with errors_begin_with(folder):
         official = convert_to_official(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}-") as scratch:
-        # Its names are those of DataParallel, under which the official code trains and tests.
+        # The official code trains and tests inside DataParallel, which puts `module.` in front of the names.
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in official.items()}}, f"{scratch}/model")
         os.rename(f"{scratch}/model", checkpoint)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    """Read a file like those in configs/; raises OSError or ValueError if it is none."""
     require_file(path, "give the path of a file such as those in configs/")
     recipe = load_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
