@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -13,66 +14,68 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import (
-    find_adapter_config_file,
-)
+from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import resolve_revision
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 try:
-    from .checkpoint_files import WEIGHT_FILES, check_finite, saved_shapes, shapes_of, skeleton
+    from .checkpoint_files import (
+        WEIGHT_FILES,
+        check_finite,
+        check_shapes,
+        read_tensors,
+        refuse_pipes,
+        require_plain_tensors,
+        saved_shapes,
+        shapes_of,
+        skeleton,
+    )
     from .configuration_detris import DetrisConfig, as_value_error, check_count, check_values, errors_begin_with
+    from .official_layout import (
+        Row,
+        official_to_ours,
+        read_text_config,
+        read_vision_config,
+        text_backbone_table,
+        vision_backbone_table,
+    )
     from .peft_detris import remove_adapters
 except ImportError:
     if __package__:
         raise
-    from checkpoint_files import WEIGHT_FILES, check_finite, saved_shapes, shapes_of, skeleton
+    from checkpoint_files import (
+        WEIGHT_FILES,
+        check_finite,
+        check_shapes,
+        read_tensors,
+        refuse_pipes,
+        require_plain_tensors,
+        saved_shapes,
+        shapes_of,
+        skeleton,
+    )
     from configuration_detris import DetrisConfig, as_value_error, check_count, check_values, errors_begin_with
+    from official_layout import (
+        Row,
+        official_to_ours,
+        read_text_config,
+        read_vision_config,
+        text_backbone_table,
+        vision_backbone_table,
+    )
     from peft_detris import remove_adapters
 
 
-def align(model: nn.Module) -> nn.Module:
-    # Loaded tensors lie where they lie in the file, unaligned, so that matrix products round otherwise than with those
-    # of the model that was saved.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
-
-
-def commit_of(source: str, revision: str | None) -> str | None:
-    """The commit that a Hub id stands for at the moment."""
-    if os.path.exists(source):
-        return None
-    return getattr(resolve_revision(source, revision), "resolved", revision)
-
-
-def place_of(source: str | os.PathLike) -> str:
-    return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
-
-
-def require_folder(source: str | os.PathLike | None) -> None:
-    """Refuse a file with a ValueError, and a folder with pipes or devices, which would be waited for, with OSError."""
-    if source is None or not os.path.exists(source):
-        return  # None, or a Hub id
-    if not os.path.isdir(source):
-        raise ValueError(
-            f"{source} is a file: give a folder or a Hub id. A checkpoint of the official code is converted first, by "
-            f"`python convert_detris_checkpoint.py {source} <folder>`."
-        )
-    for entry in os.scandir(source):
-        if not (entry.is_file() or entry.is_dir()):
-            raise OSError(f"{entry.path} is neither a file nor a folder: save or download {source} again.")
-
-
 class TextTower(CLIPTextModelWithProjection):
-    """CLIP's text half, read from a whole CLIP without a list of all that is left there."""
+    """CLIP's text tower. Loaded from a whole CLIP, it reports no unexpected tensors of the image tower."""
 
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", "^logit_scale$"]
 
 
-# By model type: the classes of a backbone's configuration and model.
+# By part and model type: the classes of a backbone's configuration and model.
 BACKBONE_CLASSES = {
     "vision": {
         "dinov2": (Dinov2Config, Dinov2Model),
@@ -83,15 +86,7 @@ BACKBONE_CLASSES = {
 
 
 class FromBackbones:
-    """Builds a model around pretrained backbones."""
-
-    @staticmethod
-    def _backbone_configs(vision_model: PreTrainedModel, text_model: PreTrainedModel) -> dict[str, dict]:
-        """Copies of the backbones' configurations, which have settled which attention they use."""
-        return {
-            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
-            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
-        }
+    """Builds a model around pretrained backbones: a mixin of [`DetrisForReferringSegmentation`]."""
 
     @classmethod
     def from_backbones(
@@ -123,8 +118,9 @@ class FromBackbones:
             `DetrisForReferringSegmentation` in evaluation mode.
 
         Raises:
-            OSError: if a folder or Hub id cannot be read.
-            ValueError: if the backbones or fields do not fit together.
+            OSError: if a file, folder or Hub id cannot be read.
+            ValueError: if a backbone is of another kind, its weights do not fit its configuration or hold NaN or
+                infinity, or the backbones and fields do not fit together.
         """
         DetrisConfig.refuse_unknown(config_fields)
         vision_model, text_model = cls._read_backbones(
@@ -140,10 +136,22 @@ class FromBackbones:
         config = DetrisConfig(**config_fields)
         return cls(config, vision_model, text_model).eval()
 
+    @staticmethod
+    def _backbone_configs(vision_model: PreTrainedModel, text_model: PreTrainedModel) -> dict[str, dict]:
+        """Copy the backbones' configurations as fields of [`DetrisConfig`].
+
+        When a backbone is built, its configuration is given the attention that it uses. A copy made then keeps it.
+        """
+        return {
+            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
+            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
+        }
+
     @classmethod
     def _read_backbones(
         cls, vision: str, text: str, vision_revision=None, text_revision=None, quantization_config=None, **hub_kwargs
     ) -> tuple[PreTrainedModel, CLIPTextModelWithProjection]:
+        """Read both backbones; arguments as for [`from_backbones`], and `hub_kwargs` such as `token`."""
         return (
             cls._read_backbone(vision, "vision", quantization_config, revision=vision_revision, **hub_kwargs),
             cls._read_backbone(text, "text", quantization_config, revision=text_revision, **hub_kwargs),
@@ -151,33 +159,22 @@ class FromBackbones:
 
     @classmethod
     def _read_backbone(cls, source: str, part: str, quantization_config=None, **hub_kwargs) -> PreTrainedModel:
+        """Read one backbone, which is the `part` "vision" or "text", and refuse weights that are NaN or infinite."""
         if os.path.exists(source) and not os.path.isdir(source):
-            model = cls._read_original_backbone(source, part)
+            model = align(read_dinov2(source) if part == "vision" else read_clip_text(source))
         else:
             require_folder(source)
             config = DetrisConfig.get_config_dict(source, **hub_kwargs)[0]
             if config.get("model_type") == DetrisConfig.model_type:
                 return cls._backbone_of_whole(source, part, hub_kwargs)
-            model = cls._read_saved_backbone(source, part, config, quantization_config, hub_kwargs)
+            model = _read_saved_backbone(source, part, config, quantization_config, hub_kwargs)
         with errors_begin_with(source):
             check_finite(model.state_dict())
         return model
 
-    @staticmethod
-    def _read_original_backbone(source: str, part: str) -> PreTrainedModel:
-        try:  # only those who build a new DETRIS need this, and have the repository
-            from convert_detris_checkpoint import read_clip_text, read_dinov2
-        except ModuleNotFoundError as error:
-            if error.name != "convert_detris_checkpoint":
-                raise
-            raise ValueError(
-                f"{source} is a file: give a folder or a Hub id, or work in this project's repository, which has "
-                "convert_detris_checkpoint.py to read it."
-            ) from None
-        return align((read_clip_text if part == "text" else read_dinov2)(source))
-
     @classmethod
     def _backbone_of_whole(cls, source: str, part: str, hub_kwargs: dict) -> PreTrainedModel:
+        """Take a backbone out of a saved DETRIS, without its adapters."""
         if find_adapter_config_file(source, **hub_kwargs) is not None:
             raise ValueError(f"{source} holds adapters without backbones: name the backbones that they stand in.")
         whole = cls.from_pretrained(source, **hub_kwargs)
@@ -189,40 +186,151 @@ class FromBackbones:
         tower.text_model, tower.text_projection = whole.text_model, whole.text_projection
         return tower
 
-    @staticmethod
-    def _read_saved_backbone(
-        source: str, part: str, config: dict[str, Any], quantization_config, hub_kwargs: dict
-    ) -> PreTrainedModel:
-        classes = BACKBONE_CLASSES[part]
-        if config.get("model_type") not in classes:
-            raise ValueError(
-                f"{source} has the model_type {config.get('model_type')!r}: give a DINOv2 model for vision and a CLIP "
-                "model for text."
-            )
-        config_class, model_class = classes[config["model_type"]]
-        with as_value_error(f"The config.json of {source} cannot be used"):
-            check_values(config)
-            backbone_config = config_class.from_pretrained(source, **hub_kwargs)
-        # Before memory is taken for what the configuration says. Names may be those of older versions: transformers
-        # knows them, so only the numbers are compared here.
-        shapes = saved_shapes(source, WEIGHT_FILES, **hub_kwargs)
-        if shapes:
-            with errors_begin_with(source):
-                check_count("num_hidden_layers", backbone_config.num_hidden_layers, len(shapes))
-                asked = sum(map(math.prod, shapes_of(skeleton(model_class, backbone_config).state_dict()).values()))
-                held = sum(map(math.prod, shapes.values()))
-                if asked > 2 * held:  # what is a little too much, or missing, transformers tells by name
-                    raise ValueError(
-                        f"its configuration asks for {asked:,} numbers, but {held:,} are saved: download it again."
-                    )
-        quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
-        # In float32, whatever they are stored in: adapters and head are trained in it.
-        model, info = model_class.from_pretrained(
-            source, config=backbone_config, dtype=torch.float32, output_loading_info=True, **hub_kwargs, **quantized
+
+def _read_saved_backbone(
+    source: str,
+    part: str,
+    config: dict[str, Any],
+    quantization_config: QuantizationConfigMixin | None,
+    hub_kwargs: dict,
+) -> PreTrainedModel:
+    """Read a backbone that Hugging Face's classes saved, in a folder or on the Hub; `config` is its config.json."""
+    classes = BACKBONE_CLASSES[part]
+    if config.get("model_type") not in classes:
+        raise ValueError(
+            f"{source} has the model_type {config.get('model_type')!r}: give a DINOv2 model for vision and a CLIP "
+            "model for text."
         )
-        if info["missing_keys"]:
-            raise ValueError(
-                f"{source} lacks {len(info['missing_keys'])} tensors of its backbone, such as "
-                f"{min(info['missing_keys'])}: give a DINOv2 model for vision and a CLIP model for text."
-            )
-        return model if quantized else align(model)
+    config_class, model_class = classes[config["model_type"]]
+    with as_value_error(f"The config.json of {source} cannot be used"):
+        check_values(config)
+        backbone_config = config_class.from_pretrained(source, **hub_kwargs)
+    # Compared before memory is taken for what the configuration says. This is no check of names and shapes, because
+    # tensors may have the names of older versions of transformers, which only transformers can translate.
+    shapes = saved_shapes(source, WEIGHT_FILES, **hub_kwargs)
+    if shapes:  # otherwise transformers says which file is missing
+        with errors_begin_with(source):
+            check_count("num_hidden_layers", backbone_config.num_hidden_layers, len(shapes))
+            asked = sum(map(math.prod, shapes_of(skeleton(model_class, backbone_config).state_dict()).values()))
+            held = sum(map(math.prod, shapes.values()))
+            if asked > 2 * held:  # where less is missing, transformers tells the names, below
+                raise ValueError(
+                    f"its configuration asks for {asked:,} numbers, but {held:,} are saved: download it again."
+                )
+    quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+    # In float32, whatever type they are stored in, because adapters and head are trained in it.
+    model, info = model_class.from_pretrained(
+        source, config=backbone_config, dtype=torch.float32, output_loading_info=True, **hub_kwargs, **quantized
+    )
+    shapes = shapes_of(model.state_dict())
+    missing = {name: shapes.get(name, ()) for name in info["missing_keys"]}  # which transformers filled with noise
+    with errors_begin_with(source):
+        check_shapes({}, missing, "Give a DINOv2 model for vision and a CLIP model for text.")
+    return model if quantized else align(model)
+
+
+# --- original files ------------------------------------------------------------------------------------------------
+
+
+def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersModel:
+    """
+    Read a file of the DINOv2 release, such as `dinov2_vitb14_reg4_pretrain.pth`, in float32; nothing in it is run.
+
+    Raises:
+        OSError: if the file is missing, no regular file or damaged.
+        ValueError: if it is no such file, or a number is NaN or infinite.
+    """
+    tensors = {f"dinov2.{name}": tensor for name, tensor in read_tensors(path).items()}
+    error_prefix = f"{path} is no DINOv2 of size small, base or large"
+    return _build_from_original(tensors, "vision", read_vision_config, vision_backbone_table, error_prefix)
+
+
+def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
+    """
+    Read the text tower of a CLIP by OpenAI, such as `ViT-B-16.pt`, in float32: TorchScript as published, or a state
+    dict. Nothing in it is run.
+
+    Raises:
+        OSError: if the file is missing, no regular file or damaged.
+        ValueError: if it is no such file, or a number is NaN or infinite.
+    """
+    others = ("visual.", "input_resolution", "context_length", "vocab_size")  # the image tower, and sizes
+    tensors = {
+        f"txt_backbone.{name}": tensor for name, tensor in read_tensors(path).items() if not name.startswith(others)
+    }
+    error_prefix = f"{path} is no CLIP by OpenAI"
+    return _build_from_original(tensors, "text", read_text_config, text_backbone_table, error_prefix)
+
+
+def _build_from_original(
+    tensors: dict[str, torch.Tensor],
+    part: str,
+    read_config: Callable[[Mapping[str, torch.Tensor]], PreTrainedConfig],
+    make_table: Callable[[PreTrainedConfig], Iterator[Row]],
+    error_prefix: str,
+) -> PreTrainedModel:
+    """
+    Build a backbone from the tensors of its original release.
+
+    Args:
+        tensors: by the names that they have in an official DETRIS.
+        part: "vision" or "text".
+        read_config: reads the configuration off the tensors.
+        make_table: lists the backbone's tensors in an official DETRIS.
+        error_prefix: how an error begins.
+    """
+    remedy = "Give the file as its authors published it."
+    try:
+        require_plain_tensors(tensors)
+        config = read_config(tensors)
+    except ValueError as error:
+        raise ValueError(f"{error_prefix}: {error} {remedy}") from None
+    _, model_class = BACKBONE_CLASSES[part][config.model_type]
+    table = [  # with our names as they are in a backbone that stands alone
+        (name, [our_name.removeprefix("vision_model.") for our_name in our_names], kind)
+        for name, our_names, kind in make_table(config)
+    ]
+    with errors_begin_with(error_prefix):
+        weights = official_to_ours(tensors, model_class, config, table, remedy)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+# --- places and memory ---------------------------------------------------------------------------------------------
+
+
+def align(model: nn.Module) -> nn.Module:
+    """Copy a loaded model's tensors out of the mapped file, and return the model.
+
+    In the file a tensor may begin at any byte. From an address that is not aligned, matrix products round differently,
+    so that the loaded model would not compute exactly what the saved one did.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def commit_of(source: str, revision: str | None) -> str | None:
+    """Ask the Hub which commit `revision` of a Hub id is at the moment; None for a file or folder."""
+    if os.path.exists(source):
+        return None
+    return getattr(resolve_revision(source, revision), "resolved", revision)
+
+
+def place_of(source: str | os.PathLike) -> str:
+    """Return the absolute path of a file or folder, so that it is found from any working folder; a Hub id as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
+
+
+def require_folder(source: str | os.PathLike | None) -> None:
+    """Refuse a file with a ValueError, and a folder that holds pipes or devices with an OSError.
+
+    None and what does not exist pass, because it may be a Hub id.
+    """
+    if source is None or not os.path.exists(source):
+        return
+    if not os.path.isdir(source):
+        raise ValueError(
+            f"{source} is a file: give a folder or a Hub id. A checkpoint of the official code is converted first, by "
+            f"`python convert_detris_checkpoint.py {source} <folder>`."
+        )
+    refuse_pipes(source)

@@ -1,8 +1,12 @@
-"""PyTorch's files from strangers: the tensors of `torch.save` and of TorchScript, without running anything in them.
+"""Tensors in files from strangers: read without running anything in them, and compared with what a model expects.
 
-`torch.jit.load` runs code of the file. `torch.load(weights_only=True)` does not, but believes the sizes that a file
-claims, and 200 bytes can keep it busy for ever. Here a pickle may name tensors and plain containers only, what they
-claim is compared with the file, and the file is mapped, so that tensors take memory when they are used.
+[`read_tensors`] reads files that `torch.save` or TorchScript wrote. PyTorch's own readers are not safe enough:
+`torch.jit.load` runs code that a file contains, and `torch.load(weights_only=True)` believes the sizes that a file
+claims, so that 200 bytes can keep it busy for ever. Here a pickle may name tensors and plain containers only, its
+claims are compared with the file, and the file is mapped into memory, so that a tensor takes memory when it is used.
+
+[`check_shapes`], [`check_finite`] and [`tensors_for_model`] check names, shapes and numbers of saved tensors for the
+whole project, whatever kind of file the tensors come from.
 """
 
 import io
@@ -16,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import dropwhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +40,10 @@ try:
     from .untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
-        AsksForCode,
-        NotRead,
+        ForbiddenGlobal,
+        Placeholder,
         ScriptObject,
-        StoredTensor,
+        TensorRecord,
         load_tensor_pickle,
     )
 except ImportError:
@@ -48,32 +53,190 @@ except ImportError:
     from untrusted_pickles import (
         MAX_NAME,
         MAX_PICKLE,
-        AsksForCode,
-        NotRead,
+        ForbiddenGlobal,
+        Placeholder,
         ScriptObject,
-        StoredTensor,
+        TensorRecord,
         load_tensor_pickle,
     )
 
-MAX_READ = 2**23  # bytes at once, such as an archive's table of contents: 9,000 entries have 600,000
-MAX_CODE = 2**24  # bytes of TorchScript's source code, unpacked
-MAX_DEPTH = 64  # of a TorchScript's modules in one another
-MAX_ATTRIBUTES = 100_000  # of all modules of a TorchScript; 36 layers of a transformer have 2,000
-ALIGNMENT = 16  # bytes that torch's largest number has; torch.save aligns to 64, the older format does not
-# How many times its size a file's tensors may take, since some may share memory.
-SHARING = 2
-ZIP, LOCAL_HEADER, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
+MAX_READ = 2**23  # bytes that are read at once, such as an archive's table of contents: 9,000 entries have 600,000
+MAX_CODE = 2**24  # bytes of a TorchScript's source code, unpacked
+MAX_DEPTH = 64  # levels of modules inside modules in a TorchScript
+MAX_ATTRIBUTES = 100_000  # of all modules of a TorchScript together; 36 layers of a transformer have 2,000
+ALIGNMENT = 16  # bytes of torch's largest number; torch.save aligns storages to 64 bytes, its older format does not
+MAX_SHARING = 2  # how many times the file's size its tensors may take in all, since some may share memory
+MAX_SHOWN_NAME = 150  # characters of a tensor's name in an error's message
+ZIP_MAGIC, ZIP_LOCAL_HEADER_SIZE, LEGACY_MAGIC = b"PK\x03\x04", 30, 0x1950A86A20F9469CFC6C
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training checkpoints keep the weights
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training checkpoints keep the weights
+# In which types the tensors of a model may be stored. Types narrower than float16 need scales, which none of the
+# checkpoints that are read here has.
+STORED_AS = {
+    torch.float32: (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    torch.int64: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+}
+SAVE_AGAIN = "Save or download it again."
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
-# --- files --------------------------------------------------------------------------------------------------------
+
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    Read the weights in a file of PyTorch: a state dict, a training checkpoint, or TorchScript; nothing in it is run.
+
+    Returns:
+        `dict` from the tensors' bare names to the tensors. They stay in the file until they are used, and share memory
+        where they did when they were saved.
+
+    Raises:
+        OSError: if the file is missing, no regular file, cut short or damaged.
+        ValueError: if it is none of these, asks for code, holds anything but plain tensors among its weights, or
+            claims tensors larger than itself.
+    """
+    require_file(path, "give the path of a checkpoint")
+    with _BoundedFile(io.FileIO(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        with _errors_about(path):
+            is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+            file.seek(0)
+            checkpoint = (_ZipCheckpoint if is_zip else _LegacyCheckpoint)(file)
+            content = checkpoint.content
+            if isinstance(content, ScriptObject):
+                content = _script_state_dict(content, checkpoint.source_of)
+        records = _records_of_weights(path, content)
+        with _errors_about(path):
+            places = checkpoint.find_storages({record.storage.key for record in records.values()}, size)
+    _check_claims(path, records, places, size)
+    whole = torch.UntypedStorage.from_file(os.fspath(path), False, size)
+    storages = {}
+    for key, (begin, end) in places.items():
+        storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
+    with _errors_about(path):  # torch refuses tensors without numbers whose other sides are too long
+        return {name: _make_tensor(record, storages[record.storage.key]) for name, record in records.items()}
+
+
+def _records_of_weights(path: str | os.PathLike, content: Any) -> dict[str, TensorRecord]:
+    """Find the weights in what a checkpoint's pickle holds; raises ValueError if there is anything else among them."""
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no state dict: give a model's checkpoint.")
+    try:
+        records = bare_state_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, record in records.items():
+        if not isinstance(record, TensorRecord):
+            kind = record.kind if isinstance(record, Placeholder) else f"a {type(record).__name__}"
+            raise ValueError(
+                f"{path} holds no state dict: {short_repr(name)} is {kind}, not a plain tensor. Save the model's "
+                "state_dict alone, dense and not quantised."
+            )
+    return records
+
+
+def _check_claims(
+    path: str | os.PathLike, records: dict[str, TensorRecord], places: dict[str, tuple[int, int]], size: int
+) -> None:
+    """Refuse tensors that reach beyond their storages, or that take far more memory than their file."""
+    for name, record in records.items():
+        begin, end = places[record.storage.key]
+        last = record.offset + sum((n - 1) * step for n, step in zip(record.shape, record.stride))
+        if 0 not in record.shape and (last + 1) * record.dtype.itemsize > end - begin:
+            raise OSError(
+                f"{path} is damaged: {short_repr(name)} reaches beyond its storage; copy or download it again."
+            )
+    total = sum(math.prod(record.shape) * record.dtype.itemsize for record in records.values())
+    if total > MAX_SHARING * size:
+        raise ValueError(
+            f"{path}: its tensors take {total:,} bytes, but the file has {size:,}: save them as copies (.clone()), "
+            "not as views that repeat the same numbers."
+        )
+
+
+def _make_tensor(record: TensorRecord, storage: torch.UntypedStorage) -> torch.Tensor:
+    empty = torch.empty(0, dtype=record.dtype, device="cpu")
+    return empty.set_(storage, record.offset, record.shape, record.stride)
+
+
+@contextmanager
+def _errors_about(path: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors that a broken or hostile file causes into one sentence that names the file and a remedy."""
+    try:
+        yield
+    except ForbiddenGlobal as error:
+        raise ValueError(
+            f"{path} asks for {one_line(error)}, which is neither a tensor nor a plain container; nothing in it was "
+            "run: get the file from those who published it, or save its state_dict alone."
+        ) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, OSError) as error:
+        reason = f" ({one_line(error)})" if str(error) else ""
+        raise OSError(f"{path} is cut short or damaged{reason}: copy or download it again.") from None
+    except (ValueError, OverflowError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no PyTorch checkpoint ({one_line(error)}): give a .pth file that torch.save wrote."
+        ) from None
+
+
+def bare_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Find the weights in a checkpoint, and strip their names of what wrappers of the model put in front.
+
+    Args:
+        checkpoint: a state dict, or a mapping that has one under a key of `WRAPPERS`. `DataParallel` puts `module.` in
+            front of a name, and `torch.compile` puts `_orig_mod.` in front of it or into it.
+
+    Raises:
+        ValueError: if two names become the same, or one is no text.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    bare = {}
+    for name, value in checkpoint.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{short_repr(name)} names weights: names are text, so save the state_dict alone.")
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        bare_name = ".".join([*dropwhile("module".__eq__, parts[:-1]), *parts[-1:]])
+        if bare_name in bare:
+            raise ValueError(
+                f"{short_repr(bare_name)} stands in it twice, once with a prefix: save the state_dict alone."
+            )
+        bare[bare_name] = value
+    return bare
+
+
+def require_file(path: str | os.PathLike, remedy: str) -> None:
+    """Refuse what is no regular file with an OSError: reading a pipe would wait for ever, and a device has no end.
+
+    Args:
+        remedy: what the error tells users to do, such as "give the path of a checkpoint".
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: {remedy}.")
+    if not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file: {remedy}.")
+
+
+def refuse_pipes(source: str | os.PathLike) -> None:
+    """Refuse a pipe or device, or a folder that holds one, with an OSError; whoever reads it would wait for ever.
+
+    What does not exist passes, because it may be a Hub id.
+    """
+    if os.path.isdir(source):
+        paths, remedy = Path(source).iterdir(), f"save or download {source} again"
+    else:
+        paths, remedy = [Path(source)], "give the path of a file or folder"
+    for path in paths:
+        if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+            raise OSError(f"{path} is neither a file nor a folder: {remedy}.")
+
+
+# --- file formats --------------------------------------------------------------------------------------------------
 
 
 class _BoundedFile(io.BufferedReader):
-    """A file that refuses to read much at once: `zipfile` believes what an archive claims of its contents."""
+    """A file that refuses to read much at once, because `zipfile` believes the sizes that an archive claims."""
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(MAX_READ + 1 if size is None or size < 0 or size > MAX_READ else size)
@@ -82,8 +245,8 @@ class _BoundedFile(io.BufferedReader):
         return data
 
 
-class _Archive:
-    """What `torch.save` writes today, and TorchScript: a zip of a pickle and storages."""
+class _ZipCheckpoint:
+    """The format of TorchScript and of today's `torch.save`: a zip archive of a pickle and the storages."""
 
     def __init__(self, file: _BoundedFile) -> None:
         self._file, self._zip = file, zipfile.ZipFile(file)
@@ -108,11 +271,11 @@ class _Archive:
                 "use"
             )
         with self._zip.open(info) as entry:
-            data = entry.read(limit + 1)  # `zipfile` gives no more than what it says
+            data = entry.read(limit + 1)  # `zipfile` gives no more than the size that was compared above
         return data
 
-    def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
-        """Begin and end of storages in the file, whose checksums are compared."""
+    def find_storages(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
+        """Find where storages begin and end in the file of `size` bytes, and compare their checksums."""
         places = {}
         for key in keys:
             try:
@@ -122,8 +285,8 @@ class _Archive:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise ValueError("its storages are packed, which torch.save does not do")
             self._file.seek(info.header_offset)
-            name_size, extra_size = struct.unpack("<26xHH", self._file.read(LOCAL_HEADER))
-            begin = info.header_offset + LOCAL_HEADER + name_size + extra_size
+            name_size, extra_size = struct.unpack("<26xHH", self._file.read(ZIP_LOCAL_HEADER_SIZE))
+            begin = info.header_offset + ZIP_LOCAL_HEADER_SIZE + name_size + extra_size
             places[key] = begin, begin + info.file_size
         if sum(end - begin for begin, end in places.values()) > size:
             raise zipfile.BadZipFile("storages overlap")
@@ -134,12 +297,12 @@ class _Archive:
         return places
 
     def source_of(self, module: str) -> str:
-        """TorchScript's source code of a module."""
+        """Read the source code of a Python module in TorchScript, such as `__torch__.clip.model`."""
         return self._entry(f"code/{module.replace('.', '/')}.py", MAX_CODE).decode()
 
 
-class _LegacyFile:
-    """What `torch.save` wrote before torch 1.6: pickles, one after another, and the storages behind them."""
+class _LegacyCheckpoint:
+    """The format of `torch.save` before torch 1.6: several pickles, one after another, then the storages."""
 
     def __init__(self, file: _BoundedFile) -> None:
         self._file = file
@@ -157,8 +320,8 @@ class _LegacyFile:
         self._keys, _ = load_tensor_pickle(pickles)
         self._begin = pickles.tell()
 
-    def places(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
-        """Begin and end of storages in the file."""
+    def find_storages(self, keys: set[str], size: int) -> dict[str, tuple[int, int]]:
+        """Find where storages begin and end in the file of `size` bytes."""
         if not isinstance(self._keys, list) or not all(type(key) is str for key in self._keys):
             raise ValueError("its list of storages is not a list of names")
         places, end = {}, self._begin
@@ -177,11 +340,14 @@ class _LegacyFile:
         return {key: places[key] for key in keys}
 
 
-# --- weights ------------------------------------------------------------------------------------------------------
+# --- TorchScript ---------------------------------------------------------------------------------------------------
 
 
-def _declared(source: str) -> dict[str, set[str] | None]:
-    """Names of parameters and buffers of each module class in TorchScript's source; None if it has its own loading."""
+def _parse_module_classes(source: str) -> dict[str, set[str] | None]:
+    """Find the module classes in TorchScript's source, and the names of each one's parameters and buffers.
+
+    Classes that have code of their own for loading are mapped to None.
+    """
     classes = {}
     for match in re.finditer(r"^class (\w+)\(Module\):\n((?: .*\n|\n)*)", source + "\n", re.MULTILINE):
         lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", match[2], re.MULTILINE)
@@ -190,8 +356,8 @@ def _declared(source: str) -> dict[str, set[str] | None]:
     return classes
 
 
-def _script_tensors(root: ScriptObject, source_of: Callable[[str], str]) -> dict[str, Any]:
-    """A TorchScript's parameters and buffers by name: what its `state_dict` would hold."""
+def _script_state_dict(root: ScriptObject, source_of: Callable[[str], str]) -> dict[str, Any]:
+    """Collect the parameters and buffers of a TorchScript's modules by name, as its `state_dict` would."""
     declared: dict[str, dict] = {}
     tensors, modules, count, code_size = {}, [("", root, 0)], 0, 0
     while modules:
@@ -200,14 +366,14 @@ def _script_tensors(root: ScriptObject, source_of: Callable[[str], str]) -> dict
         if place not in declared:
             source = source_of(place)
             code_size += len(source)
-            declared[place] = _declared(source)
+            declared[place] = _parse_module_classes(source)
         if depth > MAX_DEPTH or code_size > MAX_CODE:
             raise ValueError("its modules are too deep in one another or have too much code")
         if name not in declared[place]:  # a class, but no module
             continue
         names = declared[place][name]
         if names is None or not isinstance(module.state, dict):
-            raise AsksForCode(f"{place}.{name}.__setstate__")
+            raise ForbiddenGlobal(f"{place}.{name}.__setstate__")
         count += len(module.state)
         if count > MAX_ATTRIBUTES:
             raise ValueError("its modules have too many attributes")
@@ -221,160 +387,111 @@ def _script_tensors(root: ScriptObject, source_of: Callable[[str], str]) -> dict
     return tensors
 
 
-def bare_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The weights of a checkpoint by their bare names.
-
-    They may stand under one of `WRAPPERS`, and DataParallel's `module.` and `torch.compile`'s `_orig_mod.` in their
-    names.
-
-    Raises:
-        ValueError: if two names become one, or one is no text.
-    """
-    for wrapper in WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-    bare = {}
-    for name, value in checkpoint.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{short_repr(name)} names weights: names are text, so save the state_dict alone.")
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
-        bare_name = ".".join([*dropwhile("module".__eq__, parts[:-1]), *parts[-1:]])
-        if bare_name in bare:
-            raise ValueError(
-                f"{short_repr(bare_name)} stands in it twice, once with a prefix: save the state_dict alone."
-            )
-        bare[bare_name] = value
-    return bare
-
-
-def require_file(path: str | os.PathLike, what: str) -> None:
-    """Refuse with an OSError what is no regular file: reading a pipe would wait for ever, and a device has no end."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist: give the path of {what}.")
-    if not os.path.isfile(path):
-        raise OSError(f"{path} is no regular file: give the path of {what}.")
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """
-    Read the weights in a file of PyTorch: a state dict, a training checkpoint, or TorchScript; nothing in it is run.
-
-    Returns:
-        Tensors by their bare names. They stay in the file until they are used, and may share memory where they did.
-
-    Raises:
-        OSError: if the file is missing, no regular file, cut short or damaged.
-        ValueError: if it is none of these, asks for what could run, holds other things than plain tensors among its
-            weights, or tensors larger than the file.
-    """
-    require_file(path, "a checkpoint")
-    with _BoundedFile(io.FileIO(path)) as file:
-        size = os.fstat(file.fileno()).st_size
-        with _naming_file(path):
-            is_zip = file.read(len(ZIP)) == ZIP
-            file.seek(0)
-            stored_file = (_Archive if is_zip else _LegacyFile)(file)
-            content = stored_file.content
-            if isinstance(content, ScriptObject):
-                content = _script_tensors(content, stored_file.source_of)
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"{path} holds no state dict: give a model's checkpoint.")
-        try:
-            stored = bare_state_dict(content)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        for name, tensor in stored.items():
-            if not isinstance(tensor, StoredTensor):
-                kind = tensor.kind if isinstance(tensor, NotRead) else f"a {type(tensor).__name__}"
-                raise ValueError(
-                    f"{path} holds no state dict: {short_repr(name)} is {kind}, not a plain tensor. Save the model's "
-                    "state_dict alone, dense and not quantised."
-                )
-        with _naming_file(path):
-            places = stored_file.places({tensor.storage.key for tensor in stored.values()}, size)
-    for name, tensor in stored.items():
-        begin, end = places[tensor.storage.key]
-        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride))
-        if 0 not in tensor.shape and (last + 1) * tensor.dtype.itemsize > end - begin:
-            raise OSError(
-                f"{path} is damaged: {short_repr(name)} reaches beyond its storage; copy or download it again."
-            )
-    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
-    if total > SHARING * size:
-        raise ValueError(
-            f"{path}: its tensors take {total:,} bytes, but the file has {size:,}: save them as copies (.clone()), "
-            "not as views that repeat the same numbers."
-        )
-    whole = torch.UntypedStorage.from_file(os.fspath(path), False, size)
-    storages = {}
-    for key, (begin, end) in places.items():
-        storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
-    with _naming_file(path):  # torch refuses shapes of no numbers whose other sides are too long
-        return {name: _tensor(kept, storages[kept.storage.key]) for name, kept in stored.items()}
-
-
-def _tensor(stored: StoredTensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=stored.dtype, device="cpu").set_(storage, stored.offset, stored.shape, stored.stride)
-
-
-@contextmanager
-def _naming_file(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file in the errors raised inside, and say what to do."""
-    try:
-        yield
-    except AsksForCode as error:
-        raise ValueError(
-            f"{path} asks for {one_line(error)}, which is neither a tensor nor a plain container; nothing in it was "
-            "run: get the file from those who published it, or save its state_dict alone."
-        ) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, OSError) as error:
-        reason = f" ({one_line(error)})" if str(error) else ""
-        raise OSError(f"{path} is cut short or damaged{reason}: copy or download it again.") from None
-    except (ValueError, OverflowError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is no PyTorch checkpoint ({one_line(error)}): give a .pth file that torch.save wrote."
-        ) from None
-
-
 # --- saved tensors against what is expected ------------------------------------------------------------------------
 
 
-def check_shapes(given: Shapes, expected: Shapes) -> None:
-    """Refuse saved tensors whose names and shapes are not those that a configuration asks for with a `ValueError`."""
-    wrong = [name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name)]
-    if wrong:
-        name = min(wrong)
+def check_shapes(given: Shapes, expected: Shapes, remedy: str = SAVE_AGAIN) -> None:
+    """
+    Refuse saved tensors whose names and shapes are not exactly those that a configuration asks for.
+
+    Args:
+        given: the shapes of what is saved.
+        expected: the shapes that the configuration asks for.
+        remedy: the last sentence of the error.
+
+    Raises:
+        ValueError: if a tensor is missing, too many or of another shape; counts them, and names one of each kind.
+    """
+    missing, too_many = expected.keys() - given.keys(), given.keys() - expected.keys()
+    misshapen = {name for name in given.keys() & expected.keys() if given[name] != expected[name]}
+    kinds = (missing, too_many, misshapen)
+    if any(kinds):
+        total, counts = sum(map(len, kinds)), f"{len(missing)}, {len(too_many)} and {len(misshapen)}"
+        examples = ", ".join(
+            f"{one_line(name, MAX_SHOWN_NAME)} (saved: {given.get(name, 'nothing')}, expected: "
+            f"{expected.get(name, 'nothing')})"
+            for name in (min(names) for names in kinds if names)
+        )
         raise ValueError(
-            f"what is saved does not fit the configuration: {len(wrong)} tensors are missing, too many or of another "
-            f"shape than it says, such as {name} (saved: {given.get(name, 'nothing')}, expected: "
-            f"{expected.get(name, 'nothing')}). Save or download it again."
+            f"what is saved does not fit the configuration: {total} tensors are missing, too many or of another shape "
+            f"than it says ({counts} of them), such as {examples}. {remedy}"
         )
 
 
-def first_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN, infinity, or a negative variance, whose root is NaN."""
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Find the first tensor that holds NaN, infinity, or a negative variance, whose root would be NaN; by its name."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.is_meta:
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
             continue
-        if tensor.dtype == torch.float64:  # what float32 cannot hold becomes infinite
+        if tensor.dtype.itemsize == 1:  # torch compares no numbers of 8 bits
             tensor = tensor.float()
-        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
+        # Unlike `isfinite`, this takes no memory. What float32 cannot hold becomes infinite when a model loads it.
+        lowest, highest = (number.float() for number in tensor.aminmax())
+        if not (lowest.isfinite() and highest.isfinite()) or (name.endswith("running_var") and lowest < 0):
             return name
     return None
 
 
-def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors that `first_not_finite` finds with a `ValueError` that names the first of them."""
+def check_finite(
+    tensors: Mapping[str, torch.Tensor], remedy: str = "Take weights of a run that did not diverge."
+) -> None:
+    """Refuse tensors that [`first_not_finite`] finds with a ValueError that names the first and ends with `remedy`."""
     name = first_not_finite(tensors)
     if name is not None:
-        raise ValueError(
-            f"the tensor {name} holds NaN or infinity, or a negative variance: take weights of a run that did not "
-            "diverge."
-        )
+        raise ValueError(f"the tensor {name} holds NaN or infinity, or a negative variance. {remedy}")
 
 
-def shapes_of(tensors: dict[str, torch.Tensor]) -> Shapes:
+def require_plain_tensors(tensors: Mapping[str, Any]) -> None:
+    """Refuse what has no sizes to read, or no numbers, with a ValueError that names the first of them."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            kind = f"a {type(tensor).__name__}"
+        elif tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = "a sparse, nested or quantised tensor"
+        elif tensor.numel() == 0:
+            kind = "an empty tensor"
+        else:
+            continue
+        raise ValueError(f"{short_repr(name)} is {kind}: save the model's state_dict alone, dense and not quantised.")
+
+
+def tensors_for_model(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], remedy: str = SAVE_AGAIN
+) -> dict[str, torch.Tensor]:
+    """
+    Check saved tensors against those of a model, and convert them to the model's types.
+
+    Args:
+        tensors: what is saved, by name.
+        expected: the model's tensors by the same names; only their shapes and types are used.
+        remedy: the last sentence of an error.
+
+    Returns:
+        `dict` from name to tensor, in the order of `expected`. No two tensors share memory; those that need no change
+        are the given ones.
+
+    Raises:
+        ValueError: if names or shapes are others, a type cannot be converted without loss of meaning, or a number is
+            NaN or infinite.
+    """
+    check_shapes(shapes_of(tensors), shapes_of(expected), remedy)
+    converted, storages = {}, set()
+    for name, model_tensor in expected.items():
+        tensor, dtype = tensors[name], model_tensor.dtype
+        if tensor.dtype not in STORED_AS[dtype]:
+            raise ValueError(f"{name} has numbers of type {tensor.dtype} instead of {dtype}. {remedy}")
+        tensor = tensor.to(dtype).contiguous()
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage().data_ptr()
+            tensor = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
+        converted[name] = tensor
+    check_finite(converted, remedy)
+    return converted
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Return the shapes of tensors by their names."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -384,11 +501,11 @@ def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: 
 
     Args:
         source: folder or Hub id.
-        names: files to look for; the first that is there counts. An index leads to its shards.
+        names: of files to look for. The first that exists is read; if it is an index, all its shards are.
         hub_kwargs: `revision`, `token` and so on for the Hub.
 
     Returns:
-        `dict` from each tensor's name to its shape; empty where there is none of the files.
+        `dict` from each tensor's name to its shape; empty if none of the files exists.
 
     Raises:
         OSError: if a file is damaged or no regular file.
@@ -405,19 +522,18 @@ def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: 
                 if not shards or any(os.path.basename(shard) != shard for shard in shards):
                     raise ValueError(f"{file} names no files beside it: save or download it again.")
             files = [cached_file(source, shard, **hub_kwargs) for shard in shards]
-        return {tensor: shape for file in files for tensor, shape in _file_shapes(file).items()}
+        return {tensor: shape for file in files for tensor, shape in _shapes_in_file(file).items()}
     return {}
 
 
-def _file_shapes(file: str) -> Shapes:
-    if not os.path.isfile(file):  # a pipe would be waited for
-        raise OSError(f"{file} is no regular file: save or download it again.")
+def _shapes_in_file(file: str) -> Shapes:
+    require_file(file, "save or download it again")
     try:
         with as_value_error("it is cut short or damaged"):
             if file.endswith(".safetensors"):
                 with safe_open(file, framework="pt") as tensors:
                     return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-            # torch maps no files of the format that it wrote before version 1.6.
+            # torch cannot map files of the format that it wrote before version 1.6.
             mapped = zipfile.is_zipfile(file)
             shapes = shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=mapped))
             if sum(map(math.prod, shapes.values())) > os.path.getsize(file):  # a number takes a byte at least
@@ -428,6 +544,10 @@ def _file_shapes(file: str) -> Shapes:
 
 
 def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
-    """A model whose tensors have names and shapes, and take no memory; ValueError if the configuration cannot be."""
+    """Build a model on the meta device: its tensors have names, shapes and types, but take no memory.
+
+    Raises:
+        ValueError: if no model can be built from the configuration.
+    """
     with as_value_error("No model can be built from its configuration"), torch.device("meta"):
         return model_class(config)

@@ -1,11 +1,10 @@
-"""Official checkpoints to this project's layout and back.
+"""Converts official checkpoints to this project's layout and back.
 
     python convert_detris_checkpoint.py best_model.pth detris-base-refcoco --dataset refcoco/unc
     python convert_detris_checkpoint.py detris-base-refcoco best_model.pth --to-official
 
-The first writes a folder that `AutoModel` and `AutoProcessor` load; widths, depths and adapter layers are read off the
-checkpoint. The second writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads. Original files of the
-backbones, DINOv2's `.pth` and OpenAI's CLIP, are read here too, for `DetrisForReferringSegmentation.from_backbones`.
+The first command writes a folder that `AutoModel` and `AutoProcessor` load; widths, depths and adapter layers are read
+off the checkpoint. The second writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads.
 """
 
 import argparse
@@ -14,51 +13,49 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CLIPTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from checkpoint_files import bare_state_dict, read_tensors, require_file, skeleton
-from configuration_detris import DetrisConfig, as_value_error, check_values, one_line, short_repr
+from checkpoint_files import (
+    bare_state_dict,
+    read_tensors,
+    refuse_pipes,
+    require_file,
+    require_plain_tensors,
+    skeleton,
+    tensors_for_model,
+)
+from configuration_detris import DetrisConfig, as_value_error, check_values, errors_begin_with, one_line, short_repr
 from data.untrusted import load_yaml
 from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from official_layout import (
-    IGNORED,
     MAX_LAYERS,
     NECK_LEVELS,
+    UNUSED_TENSOR,
     depth_of,
+    expected_tensors,
     name_table,
     numbers_in,
+    official_to_ours,
     read_text_config,
     read_vision_config,
     shape_of,
     tensors_to_official,
-    tensors_to_ours,
-    text_backbone_table,
-    vision_backbone_table,
 )
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
 
-# The tokens of a phrase leave no trace in a checkpoint (official `config/<dataset>/*.yaml`, `word_len`).
+# Tokens of a phrase by data set, which a checkpoint does not tell (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
-# What checkpoints that are often mistaken for an official DETRIS have in their names, the more special first.
+# Models whose checkpoints are easily mistaken for an official DETRIS, and how names of their tensors begin. ETRIS
+# comes before CRIS, because its names also begin as those of CRIS do.
 OTHER_MODELS = {
     "of ETRIS": ("backbone.", "bridger."),
     "of CRIS": ("backbone.", "neck."),
@@ -66,58 +63,78 @@ OTHER_MODELS = {
     "of DINOv2 alone": ("patch_embed.", "blocks."),
     "in the layout of this project already": ("vision_model.", "text_model."),
 }
-# What a model's tensors may be stored as; whatever is narrower than float16 needs scales that no checkpoint here has.
-STORED_AS = {
-    torch.float32: (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    torch.int64: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-}
-BACKBONES = {
-    Dinov2Config: Dinov2Model,
-    Dinov2WithRegistersConfig: Dinov2WithRegistersModel,
-    CLIPTextConfig: CLIPTextModelWithProjection,
-}
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _expected_tensors(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, table: Iterable[tuple]
-) -> dict[str, torch.Tensor]:
-    """Tensors of the model that has this configuration, without numbers, by our names in `table`."""
-    tensors = skeleton(model_class, config).state_dict()
-    other = tensors.keys() ^ {name for _, names, _ in table for name in names}
-    if other:
-        raise ValueError(f"The official code has no model of this configuration: {min(other)} does not fit.")
-    return tensors
+def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dict[str, torch.Tensor]:
+    """
+    Convert an official state dict to one that `DetrisForReferringSegmentation(config)` loads with `strict=True`.
+
+    Args:
+        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`,
+            `"model_state_dict"` or `"model"`; names may begin with `module.` and `_orig_mod.`.
+        config: the configuration of the model that will load the result.
+
+    Returns:
+        `dict[str, torch.Tensor]` by our names, in float32 whatever type they had. They are views of the official
+        tensors where possible.
+
+    Raises:
+        ValueError: if `config` is of a kind that the official code does not have, the checkpoint is of another model,
+            tensors are missing, too many, of another shape than `config` says or not of plain numbers, or a number is
+            NaN or infinite; the message names them.
+    """
+    _require_official_kind(config)
+    official = _official_tensors(official)
+    _check_depths(config)
+    remedy = "Get the file again, or give the configuration (--recipe) that it was trained with."
+    return official_to_ours(official, DetrisForReferringSegmentation, config, name_table(config), remedy)
+
+
+def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
+    """
+    Convert our state dict to an official one, which the official model loads with `strict=True`.
+
+    Tensors without an effect are written as zeros: the neck's query and key weights, and CLIP's logit scale.
+
+    Args:
+        state_dict: the state dict of a `DetrisForReferringSegmentation(config)`.
+        config: its configuration.
+
+    Returns:
+        `dict[str, torch.Tensor]` by official names, without `module.` in front, in float32 whatever type they had.
+
+    Raises:
+        ValueError: if the official code has no such model, tensors do not fit `config`, or a number is NaN or
+            infinite; the message names them.
+    """
+    _require_official_kind(config)
+    if config.vision_config.model_type != "dinov2_with_registers":
+        raise ValueError(
+            f"The vision backbone is of type {config.vision_config.model_type}: the official code has only DINOv2 "
+            "with registers."
+        )
+    _check_depths(config)
+    require_plain_tensors(state_dict)
+    table = name_table(config)
+    expected = expected_tensors(DetrisForReferringSegmentation, config, table)
+    return tensors_to_official(tensors_for_model(state_dict, expected), table) | {UNUSED_TENSOR: torch.tensor(0.0)}
 
 
 def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The bare state dict of a DETRIS checkpoint; refuses those of other models by their names."""
+    """Find the weights in a checkpoint of DETRIS; raises ValueError if their names are those of another model."""
     tensors = bare_state_dict(official)
     for model, beginnings in OTHER_MODELS.items():
         if all(any(name.startswith(beginning) for name in tensors) for beginning in beginnings):
             raise ValueError(f"This is a checkpoint {model}, not of an official DETRIS: give one of those.")
-    return _plain(tensors)
-
-
-def _plain(tensors: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """Refuse by name what no size can be read from."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            kind = f"a {type(tensor).__name__}"
-        elif tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
-            kind = "a sparse, nested or quantised tensor"
-        elif tensor.numel() == 0:
-            kind = "an empty tensor"
-        else:
-            continue
-        raise ValueError(f"{short_repr(name)} is {kind}: save the model's state_dict alone, dense and not quantised.")
+    require_plain_tensors(tensors)
     return tensors
 
 
 def _check_depths(config: DetrisConfig) -> None:
-    """Refuse more layers than a model has, before a name is made up for each and each is built."""
+    """Refuse more layers than any model has with a ValueError, because listing and building each one takes time."""
     for field, depth in (
         ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
         ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
@@ -127,130 +144,14 @@ def _check_depths(config: DetrisConfig) -> None:
             raise ValueError(f"{field} is {short_repr(depth)}: no DETRIS has more than {MAX_LAYERS}.")
 
 
-def _checked(
-    tensors: Mapping[str, torch.Tensor],
-    names: Iterable[str],
-    make_expected: Callable[[], Mapping[str, torch.Tensor]],
-    what: str,
-    remedy: str,
-) -> dict[str, torch.Tensor]:
-    """
-    Refuse tensors whose names, shapes or types are not those expected, and numbers that are NaN or infinite.
-
-    Args:
-        names: those expected; looked at before `make_expected`, which takes time and gives the shapes.
-
-    Returns:
-        The tensors by name, of the type that the model has, none of which shares memory with another.
-    """
-    names = set(names)
-    missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names - {IGNORED})
-    if missing or unexpected:
-        raise ValueError(
-            f"{what}: {len(missing)} tensors are missing ({', '.join(missing[:3]) or 'none'}) and {len(unexpected)} "
-            f"are too many ({one_line(', '.join(unexpected[:3])) or 'none'}). {remedy}"
-        )
-    expected = make_expected()
-    wrong = [name for name, tensor in expected.items() if tensors[name].shape != tensor.shape]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{what}: {len(wrong)} tensors have another shape than expected, such as {name} with "
-            f"{tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}. {remedy}"
-        )
-    checked, storages = {}, set()
-    for name, tensor in expected.items():
-        given = tensors[name]
-        if given.dtype not in STORED_AS[tensor.dtype]:
-            raise ValueError(f"{what}: {name} has numbers of type {given.dtype} instead of {tensor.dtype}. {remedy}")
-        given = given.to(tensor.dtype).contiguous()
-        if not given.is_meta:
-            lowest, highest = given.aminmax()
-            if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-                raise ValueError(f"{what}: {name} holds numbers that are NaN or infinite. {remedy}")
-            if name.endswith("running_var") and lowest < 0:
-                raise ValueError(f"{what}: {name} holds variances below 0. {remedy}")
-            storage = given.untyped_storage().data_ptr()
-            given = given.clone() if storage in storages else given
-            storages.add(storage)
-        checked[name] = given
-    return checked
-
-
-def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dict[str, torch.Tensor]:
-    """
-    Convert an official state dict to one that `DetrisForReferringSegmentation(config)` loads with `strict=True`.
-
-    Args:
-        official: the official state dict, or a training checkpoint that holds it under `"state_dict"`,
-            `"model_state_dict"` or `"model"`; names may carry `module.` and `_orig_mod.`.
-        config: the configuration of the model to load.
-
-    Returns:
-        `dict[str, torch.Tensor]` by our names, in float32 whatever they were. Tensors are views of the official ones
-        where possible.
-
-    Raises:
-        ValueError: if it is the checkpoint of another model, tensors are missing, too many, of another shape than in
-            `config` or not of plain numbers, or a number is NaN or infinite; the message names them.
-    """
-    _require_official(config)
-    official = _official_tensors(official)
-    _check_depths(config)
-    table = name_table(config)
-    official = _checked(
-        official,
-        [name for name, _, _ in table],
-        lambda: tensors_to_official(_expected_tensors(DetrisForReferringSegmentation, config, table), table),
-        "The official checkpoint does not fit the configuration",
-        "Get the file again, or give the configuration (--recipe) that it was trained with.",
-    )
-    return tensors_to_ours(official, table)
-
-
-def _require_official(config: DetrisConfig) -> None:
-    """Refuse models of a kind that the official code does not have."""
+def _require_official_kind(config: DetrisConfig) -> None:
+    """Refuse a model of a kind that the official code does not have with a ValueError."""
     if config.peft_method != "detris":
         raise ValueError(f"peft_method is {config.peft_method}: the official code has adapters of DETRIS only.")
     if len(config.feature_layers) + 1 != len(NECK_LEVELS):
         raise ValueError(
             f"feature_layers is {list(config.feature_layers)}: an official DETRIS has {len(NECK_LEVELS) - 1}."
         )
-
-
-def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
-    """
-    Convert our state dict to an official one, which the official model loads with `strict=True`.
-
-    What has no effect is written as zeros: the neck's query and key weights, and CLIP's logit scale.
-
-    Args:
-        state_dict: of a `DetrisForReferringSegmentation(config)`.
-        config: its configuration.
-
-    Returns:
-        `dict[str, torch.Tensor]` by official names, without `module.` in front, in float32.
-
-    Raises:
-        ValueError: if the official code has no such model, tensors do not fit `config`, or a number is NaN or
-            infinite; the message names them.
-    """
-    _require_official(config)
-    if config.vision_config.model_type != "dinov2_with_registers":
-        raise ValueError(
-            f"The vision backbone is of type {config.vision_config.model_type}: the official code has only DINOv2 "
-            "with registers."
-        )
-    _check_depths(config)
-    table = name_table(config)
-    checked = _checked(
-        _plain(state_dict),
-        [name for _, names, _ in table for name in names],
-        lambda: _expected_tensors(DetrisForReferringSegmentation, config, table),
-        "The weights do not fit the configuration",
-        "Save or download them again.",
-    )
-    return tensors_to_official(checked, table) | {IGNORED: torch.tensor(0.0)}
 
 
 # --- recognition --------------------------------------------------------------------------------------------------
@@ -262,12 +163,12 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
 
     Args:
         official: as for [`convert_state_dict`].
-        **fields: fields of [`DetrisConfig`] that leave no trace in the tensors or shall be others; `vision_config` and
-            `text_config` as mappings of the fields that differ.
+        **fields: fields of [`DetrisConfig`] that tensors do not show, or that are to differ from what they show;
+            `vision_config` and `text_config` as mappings of the fields that differ.
 
     Raises:
-        ValueError: if it is the checkpoint of another model, a tensor is missing or misshapen that the configuration
-            is read from, or a size or field is invalid.
+        ValueError: if it is the checkpoint of another model, a tensor that a size is read from is missing or
+            misshapen, or a size or field is invalid.
     """
     DetrisConfig.refuse_unknown(fields)
     official = _official_tensors(official)
@@ -293,12 +194,12 @@ def recognize_config(official: Mapping[str, Any], **fields) -> DetrisConfig:
     except ValueError as error:
         raise ValueError(f"{error} It is no whole official DETRIS: get the file again.") from None
     for name, config in backbones.items():
-        backbones[name] = _changed(config, name, fields.pop(name, {}))
-    return _made(DetrisConfig, "model_config", backbones | recognized | fields)
+        backbones[name] = _config_with_fields(config, name, fields.pop(name, {}))
+    return _build_config(DetrisConfig, "model_config", backbones | recognized | fields)
 
 
-def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConfig:
-    """The configuration with some fields as a recipe has them."""
+def _config_with_fields(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConfig:
+    """Change fields of a recognized configuration to what a recipe says; raises ValueError if they contradict it."""
     known = {field.name for field in dataclasses.fields(config)}
     if not isinstance(fields, Mapping) or not fields.keys() <= known | {"model_type"}:
         raise ValueError(f"{name} is {short_repr(fields)}: give a mapping of fields that {type(config).__name__} has.")
@@ -306,78 +207,16 @@ def _changed(config: PreTrainedConfig, name: str, fields: Any) -> PreTrainedConf
         found = getattr(config, field)
         if fields.get(field, found) != found:
             raise ValueError(f"{name}.{field} is {short_repr(fields[field])}, but the checkpoint has {found}.")
-    return _made(type(config), name, config.to_dict() | fields)
+    return _build_config(type(config), name, config.to_dict() | fields)
 
 
-def _made(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
+def _build_config(config_class: type[PreTrainedConfig], name: str, fields: dict[str, Any]) -> PreTrainedConfig:
     with as_value_error(f"{name} has a field of a wrong type"):
         check_values(fields, name)
         return config_class(**fields)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def read_dinov2(path: str | os.PathLike) -> Dinov2Model | Dinov2WithRegistersModel:
-    """
-    Read a file of the DINOv2 release, such as `dinov2_vitb14_reg4_pretrain.pth`, in float32; nothing in it is run.
-
-    Raises:
-        OSError: if the file is missing, no regular file or damaged.
-        ValueError: if it is no such file, or a number is NaN or infinite.
-    """
-
-    def table(config):
-        return vision_backbone_table(config.num_hidden_layers, isinstance(config, Dinov2WithRegistersConfig))
-
-    tensors = {f"dinov2.{name}": tensor for name, tensor in read_tensors(path).items()}
-    return _build(tensors, read_vision_config, table, f"{path} is no DINOv2 of size small, base or large")
-
-
-def read_clip_text(path: str | os.PathLike) -> CLIPTextModelWithProjection:
-    """
-    Read the text tower of a CLIP by OpenAI, such as `ViT-B-16.pt`, in float32: TorchScript as published, or a state
-    dict. Nothing in it is run.
-
-    Raises:
-        OSError: if the file is missing, no regular file or damaged.
-        ValueError: if it is no such file, or a number is NaN or infinite.
-    """
-
-    def table(config):
-        return text_backbone_table(config.num_hidden_layers)
-
-    others = ("visual.", "input_resolution", "context_length", "vocab_size")  # the image tower and loose numbers
-    tensors = {
-        f"txt_backbone.{name}": tensor for name, tensor in read_tensors(path).items() if not name.startswith(others)
-    }
-    return _build(tensors, read_text_config, table, f"{path} is no CLIP by OpenAI")
-
-
-def _build(
-    official: dict[str, torch.Tensor], make_config: Callable, make_table: Callable, what: str
-) -> PreTrainedModel:
-    """A backbone from tensors by their names in an official DETRIS."""
-    remedy = "Give the file as its authors published it."
-    try:
-        config = make_config(_plain(official))
-    except ValueError as error:
-        raise ValueError(f"{what}: {error} {remedy}") from None
-    model_class = BACKBONES[type(config)]
-    table = [
-        (name, [our_name.removeprefix("vision_model.") for our_name in our_names], kind)
-        for name, our_names, kind in make_table(config)
-    ]
-    official = _checked(
-        official,
-        [name for name, _, _ in table],
-        lambda: tensors_to_official(_expected_tensors(model_class, config, table), table),
-        what,
-        remedy,
-    )
-    return model_class.from_pretrained(
-        None, config=config, state_dict=tensors_to_ours(official, table), dtype=torch.float32
-    )
 
 
 def from_official(
@@ -398,19 +237,17 @@ def from_official(
         **fields: as for [`recognize_config`].
 
     Raises:
-        OSError: if a file or folder is missing, damaged or in the way.
+        OSError: if a file is missing or damaged, or `output_dir` exists.
         ValueError: if the checkpoint is not a whole official DETRIS, or the tokenizer does not fit it.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
     official = read_tensors(checkpoint)
-    try:
+    with errors_begin_with(checkpoint):
         config = recognize_config(official, **fields)
         processor = make_processor(tokenizer, config)
         tensors = convert_state_dict(official, config)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from None
     model = skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
     origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
@@ -426,7 +263,7 @@ def from_official(
 
 def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
     """
-    The processor of a model with this configuration.
+    Build the processor of a model with this configuration.
 
     Args:
         tokenizer_name: Hub id or folder of CLIP's tokenizer.
@@ -435,7 +272,7 @@ def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor
         OSError: if the tokenizer cannot be read.
         ValueError: if it has more symbols than the model's text backbone reads.
     """
-    _require_regular_files(tokenizer_name)
+    refuse_pipes(tokenizer_name)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)
     except MemoryError:
@@ -452,45 +289,37 @@ def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor
     return DetrisProcessor.from_config(config, tokenizer)
 
 
-def _require_regular_files(folder: str | os.PathLike) -> None:
-    """Refuse a folder with pipes or devices in it, which those who read it would open; a Hub id is left to them."""
-    for path in Path(folder).iterdir() if os.path.isdir(folder) else [Path(folder)]:
-        if os.path.exists(path) and not path.is_dir():
-            require_file(path, "a regular file in its place")
-
-
 def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> None:
     """
     Write a saved DETRIS as a checkpoint that the official test script loads; the file appears when it is whole.
 
     Raises:
-        OSError: if the folder cannot be read, or the file is there already.
+        OSError: if the folder cannot be read, or `checkpoint` exists.
         ValueError: if the model is of a kind that the official code does not have, or a number is NaN or infinite.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists: name a file that does not.")
     weights = Path(folder) / SAFE_WEIGHTS_NAME
-    require_file(weights, "a whole DETRIS, saved as a folder in one piece")
-    _require_regular_files(folder)
+    require_file(weights, "give the path of a whole DETRIS, saved as a folder in one piece")
+    refuse_pipes(folder)
     config = DetrisConfig.from_pretrained(folder)
     try:
-        tensors = load_file(weights)  # which maps the file: a model would copy it
+        tensors = load_file(weights)  # maps the file; building a model would copy it
     except SafetensorError as error:
         raise OSError(f"{weights} is cut short or damaged ({one_line(error)}): save or download it again.") from None
-    try:
+    with errors_begin_with(folder):
         official = convert_to_official(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}-") as scratch:
-        # Its names are those of DataParallel, under which the official code trains and tests.
+        # The official code trains and tests inside DataParallel, which puts `module.` in front of the names.
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in official.items()}}, f"{scratch}/model")
         os.rename(f"{scratch}/model", checkpoint)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    require_file(path, "a file such as those in configs/")
+    """Read a file like those in configs/; raises OSError or ValueError if it is none."""
+    require_file(path, "give the path of a file such as those in configs/")
     recipe = load_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model_config", {}), dict):
         raise ValueError(f"{path} is no recipe: give a file such as those in configs/.")

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,39 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.hostile_torchscript import Written
+from helpers.elsewhere import run_elsewhere
 from helpers.models import official_config, official_figures, official_inputs, official_weights
+from helpers.original_backbones import Holder
+from helpers.refer_folder import not_waiting
+from helpers.released_checkpoints import CONFORMANCE, RELEASED, RELEASED_RECIPES
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-)
+from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from backbones_detris import read_clip_text, read_dinov2
 from configuration_detris import DetrisConfig
 from convert_detris_checkpoint import (
     convert_state_dict,
     convert_to_official,
     main,
-    name_table,
-    read_clip_text,
-    read_dinov2,
     recognize_config,
 )
 from modeling_detris import DetrisForReferringSegmentation
+from official_layout import name_table
 
 ROOT = Path(__file__).parents[1]
-CONFORMANCE = ROOT.parent / "shared" / "conformance"
-RELEASED = CONFORMANCE / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +44,13 @@ def official():
 @pytest.fixture(scope="module")
 def converted(official):
     return convert_state_dict(official, official_config())
+
+
+@pytest.fixture
+def in_time():
+    """Whatever takes over ten seconds fails, also what waits for a pipe."""
+    with not_waiting():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -72,55 +68,17 @@ def test_every_tensor_loads_from_any_wrapping(official, converted, wrapper, pref
     assert_all_equal(model.state_dict(), ours)
 
 
-def test_each_name_stands_in_the_table_once(official):
-    table = name_table(official_config())
-    theirs = [name for name, _, _ in table]
-    ours = [name for _, names, _ in table for name in names]
-    assert len(set(theirs)) == len(theirs) and len(set(ours)) == len(ours)
-    assert official.keys() - set(theirs) == {"txt_backbone.logit_scale"}  # CLIP's, for its own training only
-
-
-def test_each_kind_of_tensor_becomes_ours(official, converted):
-    dino, clip = "dinov2.blocks.1", "txt_backbone.transformer.resblocks.1"
-    vision, text = "vision_model.encoder.layer.1", "text_model.encoder.layers.1"
-    for theirs, ours in (
-        ("txt_backbone.text_projection", "text_projection.weight"),
-        ("neck.f5_proj.0.weight", "neck.map_projections.2.conv.weight"),  # a transposed convolution
-    ):
-        assert torch.equal(converted[ours], official[theirs].transpose(0, 1))
-    for theirs, ours in (
-        ("neck.f3_proj.0.weight", "neck.map_projections.0.conv.weight"),
-        (f"{dino}.adapter.D_fc1.weight", f"{vision}.detris_adapter.default.down.weight"),
-        (f"{dino}.ls2.gamma", f"{vision}.base_layer.layer_scale2.lambda1"),
-        (f"{clip}.mlp.c_proj.bias", f"{text}.mlp.fc2.bias"),
-        ("decoder.layers.0.ffn.4.weight", "decoder.layers.0.feed_forward.4.weight"),
-        ("proj.txt.weight", "mask_head.kernel_projection.weight"),
-    ):
-        assert torch.equal(converted[ours], official[theirs])
-    for index, part in enumerate("qkv"):
-        rows = slice(index * 64, (index + 1) * 64)
-        assert torch.equal(
-            converted[f"{vision}.base_layer.attention.{part}_proj.weight"], official[f"{dino}.attn.qkv.weight"][rows]
-        )
-        rows = slice(index * 512, (index + 1) * 512)
-        assert torch.equal(
-            converted[f"{text}.self_attn.{part}_proj.bias"], official[f"{clip}.attn.in_proj_bias"][rows]
-        )
-    gate = official["neck.fusion4.multihead_attn.in_proj_weight"]
-    assert torch.equal(converted["neck.gates.1.value.weight"], gate[1024:])
-    table = converted["vision_model.embeddings.position_embeddings"]  # as pretrained, the model resamples it
-    assert torch.equal(table, official["dinov2.pos_embed"])
-
-
 def test_tensors_that_do_not_fit_the_configuration_are_named(official):
     config = official_config()
     without = {name: tensor for name, tensor in official.items() if name != "neck.txt_proj.bias"}
-    with pytest.raises(ValueError, match=r"1 tensors are missing \(neck.txt_proj.bias\) and 0 are too many"):
+    with pytest.raises(ValueError, match=r"\(1, 0 and 0 of them\), such as neck.txt_proj.bias \(saved: nothing, exp"):
         convert_state_dict(without, config)
-    with pytest.raises(ValueError, match=r"0 tensors are missing \(none\) and 1 are too many \(neck.new\)"):
+    with pytest.raises(
+        ValueError, match=r"\(0, 1 and 0 of them\), such as neck.new \(saved: \(1,\), expected: nothing"
+    ):
         convert_state_dict(official | {"neck.new": torch.zeros(1)}, config)
     config.decoder_layers = 3
-    with pytest.raises(ValueError, match=r"missing \(decoder.layers.2.*configuration .* that it was trained with"):
+    with pytest.raises(ValueError, match=r"such as decoder.layers.2.*configuration .* that it was trained with"):
         convert_state_dict(official, config)
     with pytest.raises(ValueError, match="tensors are missing"):
         convert_state_dict({}, official_config())
@@ -141,25 +99,26 @@ def test_numbers_of_other_widths_become_float32(official, dtype):
 
 
 NOT_FINITE = [
-    ("neck.txt_proj.weight", float("nan"), "NaN or infinite"),
-    ("dinov2.blocks.1.adapter.D_fc2.bias", float("inf"), "NaN or infinite"),
-    ("txt_backbone.positional_embedding", float("-inf"), "NaN or infinite"),
-    ("neck.aggr.1.running_mean", float("nan"), "NaN or infinite"),
-    ("dinov2.blocks.3.adapter.dense_branch1.bn.running_var", float("inf"), "NaN or infinite"),
-    ("proj.vis.1.1.running_var", -0.5, "variances below 0"),
+    ("neck.txt_proj.weight", float("nan")),
+    ("dinov2.blocks.1.adapter.D_fc2.bias", float("inf")),
+    ("txt_backbone.positional_embedding", float("-inf")),
+    ("neck.aggr.1.running_mean", float("nan")),
+    ("dinov2.blocks.3.adapter.dense_branch1.bn.running_var", float("inf")),
+    ("proj.vis.1.1.running_var", -0.5),
 ]
 
 
-@pytest.mark.parametrize(("name", "number", "said"), NOT_FINITE)
-def test_numbers_that_are_none_are_refused_by_name_both_ways(official, converted, name, number, said):
+@pytest.mark.parametrize(("name", "number"), NOT_FINITE)
+def test_numbers_that_are_none_are_refused_by_name_both_ways(official, converted, name, number):
+    said = "holds NaN or infinity, or a negative variance"
     spoiled = official[name].clone()
     spoiled.view(-1)[-1] = number
-    with pytest.raises(ValueError, match=f" {re.escape(name)} holds .*{said}"):
+    with pytest.raises(ValueError, match=f" {re.escape(name)} {said}"):
         convert_state_dict(official | {name: spoiled}, official_config())
     our_name = next(names[-1] for theirs, names, _ in name_table(official_config()) if theirs == name)
     spoiled = converted[our_name].clone()
     spoiled.view(-1)[-1] = number
-    with pytest.raises(ValueError, match=f" {re.escape(our_name)} holds .*{said}"):
+    with pytest.raises(ValueError, match=f" {re.escape(our_name)} {said}"):
         convert_to_official(converted | {our_name: spoiled}, official_config())
 
 
@@ -167,7 +126,7 @@ def test_a_number_too_large_for_float32_is_refused(official):
     name = "neck.txt_proj.weight"
     wide = official[name].double()
     wide[-1, -1] = 1e300
-    with pytest.raises(ValueError, match=f" {name} holds numbers that are NaN or infinite"):
+    with pytest.raises(ValueError, match=f" {name} holds NaN or infinity"):
         convert_state_dict(official | {name: wide}, official_config())
 
 
@@ -221,114 +180,6 @@ def test_checkpoints_of_other_models_are_named(tmp_path, model):
         main([str(tmp_path / "best_model.pth"), str(tmp_path / "model"), "--dataset", "refcoco/unc"])
 
 
-LARGE = {
-    "vision_config": {
-        "model_type": "dinov2_with_registers",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 518,
-        "patch_size": 14,
-    },
-    "feature_layers": [8, 16],
-}
-
-
-RELEASED_RECIPES = {
-    "base": {},
-    "large": LARGE | {"vision_adapter_layers": [2, 6, 10, 14, 18, 22]},
-    "large_mixed": LARGE
-    | {
-        "vision_adapter_layers": list(range(1, 24)),
-        "vision_adapter_dim": 384,
-        "text_adapter_layers": list(range(1, 12)),
-        "text_adapter_dim": 384,
-    },
-}
-
-
-@pytest.mark.parametrize(("name", "fields"), RELEASED_RECIPES.items())
-def test_released_checkpoints_fit_by_name_and_shape(name, fields):
-    path = RELEASED / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"needs shared/conformance/checkpoints/{path.name} beside the repository")
-    config = DetrisConfig(**fields)
-    with torch.device("meta"):
-        checkpoint = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype))
-            for name, (shape, dtype) in json.loads(path.read_text()).items()
-        }
-        model = DetrisForReferringSegmentation(config)
-    model.load_state_dict(convert_state_dict(checkpoint, config), strict=True, assign=True)
-
-
-# --- recognition --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", RELEASED_RECIPES)
-def test_released_recipes_are_recognized(name):
-    path = RELEASED / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"needs shared/conformance/checkpoints/{path.name} beside the repository")
-    with torch.device("meta"):
-        checkpoint = {name: torch.empty(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
-    # Only what is written down: how a configuration was made, or in which order, is no matter.
-    recognized, expected = (
-        json.loads(config.to_json_string())
-        for config in (recognize_config(checkpoint), DetrisConfig(**RELEASED_RECIPES[name]))
-    )
-    assert recognized == expected
-
-
-@pytest.fixture
-def in_time():
-    """Whatever takes over ten seconds fails, also what waits for a pipe."""
-
-    def stop(*_):
-        raise AssertionError("it took over ten seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-NUMBERED = {
-    "dinov2.blocks": "norm1.weight",
-    "txt_backbone.transformer.resblocks": "ln_1.weight",
-    "decoder.layers": "norm1.weight",
-}
-
-
-@pytest.mark.parametrize("modules", NUMBERED)
-def test_layers_are_counted_before_any_is_built(official, in_time, modules):
-    leaf, one = NUMBERED[modules], torch.ones(1)
-    many = official | {f"{modules}.{index}.{leaf}": one for index in range(20_000)}
-    with pytest.raises(ValueError, match=f"There are 20000 {re.escape(modules)}, but at most 256"):
-        recognize_config(many)
-    with pytest.raises(ValueError, match=r"\d+ are too many"):
-        convert_state_dict(many, official_config())
-    for number in ("999999", "9" * 5000, "007", "\u0664"):
-        with pytest.raises(ValueError, match=f"{re.escape(modules)} are not numbered from 0 to"):
-            recognize_config(official | {f"{modules}.{number}.{leaf}": one})
-    for number in ("999999", "9" * 5000):
-        with pytest.raises(ValueError, match="are too many"):
-            convert_state_dict(official | {f"{modules}.{number}.{leaf}": one}, official_config())
-
-
-@pytest.mark.parametrize("field", ["vision_config", "text_config", "decoder_layers"])
-def test_a_configuration_of_more_layers_than_any_model_has_is_refused(official, converted, in_time, field):
-    config = official_config()
-    if field == "decoder_layers":
-        config.decoder_layers = 10**9
-    else:
-        getattr(config, field).num_hidden_layers = 10**9
-    for convert, tensors in ((convert_state_dict, official), (convert_to_official, converted)):
-        with pytest.raises(ValueError, match=f"{field}.* is 1000000000: no DETRIS has more than 256"):
-            convert(tensors, config)
-
-
 # --- files --------------------------------------------------------------------------------------------------------
 
 TINY_RECIPE = {  # what a checkpoint does not tell and is not as in released ones
@@ -341,7 +192,7 @@ TINY_RECIPE = {  # what a checkpoint does not tell and is not as in released one
         "decoder_dropout": 0.0,
     },
 }
-LOGITS_ELSEWHERE = """
+LOGITS = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
@@ -352,22 +203,15 @@ torch.set_num_threads(torch_threads)
 AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
-    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "logits.safetensors")
+    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "results.safetensors")
 """
 
 
 def logits_elsewhere(folder, tmp_path, pixel_values, input_ids):
     """What `AutoModel` computes from a folder in a process that does not see this repository."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    save_file({"pixel_values": pixel_values, "input_ids": input_ids}, elsewhere / "inputs.safetensors")
-    subprocess.run(
-        [sys.executable, "-I", "-c", LOGITS_ELSEWHERE, str(folder), str(torch.get_num_threads())],
-        cwd=elsewhere,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=True,
-    )
-    return load_file(elsewhere / "logits.safetensors")["logits"]
+    arguments = [str(folder), str(torch.get_num_threads())]
+    inputs = {"pixel_values": pixel_values, "input_ids": input_ids}
+    return run_elsewhere(LOGITS, tmp_path / "elsewhere", *arguments, **inputs)["logits"]
 
 
 def training_checkpoint(weights):
@@ -442,7 +286,7 @@ def test_a_training_checkpoint_becomes_a_folder_and_goes_back(official, convert_
     assert_same_effect(official, {name.removeprefix("module."): t for name, t in again["state_dict"].items()})
     assert all(name.startswith("module.") for name in again["state_dict"])  # as DataParallel wants them
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"tokenizer", "recipe.yaml", "best_model.pth", "model", "again.pth", "elsewhere", "modules"}
+    assert left == {"tokenizer", "recipe.yaml", "best_model.pth", "model", "again.pth", "elsewhere"}
 
 
 @pytest.mark.parametrize(
@@ -509,7 +353,7 @@ class Hostile:
         (
             lambda weights, path: torch.save({n: t for n, t in weights.items() if n != "decoder.norm.bias"}, path),
             ValueError,
-            r"1 tensors are missing \(decoder.norm.bias\)",
+            r"1 tensors are missing, .*such as decoder.norm.bias \(saved: nothing",
         ),
         (
             lambda weights, path: torch.save({n: t for n, t in weights.items() if n != "neck.txt_proj.weight"}, path),
@@ -529,17 +373,17 @@ class Hostile:
         (
             lambda weights, path: torch.save(weights | {"neck.f5_proj.0.weight": torch.zeros(())}, path),
             ValueError,
-            r"neck.f5_proj.0.weight with \(\) instead of \(64, 512, 1, 1\)",
+            r"neck.f5_proj.0.weight \(saved: \(\), expected: \(64, 512, 1, 1\)",
         ),
         (
             lambda weights, path: torch.save(weights | {"neck.new": torch.zeros(1)}, path),
             ValueError,
-            r"1 are too many \(neck.new\)",
+            r"1 tensors .*too many .*such as neck.new \(saved: \(1,\), expected: nothing",
         ),
         (
             lambda weights, path: torch.save(weights | {"proj.vis.4.bias": torch.zeros(7)}, path),
             ValueError,
-            r"best_model.pth: .* 1 tensors have another shape .* proj.vis.4.bias with \(7,\) instead of \(256,\)",
+            r"best_model.pth: .* 1 tensors .*another shape .* proj.vis.4.bias \(saved: \(7,\), expected: \(256,\)",
         ),
     ],
 )
@@ -671,16 +515,20 @@ def test_pipes_and_devices_are_not_read(official, convert_tiny, tmp_path, in_tim
             with pytest.raises(OSError, match="is no regular file: give"):
                 read(given)
     for given in (pipe, "/dev/zero"):
-        with pytest.raises(OSError, match="is no regular file: give"):
+        with pytest.raises(OSError, match=f"{given} is neither a file nor a folder: give"):
             main([checkpoint, out, "--dataset", "refcoco/unc", "--tokenizer", given])
-    for place, arguments in (
-        (tmp_path / "tokenizer" / "tokenizer.json", [checkpoint, out, "--tokenizer", str(tmp_path / "tokenizer")]),
-        (folder / "config.json", [str(folder), out, "--to-official"]),
-        (folder / "model.safetensors", [str(folder), out, "--to-official"]),
+    for place, arguments, said in (
+        (
+            tmp_path / "tokenizer" / "tokenizer.json",
+            [checkpoint, out, "--tokenizer", str(tmp_path / "tokenizer")],
+            "is neither a file nor a folder: save",
+        ),
+        (folder / "config.json", [str(folder), out, "--to-official"], "is neither a file nor a folder: save"),
+        (folder / "model.safetensors", [str(folder), out, "--to-official"], "is no regular file: give"),
     ):
         place.unlink(missing_ok=True)
         os.mkfifo(place)
-        with pytest.raises(OSError, match=f"{place.name} is no regular file: give"):
+        with pytest.raises(OSError, match=f"{place.name} {said}"):
             main([*arguments, *([] if "--to-official" in arguments else ["--dataset", "refcoco/unc"])])
     assert not Path(out).exists()
 
@@ -720,9 +568,9 @@ def test_a_folder_that_is_no_whole_detris_is_refused_on_the_way_back(official, c
 
     name = "neck.aggregation.norm.running_mean"
     save_file(weights | {name: weights[name] * float("nan")}, folder / "model.safetensors")
-    refused(ValueError, f"model: .* {name} holds numbers that are NaN or infinite")
+    refused(ValueError, f"model: .* {name} holds NaN or infinity")
     save_file({n: t for n, t in weights.items() if n != name}, folder / "model.safetensors")
-    refused(ValueError, rf"model: .*1 tensors are missing \({name}\)")
+    refused(ValueError, rf"model: .*1 tensors are missing, .*such as {name} \(saved: nothing")
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(json.loads(config) | {"decoder_layers": 10**8}))
     refused(ValueError, "decoder_layers is 100000000: no DETRIS has more than 256")
@@ -750,7 +598,7 @@ def test_memory_that_runs_out_is_told_as_that(official, monkeypatch):
         def fail(*_, error=error):
             raise error("out of memory")
 
-        monkeypatch.setattr("convert_detris_checkpoint.skeleton", fail)
+        monkeypatch.setattr("official_layout.skeleton", fail)
         with pytest.raises(error):
             convert_state_dict(official, official_config())
 
@@ -842,199 +690,3 @@ def test_released_sizes_become_folders_and_go_back(clip_tokenizer, tmp_path, nam
     assert peak_memory([str(tmp_path / "model"), str(tmp_path / "again.pth"), "--to-official"]) < 2.2 * bare_size
     again = torch.load(tmp_path / "again.pth", weights_only=True, mmap=True)["state_dict"]
     assert_same_effect(official, {name.removeprefix("module."): tensor for name, tensor in again.items()})
-
-
-# --- original backbones -------------------------------------------------------------------------------------------
-
-
-def original_dinov2(model):
-    """The state dict of a Hugging Face DINOv2 by the names of DINOv2's own release."""
-    weights, original = model.state_dict(), {}
-    for name, tensor in weights.items():
-        name = name.removeprefix("embeddings.").replace("encoder.layer.", "blocks.").replace("layernorm.", "norm.")
-        name = name.replace("position_embeddings", "pos_embed").replace(
-            "patch_embeddings.projection", "patch_embed.proj"
-        )
-        name = name.replace("layer_scale1.lambda1", "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
-        name = name.replace("attention.o_proj", "attn.proj")
-        if "q_proj" in name:
-            block, leaf = name.split(".attention.")[0], name.rsplit(".", 1)[1]
-            layer = block.replace("blocks.", "encoder.layer.")
-            parts = [weights[f"{layer}.attention.{part}_proj.{leaf}"] for part in "qkv"]
-            original[f"{block}.attn.qkv.{leaf}"] = torch.cat(parts)
-        elif "k_proj" not in name and "v_proj" not in name:
-            original[name] = tensor
-    return original
-
-
-def original_clip(model):
-    """The text half of a Hugging Face CLIP by the names of OpenAI's release, and a little of the image half."""
-    weights = model.state_dict()
-    original = {
-        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
-        "positional_embedding": weights["text_model.embeddings.position_embedding.weight"],
-        "text_projection": weights["text_projection.weight"].T,
-        "ln_final.weight": weights["text_model.final_layer_norm.weight"],
-        "ln_final.bias": weights["text_model.final_layer_norm.bias"],
-        "logit_scale": torch.tensor(4.6),
-        "visual.proj": torch.ones(2, 2),
-    }
-    for layer in range(model.config.text_config.num_hidden_layers):
-        theirs, ours = f"transformer.resblocks.{layer}", f"text_model.encoder.layers.{layer}"
-        for leaf in ("weight", "bias"):
-            parts = [weights[f"{ours}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
-            original[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(parts)
-            for name, our_name in (
-                ("attn.out_proj", "self_attn.out_proj"),
-                ("ln_1", "layer_norm1"),
-                ("ln_2", "layer_norm2"),
-                ("mlp.c_fc", "mlp.fc1"),
-                ("mlp.c_proj", "mlp.fc2"),
-            ):
-                original[f"{theirs}.{name}.{leaf}"] = weights[f"{ours}.{our_name}.{leaf}"]
-    return original
-
-
-class Holder(nn.Module):
-    """Modules within modules that hold the tensors of a state dict, for TorchScript."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        for first in dict.fromkeys(name.split(".")[0] for name in tensors):
-            inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.split(".")[0] == first}
-            if "" in inner:
-                self.register_parameter(first, nn.Parameter(inner[""].contiguous(), requires_grad=False))
-            else:
-                self.add_module(first, Holder(inner))
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return value
-
-
-def save_originals(folder, width, depth, text_width, text_depth, registers=True):
-    """Random backbones: Hugging Face folders `vision` and `clip`, and the same in their original files."""
-    heads = {"num_attention_heads": width // 64, "num_hidden_layers": depth, "hidden_size": width}
-    vision_config = {"image_size": 518, "patch_size": 14, **heads}
-    text = {"num_attention_heads": text_width // 64, "num_hidden_layers": text_depth, "hidden_size": text_width}
-    text |= {"intermediate_size": 4 * text_width, "projection_dim": text_width, "hidden_act": "quick_gelu"}
-    image_tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    torch.manual_seed(0)
-    vision = (
-        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vision_config))
-        if registers
-        else Dinov2Model(Dinov2Config(**vision_config))
-    )
-    text_config = CLIPTextConfig(**text, bos_token_id=49406, eos_token_id=49407)
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config=text_config.to_dict(),
-            vision_config=CLIPVisionConfig(**image_tower).to_dict(),
-            projection_dim=text_width,
-        )
-    )
-    with torch.no_grad():  # new backbones have biases of zero
-        for parameter in (*vision.parameters(), *clip.parameters()):
-            if parameter.ndim < 2:
-                parameter.normal_(1, 0.1)
-    vision.save_pretrained(folder / "vision")
-    clip.save_pretrained(folder / "clip")
-    torch.save(original_dinov2(vision), folder / "dinov2_pretrain.pth")
-    torch.save(original_clip(clip), folder / "clip.pth")
-    torch.jit.script(Holder(original_clip(clip))).save(folder / "ViT-B-16.pt")
-
-
-def assert_one_model(folder, text_file, **fields):
-    models = []
-    for vision, text in ((folder / "vision", folder / "clip"), (folder / "dinov2_pretrain.pth", folder / text_file)):
-        torch.manual_seed(1)
-        models.append(DetrisForReferringSegmentation.from_backbones(str(vision), str(text), **fields))
-    of_folders, of_files = (model.state_dict() for model in models)
-    assert of_folders.keys() == of_files.keys()
-    assert [name for name, tensor in of_folders.items() if not torch.equal(tensor, of_files[name])] == []
-    inputs = torch.randn(1, 3, 448, 448), torch.tensor([[49406, 320, 2368, 49407, 0]])
-    with torch.no_grad():
-        logits = [model(*inputs).logits for model in models]
-    assert torch.equal(*logits) and logits[0].std() > 0
-
-
-SMALL_FIELDS = {"vision_adapter_layers": [1], "text_adapter_layers": [1], "feature_layers": [0, 1]}
-
-
-@pytest.mark.parametrize("registers", [True, False])
-@pytest.mark.parametrize("text_file", ["ViT-B-16.pt", "clip.pth"])
-def test_original_backbone_files_give_the_model_of_hugging_faces_folders(tmp_path, registers, text_file):
-    save_originals(tmp_path, 64, 2, 128, 2, registers)
-    assert_one_model(tmp_path, text_file, **SMALL_FIELDS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("width", "depth", "registers", "fields"),
-    [
-        (768, 12, True, {}),
-        (768, 12, False, {}),
-        (1024, 24, True, {"vision_adapter_layers": [2, 6, 10, 14, 18, 22], "feature_layers": [8, 16]}),
-    ],
-)
-def test_original_backbones_of_real_size_give_the_model_of_hugging_faces_folders(
-    tmp_path, width, depth, registers, fields
-):
-    save_originals(tmp_path, width, depth, 512, 12, registers)
-    assert_one_model(tmp_path, "ViT-B-16.pt", **fields)
-
-
-def test_files_that_are_no_backbones_are_refused(tmp_path):
-    save_originals(tmp_path, 64, 2, 128, 2)
-    dinov2, clip = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
-    with pytest.raises(ValueError, match="clip.pth is no DINOv2 .* no tensor 'dinov2.patch_embed.proj.weight'. Give"):
-        DetrisForReferringSegmentation.from_backbones(str(tmp_path / "clip.pth"), clip, **SMALL_FIELDS)
-    with pytest.raises(ValueError, match="pretrain.pth is no CLIP by OpenAI: There is no tensor 'txt_back"):
-        DetrisForReferringSegmentation.from_backbones(dinov2, dinov2, **SMALL_FIELDS)
-    weights = torch.load(dinov2)
-    torch.save(weights | {"head.weight": torch.zeros(1)}, dinov2)
-    with pytest.raises(ValueError, match=r"too many \(dinov2.head.weight\). Give the file"):
-        DetrisForReferringSegmentation.from_backbones(dinov2, clip, **SMALL_FIELDS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_original_backbones_of_half_width_are_read_as_float32(tmp_path, dtype):
-    save_originals(tmp_path, 64, 2, 128, 2)
-    for name, read in (("dinov2_pretrain.pth", read_dinov2), ("clip.pth", read_clip_text)):
-        weights = torch.load(tmp_path / name)
-        narrow = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        torch.save({"model": narrow}, tmp_path / "narrow.pth")
-        torch.save({name: tensor.float() for name, tensor in narrow.items()}, tmp_path / "wide.pth")
-        ours, theirs = read(tmp_path / "narrow.pth").state_dict(), read(tmp_path / "wide.pth").state_dict()
-        assert_all_equal(ours, theirs)
-        assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
-
-
-def test_numbers_of_original_backbones_that_are_none_are_refused_by_name(tmp_path):
-    save_originals(tmp_path, 64, 2, 128, 2)
-    for name, read, tensor in (
-        ("dinov2_pretrain.pth", read_dinov2, "blocks.1.ls1.gamma"),
-        ("clip.pth", read_clip_text, "transformer.resblocks.0.ln_2.bias"),
-    ):
-        weights = torch.load(tmp_path / name)
-        weights[tensor][3] = float("inf")
-        torch.save(weights, tmp_path / name)
-        with pytest.raises(
-            ValueError, match=rf"{name} is no .*{re.escape(tensor)} holds numbers that are NaN or infinite"
-        ):
-            read(tmp_path / name)
-
-
-def test_a_text_backbone_that_would_write_a_file_is_refused_wherever_it_is_named(tmp_path, monkeypatch):
-    save_originals(tmp_path, 64, 2, 128, 2)
-    monkeypatch.chdir(tmp_path)
-    torch.jit.script(Written()).save("hostile.pt")
-    fields = {name: value for name, value in SMALL_FIELDS.items()}
-    with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
-        DetrisForReferringSegmentation.from_backbones("vision", "hostile.pt", **fields)
-    DetrisForReferringSegmentation.from_backbones("vision", "clip", **fields).save_adapter("adapter")
-    config = json.loads(Path("adapter/config.json").read_text())
-    for place in ("text_backbone", "vision_backbone"):
-        Path("adapter/config.json").write_text(json.dumps(config | {place: str(tmp_path / "hostile.pt")}))
-        with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
-            DetrisForReferringSegmentation.from_pretrained("adapter")
-    assert not Path("written").exists()

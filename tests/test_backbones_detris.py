@@ -1,0 +1,163 @@
+"""Backbones from their original files: equal to Hugging Face's, refused by name, read wherever the model's code is."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.elsewhere import run_elsewhere
+from helpers.hostile_torchscript import Written
+from helpers.original_backbones import save_originals
+
+from backbones_detris import read_clip_text, read_dinov2
+from modeling_detris import DetrisForReferringSegmentation
+
+
+def assert_one_model(folder, text_file, **fields):
+    models = []
+    for vision, text in ((folder / "vision", folder / "clip"), (folder / "dinov2_pretrain.pth", folder / text_file)):
+        torch.manual_seed(1)
+        models.append(DetrisForReferringSegmentation.from_backbones(str(vision), str(text), **fields))
+    of_folders, of_files = (model.state_dict() for model in models)
+    assert of_folders.keys() == of_files.keys()
+    assert [name for name, tensor in of_folders.items() if not torch.equal(tensor, of_files[name])] == []
+    inputs = torch.randn(1, 3, 448, 448), torch.tensor([[49406, 320, 2368, 49407, 0]])
+    with torch.no_grad():
+        logits = [model(*inputs).logits for model in models]
+    assert torch.equal(*logits) and logits[0].std() > 0
+
+
+SMALL_FIELDS = {"vision_adapter_layers": [1], "text_adapter_layers": [1], "feature_layers": [0, 1]}
+
+
+@pytest.mark.parametrize("registers", [True, False])
+@pytest.mark.parametrize("text_file", ["ViT-B-16.pt", "clip.pth"])
+def test_original_backbone_files_give_the_model_of_hugging_faces_folders(tmp_path, registers, text_file):
+    save_originals(tmp_path, 64, 2, 128, 2, registers)
+    assert_one_model(tmp_path, text_file, **SMALL_FIELDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "depth", "registers", "fields"),
+    [
+        (768, 12, True, {}),
+        (768, 12, False, {}),
+        (1024, 24, True, {"vision_adapter_layers": [2, 6, 10, 14, 18, 22], "feature_layers": [8, 16]}),
+    ],
+)
+def test_original_backbones_of_real_size_give_the_model_of_hugging_faces_folders(
+    tmp_path, width, depth, registers, fields
+):
+    save_originals(tmp_path, width, depth, 512, 12, registers)
+    assert_one_model(tmp_path, "ViT-B-16.pt", **fields)
+
+
+def test_files_that_are_no_backbones_are_refused(tmp_path):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    dinov2, clip = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(ValueError, match="clip.pth is no DINOv2 .* no tensor 'dinov2.patch_embed.proj.weight'. Give"):
+        DetrisForReferringSegmentation.from_backbones(str(tmp_path / "clip.pth"), clip, **SMALL_FIELDS)
+    with pytest.raises(ValueError, match="pretrain.pth is no CLIP by OpenAI: There is no tensor 'txt_back"):
+        DetrisForReferringSegmentation.from_backbones(dinov2, dinov2, **SMALL_FIELDS)
+    weights = torch.load(dinov2)
+    torch.save(weights | {"head.weight": torch.zeros(1)}, dinov2)
+    with pytest.raises(
+        ValueError, match=r"too many .*such as dinov2.head.weight \(saved: \(1,\), .*\). Give the file"
+    ):
+        DetrisForReferringSegmentation.from_backbones(dinov2, clip, **SMALL_FIELDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_original_backbones_of_half_width_are_read_as_float32(tmp_path, dtype):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    for name, read in (("dinov2_pretrain.pth", read_dinov2), ("clip.pth", read_clip_text)):
+        weights = torch.load(tmp_path / name)
+        narrow = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        torch.save({"model": narrow}, tmp_path / "narrow.pth")
+        torch.save({name: tensor.float() for name, tensor in narrow.items()}, tmp_path / "wide.pth")
+        ours, theirs = read(tmp_path / "narrow.pth").state_dict(), read(tmp_path / "wide.pth").state_dict()
+        assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+        assert ours.keys() == theirs.keys()
+        assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+def test_numbers_of_original_backbones_that_are_none_are_refused_by_name(tmp_path):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    for name, read, tensor in (
+        ("dinov2_pretrain.pth", read_dinov2, "blocks.1.ls1.gamma"),
+        ("clip.pth", read_clip_text, "transformer.resblocks.0.ln_2.bias"),
+    ):
+        weights = torch.load(tmp_path / name)
+        weights[tensor][3] = float("inf")
+        torch.save(weights, tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} is no .*{re.escape(tensor)} holds NaN or infinity"):
+            read(tmp_path / name)
+
+
+def test_a_text_backbone_that_would_write_a_file_is_refused_wherever_it_is_named(tmp_path, monkeypatch):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Written()).save("hostile.pt")
+    fields = {name: value for name, value in SMALL_FIELDS.items()}
+    with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
+        DetrisForReferringSegmentation.from_backbones("vision", "hostile.pt", **fields)
+    DetrisForReferringSegmentation.from_backbones("vision", "clip", **fields).save_adapter("adapter")
+    config = json.loads(Path("adapter/config.json").read_text())
+    for place in ("text_backbone", "vision_backbone"):
+        Path("adapter/config.json").write_text(json.dumps(config | {place: str(tmp_path / "hostile.pt")}))
+        with pytest.raises(ValueError, match="hostile.pt asks for .*Written.__setstate__.* nothing in it was run"):
+            DetrisForReferringSegmentation.from_pretrained("adapter")
+    assert not Path("written").exists()
+
+
+# --- where only the model's code is -------------------------------------------------------------------------------
+
+LOAD_ADAPTERS = """
+import importlib.util, sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+torch.set_num_threads(1)
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.") and not importlib.util.find_spec("train_hf")
+with torch.no_grad():
+    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "results.safetensors")
+"""
+BUILD = """
+import importlib.util, json, sys
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, "")  # which -I leaves out
+from modeling_detris import DetrisForReferringSegmentation
+
+assert not importlib.util.find_spec("train_hf") and not importlib.util.find_spec("convert_detris_checkpoint")
+torch.set_num_threads(1)
+torch.manual_seed(1)
+model = DetrisForReferringSegmentation.from_backbones(*sys.argv[1:3], **json.loads(sys.argv[3]))
+with torch.no_grad():
+    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "results.safetensors")
+"""
+
+
+def test_original_files_are_read_where_only_the_models_code_is(tmp_path, one_thread):
+    save_originals(tmp_path, 64, 2, 128, 2)
+    originals = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")
+    torch.manual_seed(1)
+    model = DetrisForReferringSegmentation.from_backbones(*originals, **SMALL_FIELDS)
+    model.save_adapter(tmp_path / "adapter")
+    inputs = {"pixel_values": torch.randn(1, 3, 448, 448), "input_ids": torch.tensor([[49406, 320, 2368, 49407, 0]])}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    loaded = run_elsewhere(LOAD_ADAPTERS, tmp_path / "elsewhere", str(tmp_path / "adapter"), **inputs)
+    assert torch.equal(loaded["logits"], expected)
+
+    (tmp_path / "code").mkdir()
+    for file in (tmp_path / "adapter").glob("*.py"):
+        shutil.copy(file, tmp_path / "code")
+    built = run_elsewhere(BUILD, tmp_path / "code", *originals, json.dumps(SMALL_FIELDS), **inputs)
+    assert torch.equal(built["logits"], expected)
