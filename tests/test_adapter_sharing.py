@@ -25,6 +25,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+import sharing_detris
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 from peft_detris import HEAD_MODULES, DetrisAdapterLayer, backbone_digest
@@ -948,7 +949,7 @@ def test_a_disk_that_is_full_leaves_the_adapters_that_were_there(trained, tmp_pa
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules[type(model).__module__], "save_file", fail)
+    monkeypatch.setattr(sharing_detris, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         model.save_adapter(tmp_path, "maps")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
