@@ -417,11 +417,11 @@ class DetrisForReferringSegmentation(
         ```python
         >>> import torch
         >>> from PIL import Image
+        >>> from transformers import AutoProcessor
         >>> from modeling_detris import DetrisForReferringSegmentation
-        >>> from processing_detris import DetrisProcessor
 
         >>> model = DetrisForReferringSegmentation.from_pretrained("runs/refcoco")
-        >>> processor = DetrisProcessor.from_pretrained("runs/refcoco")
+        >>> processor = AutoProcessor.from_pretrained("runs/refcoco", trust_remote_code=True)
 
         >>> image = Image.open("photo.jpg")
         >>> phrases = ["left cat", "the remote"]

@@ -124,7 +124,7 @@ class WholeModelSaving:
 
     @contextmanager
     def _published_as_whole(self) -> Iterator[None]:
-        """Let transformers save the whole model, with a configuration that names only backbones that others can get."""
+        """Let transformers save the whole model, and name only backbones that others can get."""
         self._enter_auto_map()
         kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
         has_adapters, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False

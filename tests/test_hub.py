@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.hub_files import MODEL_CODE, PROCESSOR_CODE
 from helpers.hub_server import HubServer
 from helpers.models import randomize
 from helpers.refer_folder import ReferFolder, same_rows
@@ -36,18 +37,7 @@ from processing_detris import DetrisProcessor
 ROOT = Path(__file__).parents[1]
 CLIENT_TIMEOUT = 300  # seconds
 SETTINGS_OF_THE_CALLER = re.compile("(HF_|HUGGINGFACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
-CODE = [
-    "adapters_detris.py",
-    "backbones_detris.py",
-    "checkpoint_files.py",
-    "configuration_detris.py",
-    "modeling_detris.py",
-    "peft_detris.py",
-    "processing_detris.py",
-    "saving_detris.py",
-    "sharing_detris.py",
-    "untrusted_pickles.py",
-]
+CODE = [*MODEL_CODE, *PROCESSOR_CODE]
 PHRASES = ["the red one", "third", "the cat that is behind the red hat"]
 
 

@@ -7,10 +7,12 @@ training step, and the losses of 8 steps of Adam at 1e-5 with the logits after t
 """
 
 import json
+import math
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -200,6 +202,12 @@ def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) ->
     return {"pixel_values": pixel_values, "input_ids": input_ids}
 
 
+def logits_of(model: nn.Module, **inputs) -> torch.Tensor:
+    """The logits of a small model, in the mode that it is in, for `small_inputs()`; `inputs` add to them."""
+    with torch.no_grad():
+        return model(**small_inputs() | inputs).logits
+
+
 BACKBONE_FIELDS = {
     name: getattr(small_config(), name)
     for name in DetrisConfig.__annotations__
@@ -222,3 +230,52 @@ def save_backbones(folder, registers=True, text="projection", dtype=torch.float3
     for model, name in ((vision, "vision"), (text_model, "text")):
         randomize(model).to(dtype).save_pretrained(folder / name)
     return vision.state_dict(), text_model.state_dict()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    """The names of the parameters that are trained."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter of a model belongs to its backbones, and not to a dense adapter inside them."""
+    return name.startswith(("vision_model.", "text_model.", "text_projection.")) and ".detris_adapter." not in name
+
+
+def assert_starts_as_the_paper_says(model: nn.Module) -> None:
+    """Check that aligners have Kaiming normal weights and zero biases, text adapters and head PyTorch's defaults."""
+    checked = 0
+    for name, module in model.named_modules():
+        if is_backbone(f"{name}.weight"):
+            continue
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(module, nn.MultiheadAttention):
+            weights = [module.in_proj_weight] if module.in_proj_weight is not None else []
+            for weight in weights:
+                assert weight.abs().max() <= math.sqrt(6 / sum(weight.shape)), name
+            assert not module.in_proj_bias.any() and not module.out_proj.bias.any(), name
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            fan_in, count = weight[0].numel(), weight.numel()
+            aligner = name.startswith("vision_model.")
+            gate = ".gates." in name  # in the official code, value and output of an `nn.MultiheadAttention`
+            expected = math.sqrt((2 if aligner else 1 / 3) / fan_in)
+            if name.endswith(".value"):
+                attention = nn.MultiheadAttention(fan_in, 1)
+                expected = attention.in_proj_weight.std().item()
+            assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
+            if aligner or gate:
+                assert not bias.any(), name
+            else:
+                bound = 1 / math.sqrt(fan_in) + 1e-6
+                assert weight.abs().max() <= bound, name
+                if bias is not None and not name.endswith("out_proj"):
+                    assert bias.any() and bias.abs().max() <= bound, name
+            if aligner and count > 1000:
+                assert weight.abs().max() > 2.5 * expected, name  # normal, not uniform
+            checked += 1
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
+            assert (weight == 1).all() and not bias.any(), name
+            if not isinstance(module, nn.LayerNorm):
+                assert (module.running_var == 1).all() and not module.running_mean.any(), name
+                assert module.num_batches_tracked == 0, name
+    assert checked > 50
