@@ -1,7 +1,7 @@
 """DETRIS for referring image segmentation: from images and phrases to a map of mask logits for each phrase.
 
 The file follows the method: neck, decoder and mask head, and then the model, which encodes phrases and images, calls
-these three, and computes the loss. `adapters_detris.py` has what stands inside the backbones.
+these three, and computes the loss. The adapters inside the backbones are in `adapters_detris.py`.
 
 Source: DETRIS, arXiv 2501.08580; official files `model/segmenter.py`, `model/fusion.py` and `model/layers.py`.
 
@@ -96,7 +96,7 @@ class _GateLinear(nn.Linear):
 
 
 class DetrisSentenceGate(nn.Module):
-    """Factor for a feature map, computed from the sentence; `(N, d)` to `(N, d, 1, 1)`.
+    """Factor for a feature map, which the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
 
     In the official code this is an attention of the map to the sentence (`CrossAttn`). The softmax over its only key
     is 1 everywhere, so the weights of query and key have no effect and are left out.
@@ -152,8 +152,7 @@ def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor
 
 
 def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Position embeddings `(grid_size², dim)`: half the channels for the column, half for the row (official
-    `Decoder.pos2d`)."""
+    """Position embeddings `(grid_size², dim)`, half for the column and half for the row (official `Decoder.pos2d`)."""
     positions = _sine_positions(grid_size, dim // 2, device)  # (g, d / 2)
     columns = positions[None].expand(grid_size, -1, -1)
     rows = positions[:, None].expand(-1, grid_size, -1)
@@ -194,8 +193,7 @@ class DetrisDecoderLayer(nn.Module):
         word_positions: torch.Tensor,
         padding: torch.Tensor,
     ) -> torch.Tensor:
-        """Patches `(N, g², d)`, words `(N, L, C)` and `padding` `(N, L)`, true where a word is padding, to patches
-        `(N, g², d)`."""
+        """Patches `(N, g², d)`, words `(N, L, C)` and `padding` `(N, L)`, true for padding, to patches as given."""
         normed = self.self_attention_norm(patches)
         query = normed + patch_positions
         attended = self.self_attention(query, query, normed)
@@ -226,8 +224,7 @@ class DetrisDecoder(nn.Module):
 
 
 class DetrisMaskHead(nn.Module):
-    """Enlarges the feature map four times and convolves it with a kernel made from the sentence (official
-    `Projector`)."""
+    """Enlarges the map four times and convolves it with a kernel made from the sentence (official `Projector`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -368,8 +365,9 @@ class DetrisForReferringSegmentation(
         padding: torch.Tensor,
         image_index: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The method itself, with the active adapters: images `(B, 3, image_size, image_size)`, phrases `(N, L)` and
-        `padding` `(N, L)`, true where a token is padding, to logits `(N, 4g, 4g)`."""
+        """Run the method with the active adapters. `padding` `(N, L)` is true where a token is padding; returns logits
+        `(N, 4g, 4g)`.
+        """
         words, sentence = self.encode_text(input_ids)
         feature_maps = self.encode_images(pixel_values, words, image_index)
         feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
@@ -560,8 +558,7 @@ class DetrisForReferringSegmentation(
         return counts
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, and the adapters' share of the backbones, as the paper's table 1
-        counts it."""
+        """Print how many parameters are trained, and the adapters' share of the backbones (the paper's table 1)."""
         counts = self.count_parameters()
         trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         total = sum(counts.values())

@@ -42,7 +42,7 @@ except ImportError:
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
 HEAD_MODULES = ("neck", "decoder", "mask_head")
-# Fields of DetrisConfig that adapters and head are trained for, and that the shapes of their tensors do not all show.
+# Fields of DetrisConfig that trained adapters and heads depend on, though not all change the shapes of tensors.
 MODEL_FIELDS = ("feature_layers", "image_size", "decoder_dim", "decoder_layers", "decoder_heads", "decoder_ffn_dim")
 ADAPTER_PARAMETER = re.compile(r"\.(detris_adapter|lora_\w+)\.")
 BUILT_IN_ADAPTER = "default"  # PEFT's name for a model's first adapter
@@ -59,7 +59,7 @@ class PeftMethod(StrEnum):
 
 
 class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
-    """A layer of a backbone with its adapters, one for each adapter name, of which the active one takes part.
+    """A layer of a backbone with adapters, by name, of which the active one takes part.
 
     Gradient checkpointing acts on this layer, not on the one inside, so that the activations of adapters are not kept
     in memory either.
@@ -194,8 +194,8 @@ def holds_adapters(module: nn.Module) -> bool:
 class DetrisAdapterConfig(PeftConfig):
     """PEFT configuration of the DETRIS adapters, of LoRA's beside them or in their place, and of the head.
 
-    Fields of the same name as in [`DetrisConfig`] mean the same and have the same defaults. Only the layers that hold
-    adapters have another: none.
+    Fields of the same name as in [`DetrisConfig`] mean the same and have the same defaults, except that by default no
+    layers hold adapters.
 
     Args:
         modules_to_save: other modules that are trained and saved with the adapters; by default the whole head.
@@ -280,8 +280,8 @@ class DetrisAdapterConfig(PeftConfig):
         check_shapes(self.saved_shapes, shapes_of(skeleton(model_class, model_config).get_adapter_state_dict()))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if the model's configuration or backbones are not the ones that the adapters were trained
-        with, or if a field has a value that cannot work.
+        """Raise ValueError if the adapters were trained with another configuration or in other backbones than the
+        model's, or if a field has a value that cannot work.
         """
         self.applied_to(model.config)
         if self.has_lora:
@@ -304,7 +304,7 @@ class DetrisAdapterConfig(PeftConfig):
             if missing:
                 raise ValueError(
                     f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
-                    "linear modules that those of both have, such as 'q_proj', 'k_proj' and 'v_proj'."
+                    "linear modules that both have, such as 'q_proj', 'k_proj' and 'v_proj'."
                 )
 
     def _check_digest(self, model: PreTrainedModel) -> None:

@@ -149,14 +149,14 @@ class WholeModelSaving:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Self:
         """Load a whole model, and refuse weights that do not fit its configuration.
 
-        This is the second `from_pretrained` of three: `AdapterSharing.from_pretrained`, which users call and which
-        documents the arguments, comes here unless there are adapters to be loaded, and this calls transformers' own.
+        This is the second of three in a chain. `AdapterSharing.from_pretrained`, which users call, loads adapters and
+        passes all else on to this one, which calls transformers' own.
         """
         source = pretrained_model_name_or_path
         hub_kwargs = hub_kwargs_of(kwargs)
         refuse_several_devices(kwargs.get("device_map"))
         if kwargs.setdefault("use_safetensors", True) is False:
-            raise ValueError("use_safetensors is False: a DETRIS is saved as safetensors alone, so leave it out.")
+            raise ValueError("use_safetensors is False: a DETRIS is only saved as safetensors, so leave it out.")
         config = cls._read_config(source, hub_kwargs, kwargs)
         for name in ("quantization_config", "fusion_config"):
             if getattr(config, name, None) is not None:
@@ -215,7 +215,7 @@ def weight_files(variant: str | None) -> list[str]:
 
 
 def refuse_several_devices(device_map: Any) -> None:
-    """Raise ValueError if a `device_map` divides the model, whose parts share what must lie on one device."""
+    """Raise ValueError if a `device_map` divides the model, whose parts must lie on one device."""
     devices = sorted(set(map(str, device_map.values()))) if isinstance(device_map, dict) else [str(device_map)]
     if len(devices) > 1 or not {"disk", "meta"}.isdisjoint(devices):
         raise ValueError(

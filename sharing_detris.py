@@ -83,7 +83,7 @@ class AdapterSwitching:
     def _insert_built_in_adapters(self) -> None:
         """Put the adapters that the model's own configuration describes into its backbones, and activate them."""
         adapter_config = DetrisAdapterConfig(**fields_of(self.config, ADAPTER_FIELDS))
-        adapter_config.modules_to_save = None  # they have no head of their own: the model's is theirs
+        adapter_config.modules_to_save = None  # the model's own head is theirs
         inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
         self._hf_peft_config_loaded = True  # transformers reads here whether a model has adapters
 
@@ -121,7 +121,7 @@ class AdapterSwitching:
         """Raise ValueError if the name is taken, or is a part of a tensor's name, where PEFT would mistake it."""
         parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
         present = self.peft_config.get(adapter_name)
-        taken = present is not None and not stands_for_no_adapters(present)
+        taken = present is not None and not describes_no_adapters(present)
         if taken or adapter_name in parts | {NO_ADAPTER}:
             raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
 
@@ -240,7 +240,7 @@ class AdapterConfigs(dict):
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         for other in self.values():
-            if other.peft_type != config.peft_type and not stands_for_no_adapters(other):
+            if other.peft_type != config.peft_type and not describes_no_adapters(other):
                 raise ValueError(
                     f"The model has adapters of type {other.peft_type}, so none of type {config.peft_type} can be "
                     "added: build it with peft_method='detris+lora' to train both, or delete_adapter first."
@@ -252,13 +252,13 @@ class AdapterConfigs(dict):
             self[name] = config
 
 
-def stands_for_no_adapters(config: PeftConfig) -> bool:
-    """Whether a configuration describes no adapters and no head of its own: the model trains only its own head."""
+def describes_no_adapters(config: PeftConfig) -> bool:
+    """Whether a configuration describes neither adapters nor a head: only the model's own head is trained."""
     return config.peft_type == PeftMethod.DETRIS and config.peft_method == "none" and not config.modules_to_save
 
 
 class AdapterSharing:
-    """Adapters saved and loaded, with their heads. It needs [`AdapterSwitching`] and `WholeModelSaving` beside it."""
+    """Adapters saved and loaded, with their heads. It calls methods of [`AdapterSwitching`] and `WholeModelSaving`."""
 
     def save_adapter(
         self,
@@ -370,8 +370,8 @@ class AdapterSharing:
                 setattr(config, name, place_of(self.name_or_path))
             if repo_id is not None and os.path.exists(getattr(config, name) or ""):
                 logger.warning(
-                    f"{name} is {getattr(config, name)}, which others do not have, so it is left out: who loads the "
-                    f"adapters must give {name}=, unless you put it on the Hub and build the model from there."
+                    f"{name} is {getattr(config, name)}, which others do not have, so it is left out. Whoever loads "
+                    f"the adapters must give {name}=, unless you put it on the Hub and build the model from there."
                 )
                 setattr(config, name, None)
         return config
@@ -449,7 +449,7 @@ class AdapterSharing:
             # Before memory is taken for the sizes that the configurations name.
             config = adapter_config.applied_to(config)
             adapter_config.check_saved_shapes(cls, config)
-        adapter_config.saved_shapes = None  # they need no second check
+        adapter_config.saved_shapes = None  # checked, so that loading does not build a weightless model again
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
         model._load_adapter(source, adapter_config, BUILT_IN_ADAPTER, is_trainable=True, hub_kwargs=hub_kwargs)
@@ -467,7 +467,9 @@ class AdapterSharing:
         for part in ("vision", "text"):
             backbone = getattr(config, f"{part}_backbone")
             if backbone == os.fspath(source):
-                raise ValueError(f"{source} holds adapters and names itself as its {part} backbone: get it anew.")
+                raise ValueError(
+                    f"{source} holds adapters and names itself as its {part} backbone: download it again."
+                )
             if backbone is None:
                 raise ValueError(
                     f"{source} holds adapters and does not say which {part} backbone they were trained in: give "
@@ -543,7 +545,7 @@ class AdapterSharing:
         tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
         tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
         try:
-            check_finite(tensors)  # before the model is changed; PEFT's way of loading checks only afterwards
+            check_finite(tensors)  # `DetrisTuner` checks them only after the adapters have been added
             adapter_config.modules_to_save = list(HEAD_MODULES)  # else the head would replace the model's own
             if present is None:
                 self._check_new_name(adapter_name, tensors)
@@ -586,11 +588,11 @@ def _refuse_changes(adapter_config: DetrisAdapterConfig, kwargs: dict[str, Any])
 
 
 def _check_same_adapters(present: DetrisAdapterConfig, loaded: DetrisAdapterConfig) -> None:
-    """Raise ValueError if loaded adapters are of another kind than those of the model that they would replace."""
+    """Raise ValueError if loaded adapters are of another kind than the model's, which they would replace."""
     for name in ADAPTER_FIELDS:
         old, new = getattr(present, name), getattr(loaded, name)
         if old != new and not name.endswith("dropout"):
             raise ValueError(
-                f"its adapters have {name} {new}, those of the model that they would replace {old}: load them "
-                "under another adapter_name."
+                f"its adapters have {name} {new}, but those that they would replace have {old}: load them under "
+                "another adapter_name."
             )

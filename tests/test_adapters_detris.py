@@ -1,4 +1,4 @@
-"""The adapters against twins that are written from the paper's formulas."""
+"""The adapters compute what twins of them compute, which are written from the paper's formulas."""
 
 import pytest
 import torch

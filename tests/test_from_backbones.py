@@ -1,4 +1,4 @@
-"""Models that are built around pretrained backbones: what they take from them, and backbones that are refused."""
+"""Models built around pretrained backbones: what they take from the backbones, and which backbones are refused."""
 
 import math
 import shutil
@@ -61,7 +61,7 @@ def test_from_backbones_takes_their_weights_and_starts_the_rest(tmp_path, regist
 def test_from_backbones_refuses_what_is_no_backbone(tmp_path):
     save_backbones(tmp_path, text="no projection")
     vision, text = str(tmp_path / "vision"), str(tmp_path / "text")
-    with pytest.raises(ValueError, match="text_projection"):  # it would be random
+    with pytest.raises(ValueError, match="text_projection"):  # which would get random numbers
         DetrisForReferringSegmentation.from_backbones(vision, text, **BACKBONE_FIELDS)
     with pytest.raises(ValueError, match="vision.* [Gg]ive .* a CLIP model for text"):
         DetrisForReferringSegmentation.from_backbones(vision, vision, **BACKBONE_FIELDS)

@@ -1,4 +1,4 @@
-"""The model: the official implementation's figures, what each part computes, training, saving, bad inputs."""
+"""The model: the official figures, what each part computes, images and phrases, training, bad inputs, an example."""
 
 import doctest
 import math
@@ -39,7 +39,7 @@ def seed():
 
 
 def gap(ours, expected):
-    """The largest difference, relative to the spread of what is expected."""
+    """The largest difference, as a multiple of the standard deviation of what is expected."""
     assert ours.shape == expected.shape
     return ((ours - expected).abs().max() / expected.std()).item()
 
@@ -87,8 +87,8 @@ def test_a_training_step_has_the_official_loss_and_gradients(official):
     ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
     our_names = {official_name: names for official_name, names, _ in name_table(model.config)}
     expected = {name: norm for theirs, norm in figures["gradient_norms"].items() for name in our_names[theirs]}
-    assert len(expected) == len(figures["gradient_norms"])  # one of ours for each of theirs
-    # The whole gradient's norm is 96. What lies before a batch norm has a bias whose gradient is rounding only.
+    assert len(expected) == len(figures["gradient_norms"])  # each official tensor has exactly one of ours
+    # The whole gradient has norm 96. A bias before a batch norm has no effect: its gradient is only rounding.
     assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_mask_head_is_a_1x1_convolution_and_then_each_phrases_own_3x3(size):
     projected = F.conv2d(enlarged, head.output_projection.weight, head.output_projection.bias)
     parameters = F.linear(sentence, head.kernel_projection.weight, head.kernel_projection.bias)
     kernels, biases = parameters[:, :-1].reshape(3, 16, 3, 3), parameters[:, -1]
-    # One group a phrase; zero padding comes after the 1x1 convolution, so its bias is not seen outside the map.
+    # Each phrase is a group. Zeros are padded after the 1x1 convolution, so outside the map its bias is not added.
     expected = F.conv2d(projected.flatten(0, 1)[None], kernels, biases, padding=1, groups=3)[0]
     torch.testing.assert_close(head(feature_map, sentence), expected, rtol=1e-4, atol=1e-4)
 
@@ -183,7 +183,7 @@ def test_sentence_gate_is_an_attention_to_one_key():
 
 
 def cubic_weights(old_size, new_size):
-    """Bicubic interpolation along one axis as a matrix: Keys' kernel with a = -0.75, borders repeated."""
+    """Bicubic interpolation along one axis, as a matrix: Keys' kernel with a = -0.75, and repeated borders."""
     matrix = torch.zeros(new_size, old_size, dtype=torch.float64)
     for new in range(new_size):
         position = (new + 0.5) * old_size / (new_size + 0.1) - 0.5
@@ -227,7 +227,7 @@ def test_sine_positions_are_their_formula():
 
 def test_loss_is_the_cross_entropy_with_the_nearest_label():
     model, inputs = small_model(), small_inputs(2)
-    labels = torch.rand(2, 56, 56)  # soft edges; a size that 16 does not divide
+    labels = torch.rand(2, 56, 56)  # soft edges; 56 is not a multiple of 16, the size of the logits
     output = model(**inputs, labels=labels)
     expected = 0.0
     for phrase in range(2):
@@ -310,7 +310,7 @@ def test_any_image_size_is_resampled_from_the_pretrained_table(tmp_path, registe
     loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved", image_size=new_size)
     assert loaded.config.image_size == new_size and not loaded.get_parameter(table).requires_grad
     assert gap(loaded(**inputs).logits, expected) < 1e-4
-    loaded.save_pretrained(tmp_path / "again")  # and nothing was lost on the way
+    loaded.save_pretrained(tmp_path / "again")  # nothing of the table is lost
     again = DetrisForReferringSegmentation.from_pretrained(tmp_path / "again", image_size=56)
     assert torch.equal(again(**small_inputs(2)).logits, model(**small_inputs(2)).logits)
     with pytest.raises(ValueError, match="image_size is 57: it must be a positive multiple of 14"):
@@ -327,7 +327,8 @@ def test_backbones_take_the_attention_they_are_told(tmp_path, monkeypatch, imple
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
     model(**small_inputs(2))
-    assert len(calls) == backbone_calls + 4  # ours by SDPA always: two aligners, two in the decoder layer
+    # Our own attentions always use SDPA: one in each of two aligners, and two in the decoder layer.
+    assert len(calls) == backbone_calls + 4
 
 
 def training_step(prepare, dtype=torch.float32):
@@ -417,7 +418,7 @@ def test_backbones_are_trained_too_when_not_frozen(tmp_path, source):
     model.train()
     model(**small_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {"vision_model.embeddings.mask_token"}  # DINOv2's, for its own pretraining only
+    assert without == {"vision_model.embeddings.mask_token"}  # which DINOv2 uses only in its pretraining
     assert trainable(model) == dict(model.named_parameters()).keys() - without
 
 
@@ -490,10 +491,10 @@ def test_labels_outside_0_to_1_are_refused(value, training):
 
 @pytest.mark.parametrize("value", [255, -100, math.nan])
 def test_labels_that_cannot_be_read_make_the_loss_nan(value, monkeypatch):
-    """Nothing is read from a GPU in training, and by a compiled model neither: the loss stops the run."""
+    """Labels on a GPU are not read in training, and a compiled model reads none at all. The loss stops the run."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model, labels = small_model(), torch.zeros(2, 56, 56)
-    labels[1, 0, 1] = value  # which the nearest-neighbour sampling leaves out
+    labels[1, 0, 1] = value  # a pixel that nearest-neighbour sampling leaves out
     assert model(**small_inputs(2), labels=labels).loss.isnan()
     assert model(**small_inputs(2), labels=labels.clamp(0, 1).nan_to_num()).loss.isfinite()
 
@@ -512,7 +513,7 @@ def test_input_embeddings_are_those_of_the_phrases():
     model.set_input_embeddings(torch.nn.Embedding(64, 24))
     assert model.get_input_embeddings() is model.text_model.embeddings.token_embedding
     model = small_model()
-    model.enable_input_require_grads()  # as PEFT does where layers are checkpointed
+    model.enable_input_require_grads()  # PEFT calls this if layers are checkpointed
     assert model(**small_inputs()).logits.requires_grad
 
 
@@ -520,7 +521,7 @@ def test_input_embeddings_are_those_of_the_phrases():
 
 
 def test_the_example_of_forward_runs(tmp_path, monkeypatch, tiny_tokenizer):
-    """On a random photograph, with an untrained model in the place of the one that the example names."""
+    """On random pixels, with an untrained model in the place of the model that it names."""
     text_config = small_config().text_config.to_dict() | {
         "vocab_size": len(tiny_tokenizer),
         "bos_token_id": tiny_tokenizer.bos_token_id,

@@ -125,7 +125,7 @@ def backbone_weights(model, backbone):
 
 @pytest.mark.parametrize("registers", [True, False])
 def test_switched_off_the_backbones_are_hugging_faces_own(registers):
-    # At the size of its pretraining: Hugging Face resamples positions otherwise.
+    # At the size of the pretraining, where no positions are resampled: Hugging Face does that in another way.
     model, inputs = small_model(small_config(registers, vision={"image_size": 56})), small_inputs(2)
     adapted_words = model.encode_text(inputs["input_ids"])[0]
     adapted_map = model.encode_images(inputs["pixel_values"], adapted_words)[-1]
@@ -177,7 +177,7 @@ def test_of_several_adapters_one_is_active():
 
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_peft_saves_and_loads_the_adapters_under_any_name(tmp_path, adapter_name):
-    """Batch-norm statistics travel too: they are buffers, not parameters."""
+    """With the statistics of batch norms, which are buffers and not parameters."""
     plain = small_model(small_config(vision_adapter_layers=[], text_adapter_layers=[]))
     adapters = copy.deepcopy(small_model().peft_config["default"])
     adapters.modules_to_save = ["neck", "decoder", "mask_head"]
@@ -205,14 +205,14 @@ BARE = {"peft_method": "none"}
 
 
 def adapter_config(method="detris", **fields):
-    """Other layers and widths than those of `small_config`."""
+    """Adapters in other layers and of other widths than in `small_config`."""
     config = {"vision_adapter_layers": [2], "text_adapter_layers": [1], "text_adapter_dim": 32, "lora_rank": 4}
     config |= {"aligner_attention_dim": 16, "aligner_attention_heads": 2, "aligner_dropout": 0.0}
     return DetrisAdapterConfig(peft_method=method, **config | fields)
 
 
 def peft_model(method="detris", **fields):
-    """A bare model within a `PeftModel`, whose adapters and head have values that leave their mark."""
+    """A `PeftModel` around a bare model, with adapters and a head that change what it computes."""
     model = get_peft_model(small_model(small_config(**BARE)), adapter_config(method, **fields))
     for name, module in model.named_modules():
         if name.endswith((".detris_adapter.default", ".lora_A", ".lora_B", ".modules_to_save.default")):
@@ -243,7 +243,7 @@ def test_get_peft_model_trains_adapters_and_head_alone(method):
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(2):  # in the first, LoRA's A gets no gradient, because B is 0
+    for _ in range(2):  # in the first step, LoRA's A gets no gradient, because B is 0
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
@@ -274,7 +274,7 @@ def test_unloading_gives_the_bare_model_with_the_active_head():
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("method", ["lora", "detris+lora"])
 def test_low_rank_adapters_are_their_formula(method, dora):
-    """W + alpha / r * BA (LoRA), and magnitude * that / its norm by rows (DoRA), in q and v of all layers."""
+    """Weights of q and v are W + alpha / r * BA with LoRA; DoRA scales the rows of that to learned magnitudes."""
     fields = {"lora_rank": 4, "lora_alpha": 6, "lora_use_dora": dora, "peft_method": method}
     model, inputs = small_model(small_config(**fields)), small_inputs(2)
     logits = model(**inputs).logits
@@ -317,7 +317,8 @@ def test_checkpointing_gives_the_same_gradients(fields, reentrant):
         runs = []
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[1]):  # no dense adapters
+        # Layers without dense adapters.
+        for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[1]):
             q_proj = [module for module in layer.modules() if isinstance(module, LoraLayer)][0]
             q_proj.register_forward_hook(lambda *_, runs=runs: runs.append(torch._C._current_graph_task_id() != -1))
         backward(model)
@@ -337,7 +338,7 @@ def test_checkpointing_gives_the_same_gradients(fields, reentrant):
         ({"peft_method": "prompt"}, "peft_method is 'prompt': give one of detris, lora, detris.lora, none"),
         ({"peft_method": "lora", "lora_rank": 0}, "lora_rank is 0"),
         ({"peft_method": "lora", "lora_target_modules": []}, "lora_target_modules is empty"),
-        # Of one backbone alone: the other would stay as it is.
+        # Modules of one backbone only; the other would get no adapters.
         (
             {"peft_method": "lora", "lora_target_modules": ["q_proj", "o_proj"]},
             r"lora_target_modules names \['o_proj'\]",
@@ -400,7 +401,7 @@ def test_the_config_is_saved_with_what_it_needs(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_lie_where_their_layer_lies(method):
-    """And in its precision: else neither a model on an accelerator nor one in bfloat16 would take them."""
+    """And have its precision, so that models on an accelerator and models in bfloat16 can take them."""
     model = small_model(small_config(**BARE)).to("meta", torch.bfloat16)
     model = get_peft_model(model, adapter_config(method))
     for name, parameter in model.named_parameters():
@@ -411,7 +412,7 @@ def test_adapters_lie_where_their_layer_lies(method):
 
 
 def bare_twin(**fields):
-    """A model over the backbones of `small_model(small_config(**BARE))`, with other adapters and another head."""
+    """A model with the backbones of `small_model(small_config(**BARE))`, with other adapters and another head."""
     model = small_model(small_config(**fields), seed=5)
     weights = small_model(small_config(**BARE)).state_dict()
     for name, tensor in model.state_dict().items():
@@ -427,7 +428,7 @@ def test_the_digest_is_that_of_the_backbones_alone(fields):
     model = bare_twin(**{"peft_method": "detris+lora"} | fields)
     assert backbone_digest(model) == digest
     assert backbone_digest(get_peft_model(model, adapter_config("detris+lora"))) == digest
-    model.vision_model.embeddings.mask_token.data += 1  # serves DINOv2's pretraining alone
+    model.vision_model.embeddings.mask_token.data += 1  # which DINOv2 uses only in its pretraining
     assert backbone_digest(model) == digest
 
 
@@ -441,7 +442,7 @@ def test_the_digest_tells_one_weight():
         digests.add(backbone_digest(model))
         parameter.data.view(-1)[-1] = value
     assert len(digests) == 1 + len(backbones) and backbone_digest(model) in digests
-    # Nor does another place or shape go unnoticed.
+    # It also tells weights in another place or of another shape.
     first, second = (model.vision_model.encoder.layer[layer].norm1.weight for layer in (0, 1))
     first.data, second.data = second.data, first.data
     digests.add(backbone_digest(model))

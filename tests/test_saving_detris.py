@@ -103,7 +103,7 @@ def test_saved_model_loads_elsewhere_without_this_repository(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     save_file(inputs, elsewhere / "inputs.safetensors")
-    # `-I` keeps the working directory and PYTHONPATH off the import path.
+    # With `-I`, Python imports nothing from the working directory and from PYTHONPATH.
     run = subprocess.run(
         [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(torch.get_num_threads())],
         cwd=elsewhere,
@@ -178,7 +178,7 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
         "proxies": {"http": "p"},
     }
     DetrisForReferringSegmentation.from_pretrained(saved / "adapter", revision="main", **given)
-    # The revision is that of the adapters.
+    # The revision belongs to the adapters, so it is not passed on.
     assert asked == [("vision", given | {"revision": None}), ("text", given | {"revision": None})]
 
 
@@ -186,7 +186,7 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
 def test_what_adapters_have_been_trained_with_is_not_changed_on_loading(saved, changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
         DetrisForReferringSegmentation.from_pretrained(saved / "adapter", **changes)
-    config = DetrisConfig.from_pretrained(saved / "adapter", **changes)  # as AutoModel hands it on
+    config = DetrisConfig.from_pretrained(saved / "adapter", **changes)  # AutoModel passes such a configuration
     with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
         DetrisForReferringSegmentation.from_pretrained(saved / "adapter", config=config)
 
@@ -352,7 +352,7 @@ def test_a_whole_model_publishes_no_folder_of_this_machine(saved, tmp_path):
     assert fields["vision_backbone"] is None
     assert (fields["text_backbone"], fields["text_backbone_revision"]) == ("someone/text", "0" * 40)
     model.config.freeze_backbones = False
-    model.save_pretrained(tmp_path)  # the backbones may have been trained: nobody else has these
+    model.save_pretrained(tmp_path)  # the backbones may have been trained, so nobody else has them
     assert saved_fields(tmp_path)["text_backbone"] is saved_fields(tmp_path)["text_backbone_revision"] is None
 
 
@@ -401,7 +401,7 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
         else:
             (index,) = (index for index, logits in enumerate(allowed) if torch.equal(loaded, logits))
             outcomes.add(("new", "old")[index])
-        save(second, after, folder)  # after which nothing is left of the killed one
+        save(second, after, folder)  # removes what the killed saving has left
         assert torch.equal(logits_of(DetrisForReferringSegmentation.from_pretrained(folder)), allowed[0])
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
         shutil.rmtree(folder)
@@ -410,7 +410,7 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
 
 
 def killed_while_saving(model, way: str, folder: Path, moment: int) -> int:
-    """Save in a process of its own that ends, as by `kill -9`, at a change of the folder; 0 if it came to its end."""
+    """Save in another process that is killed at a change of the folder; return 0 if it ended before it was killed."""
     child = os.fork()
     if child == 0:
         left = [moment]

@@ -93,7 +93,7 @@ def test_switched_off_the_text_backbone_is_hugging_faces_own(trained, way):
 def test_under_another_name_an_adapter_has_the_same_values(trained, way):
     shared = tensors_of(sharing(trained, way))
     for name in ADAPTERS:
-        own = {  # what the whole checkpoint holds besides the backbones
+        own = {  # all tensors of the whole checkpoint that do not belong to the backbones
             key: tensor
             for key, tensor in load_file(trained.folder / name / "whole" / "model.safetensors").items()
             if ".default." in key or key.startswith(HEAD_MODULES)
@@ -119,7 +119,7 @@ def test_both_ways_make_the_same_modules(trained):
 
 
 def storages(model: torch.nn.Module) -> dict[int, int]:
-    """Bytes of every storage of parameters and buffers, by address."""
+    """The size in bytes of each storage of a parameter or buffer, by its address."""
     stored = (tensor.untyped_storage() for tensor in itertools.chain(model.parameters(), model.buffers()))
     return {storage.data_ptr(): storage.nbytes() for storage in stored}
 
@@ -157,7 +157,7 @@ def test_memory_holds_the_backbones_once_and_lets_deleted_adapters_go(trained, w
 @pytest.mark.parametrize("gone", [["drawings"], ["drawings", "maps"]])
 @pytest.mark.parametrize("way", WAYS)
 def test_after_deleting_the_active_adapter_one_is_active_in_all_layers(trained, way, gone):
-    """PEFT would choose layer by layer: `drawings` is alone in some, and in others what comes first by name."""
+    """PEFT would choose one in each layer: none where `drawings` was alone, elsewhere the first by name."""
     model = sharing(trained, way, ["photos", "maps", "drawings"])
     for name in gone:
         model.delete_adapter(name)
@@ -168,7 +168,7 @@ def test_after_deleting_the_active_adapter_one_is_active_in_all_layers(trained, 
 
 
 def test_a_deleted_adapter_leaves_nothing_in_a_whole_checkpoint(trained, tmp_path):
-    """Also where it was the model's own: then the bare backbones remain, with its head."""
+    """If it was the model's own, the bare backbones and its head remain."""
     model = sharing(trained, names=["maps", "photos"])
     with pytest.raises(ValueError, match=r"further adapters, \['maps', 'photos'\]: save each of them by save_adapter"):
         model.save_pretrained(tmp_path)
@@ -194,7 +194,7 @@ def test_a_deleted_adapter_leaves_nothing_in_a_whole_checkpoint(trained, tmp_pat
 
 def test_what_is_loaded_is_active(trained):
     model = sharing(trained, names=["photos"])
-    for name in ("drawings", "icons", "photos"):  # the last is there already
+    for name in ("drawings", "icons", "photos"):  # the model has the last one already
         model.load_adapter(trained.folder / name / "adapter", name)
         assert_active(model, name)
         assert torch.equal(logits_of(model), trained.logits[name])
@@ -214,7 +214,7 @@ def test_a_head_alone_is_an_adapter_too(trained):
 
 
 def test_only_the_active_adapter_is_trained(trained):
-    """With its head, which for the model's own adapters is the model's own."""
+    """Its head is trained too; the head of the model's own adapters is the model's own."""
     model = sharing(trained, is_trainable=True)
     model.delete_adapter("photos")
     model.load_adapter(trained.folder / "photos" / "adapter", "photos")  # frozen
@@ -245,7 +245,8 @@ def test_only_one_adapter_is_active_at_a_time(trained, way):
 @pytest.mark.parametrize("image_index", [None, [1, 0, 1, 1, 0]])
 @pytest.mark.parametrize(
     ("way", "active"),
-    [("native", "photos"), ("native", "switched off"), ("PeftModel", "photos")],  # PEFT, switched off, drops the names
+    # A PeftModel that is switched off does not pass the names on.
+    [("native", "photos"), ("native", "switched off"), ("PeftModel", "photos")],
 )
 def test_each_phrase_gets_its_own_adapter(trained, way, active, image_index):
     names = ["maps", "__base__", "drawings", "maps", "icons"]
@@ -315,7 +316,7 @@ def test_without_adapters_phrases_still_take_the_bare_backbones(trained):
 
 
 def test_adapter_methods_need_no_particular_peft(saved, monkeypatch):
-    """transformers 5.24 asks for peft 0.22 in its own methods, and the project runs with older ones."""
+    """The methods of transformers 5.24 ask for peft 0.22, but the project runs with older versions."""
 
     def refuse(min_version):
         raise AssertionError(f"transformers asked for peft {min_version}")
@@ -416,7 +417,7 @@ def test_a_model_without_adapters_takes_stock_lora_merges_it_and_saves(tmp_path)
 
 
 def test_stock_lora_beside_detris_adapters_is_refused(saved, tmp_path):
-    """PEFT would train both and save LoRA alone."""
+    """PEFT would train both, but save only LoRA."""
     model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
     before, names = logits_of(model), list(model.state_dict())
     for attempt in (

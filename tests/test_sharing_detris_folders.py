@@ -51,7 +51,7 @@ def test_an_adapter_of_several_is_saved_and_loaded_by_itself(trained, tmp_path, 
     assert list(own.peft_config) == ["default"] and not own.training
     flags = {key: parameter.requires_grad for key, parameter in own.named_parameters()}
     assert flags == {key: parameter.requires_grad for key, parameter in trained.whole[name].named_parameters()}
-    # In models that have adapters already, their own ones or one that was loaded.
+    # Into models that have adapters already: their own, or loaded ones.
     for base in (trained.whole["photos"], sharing(trained, names=["maps"])):
         by_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
         assert torch.equal(logits_of(by_peft), trained.logits[name])
@@ -135,7 +135,7 @@ def test_an_adapter_of_the_base_model_is_small(tmp_path):
         model.save_adapter(tmp_path, dtype=dtype)
         sizes.append((tmp_path / "adapter_model.safetensors").stat().st_size)
     parameters = sum(p.numel() for p in model.parameters() if not p.is_meta)
-    assert parameters > 23.9e6  # 2.72 M of the adapters, 21.2 M of the head
+    assert parameters > 23.9e6  # 2.72 M in the adapters, 21.2 M in the head
     assert 4 * parameters < sizes[0] <= 110e6 and 2 * parameters < sizes[1] <= 55e6
 
 
@@ -218,7 +218,7 @@ def test_adapters_for_the_hub_name_no_folder_of_this_machine(trained, tmp_path):
 
 @pytest.mark.parametrize("base", ["photos/whole", "photos/adapter"])
 def test_adapters_saved_by_peft_are_found_through_the_model_that_they_name(trained, tmp_path, base):
-    """As `AutoModel.from_pretrained` does: it loads the model, and hands over where it comes from."""
+    """`AutoModel.from_pretrained` calls this with the named model, and with the folder of the adapters."""
     model = DetrisForReferringSegmentation.from_pretrained(str(trained.folder / base))
     by_peft = PeftModel.from_pretrained(model, trained.folder / "maps" / "adapter", adapter_name="maps")
     by_peft.save_pretrained(tmp_path, selected_adapters=["maps"])
@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_leaves_the_adapters_that_were_there(trained, tmp_pa
 
 
 def state_of(model: torch.nn.Module) -> dict:
-    """All that must stay as it was when something is refused."""
+    """What must be the same before and after something was refused."""
     return {
         "adapters": {name: config.to_dict() | {"backbone_digest": ""} for name, config in model.peft_config.items()},
         "modules": {name: type(module) for name, module in model.named_modules()},
@@ -289,7 +289,7 @@ def state_of(model: torch.nn.Module) -> dict:
 
 @pytest.fixture(scope="module")
 def other_backbones(trained, tmp_path_factory) -> Path:
-    """`vision` differs by one weight."""
+    """Folder with backbones that differ from those of `trained` in one weight of `vision`."""
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(trained.folder / "vision", folder / "vision")
     shutil.copytree(trained.folder / "text", folder / "text")
@@ -350,7 +350,7 @@ def test_adapters_that_name_themselves_as_backbone_are_refused(trained, tmp_path
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -463,7 +463,7 @@ DAMAGES = {
     "width that no tensor has": (
         changed_fields(vision_adapter_dim=160),
         ValueError,
-        r"vision_adapter_dim 160, those .* replace 32"
+        r"vision_adapter_dim 160, but those .* replace have 32"
         r"|72 tensors .*another shape .*dense.branch1.conv.bias .saved: \(16,\), expected: \(80,\)",
     ),
     "width that is no number": (changed_fields(text_adapter_dim="wide"), ValueError, "text_adapter_dim.*expected int"),
@@ -491,7 +491,7 @@ def damaged(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def unharmed(trained) -> list[tuple]:
-    """Models, the name of the adapter that they are to load, and their state, which no damaged file changes."""
+    """Models that no damaged file changes, each with the name of the adapter that it is to load, and its state."""
     models = [sharing(trained, names=["maps", "icons"], is_trainable=True), copy.deepcopy(trained.whole["photos"])]
     return [(model, name, state_of(model)) for model, name in zip(models, ("new", "default"))]
 
@@ -509,7 +509,7 @@ def test_a_damaged_folder_is_refused_and_the_model_stays_as_it_was(unharmed, dam
     assert not (folder / "sprung").exists()
 
 
-# Not what PEFT itself finds out, in words of its own: files that cannot be read, or a head without a part.
+# The other damages PEFT finds itself, with messages of its own: unreadable files, and parts missing in the head.
 @pytest.mark.parametrize(
     "damage",
     [
@@ -541,7 +541,7 @@ def test_peft_runs_no_code_of_a_folder_either(trained, damaged, trap):
     assert not (folder / "sprung").exists()
     with open(folder / "adapter_model.bin", "rb") as file:
         if trap is pickled_plainly:
-            pickle.load(file)  # the trap works
+            pickle.load(file)  # the trap works where code is run
             assert (folder / "sprung").exists()
 
 
@@ -549,21 +549,20 @@ def test_peft_runs_no_code_of_a_folder_either(trained, damaged, trap):
     ("name", "value"), [("adapter_scale", 0.25), ("aligner_attention_heads", 2), ("vision_adapter_layers", [1])]
 )
 def test_adapters_replace_their_like_alone(trained, damaged, name, value):
-    """Where no tensor shows that they are of another kind."""
+    """Even if the shapes of tensors do not show that they are of another kind."""
     folder = damaged(changed_fields(**{name: value}))
     model = copy.deepcopy(trained.whole["photos"])
     before = state_of(model)
     old = re.escape(str(model.peft_config["default"].to_dict()[name]))
-    message = (
-        f"its adapters have {name} {re.escape(str(value))}, those .* would replace {old}: .* another adapter_name"
-    )
+    new = re.escape(str(value))
+    message = f"its adapters have {name} {new}, but those .* would replace have {old}: .* another adapter_name"
     with pytest.raises(ValueError, match=message):
         model.load_adapter(folder)
     assert state_of(model) == before
 
 
 def test_an_adapter_brings_its_head_whatever_its_configuration_says(trained, damaged):
-    """Else it would overwrite the head of the model's own adapters."""
+    """Without a head of its own, it would overwrite the head of the model's own adapters."""
     model = copy.deepcopy(trained.whole["bare"])
     model.load_adapter(damaged(changed_fields(modules_to_save=None)), "photos")
     assert torch.equal(logits_of(model), trained.logits["photos"])

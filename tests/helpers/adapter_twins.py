@@ -1,4 +1,4 @@
-"""The adapters once more, written from the paper's formulas: what the modules are compared with."""
+"""The adapters written once more, from the paper's formulas, to compare the modules with."""
 
 import math
 
@@ -41,7 +41,7 @@ def dense_block_twin(hidden_states, weights, training=False):
 
 
 def attention_twin(query, key, value, heads, mask=0.0):
-    """Softmax attention, head by head."""
+    """Softmax attention, computed head by head."""
     width = query.shape[-1] // heads
     outputs = []
     for head in range(heads):

@@ -40,5 +40,5 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 
 def saved_fields(folder: Path) -> dict:
-    """What the configuration of a saved model or adapter says."""
+    """The fields in the config.json of a saved model or adapter."""
     return json.loads((folder / "config.json").read_text())

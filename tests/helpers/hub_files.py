@@ -11,4 +11,4 @@ MODEL_CODE = [
     "sharing_detris.py",
     "modeling_detris.py",
 ]
-PROCESSOR_CODE = ["processing_detris.py"]  # besides files that the model brings along
+PROCESSOR_CODE = ["processing_detris.py"]  # and files that it shares with the model

@@ -1,9 +1,10 @@
 """Models and inputs small enough for a test.
 
-The official model, tiny: `fixtures/official_tiny.json` and `.safetensors` hold what the official implementation
-(jiaqihuang01/DETRIS, commit c94b1e1) printed for the weights and inputs that the recipes below draw: names and shapes
-of its checkpoint, logits, stages before them (on the grids of `OFFICIAL_STAGES`), loss, logits and gradient norms of a
-training step, and the losses of 8 steps of Adam at 1e-5 with the logits after them. Dropout was 0.
+`fixtures/official_tiny.json` and `.safetensors` hold what a tiny model of the official implementation
+(jiaqihuang01/DETRIS, commit c94b1e1) computed from the weights and inputs that `official_weights` and
+`official_inputs` draw, without dropout: names and shapes of its checkpoint; logits, and the stages before them at the
+positions of `OFFICIAL_STAGES`; loss, logits and gradient norms of a training step; the losses of 8 steps of Adam at a
+learning rate of 1e-5, and the logits after them.
 """
 
 import json
@@ -46,7 +47,7 @@ OFFICIAL_STAGES = {
 
 
 def official_figures() -> tuple[dict, dict[str, torch.Tensor]]:
-    """What the official implementation printed for its tiny model: numbers by name, and tensors."""
+    """What the official implementation computed for its tiny model: numbers by name, and tensors by name."""
     return json.loads((FIXTURES / "official_tiny.json").read_text()), load_file(FIXTURES / "official_tiny.safetensors")
 
 
@@ -82,7 +83,7 @@ def official_config() -> DetrisConfig:
 
 
 def official_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """An official checkpoint from its names and shapes: noise that the name seeds, scaled by the tensor's role."""
+    """An official checkpoint of these names and shapes: noise, seeded by name and scaled by the role of the tensor."""
     weights = {}
     for name, shape in shapes.items():
         module, leaf = ("", *name.split("."))[-2:]
@@ -127,13 +128,13 @@ def official_inputs(seed: int = OFFICIAL_INPUT_SEED) -> tuple[torch.Tensor, torc
 
 
 def small_config(registers: bool = True, vision: dict | None = None, **fields) -> DetrisConfig:
-    """A config whose widths all differ where they may; `vision` and `fields` change it."""
+    """A configuration whose widths differ from each other as far as possible; `vision` and `fields` change it."""
     vision_config = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 70,  # of the pretraining
+        "image_size": 70,  # the size of the pretraining
         "patch_size": PATCH_SIZE,
     }
     text_config = {
@@ -171,7 +172,7 @@ def small_config(registers: bool = True, vision: dict | None = None, **fields) -
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and statistic of `module` a value that leaves its mark on the output."""
+    """Give every parameter and statistic of `module` a random value, so that it has an effect on the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
@@ -192,7 +193,7 @@ def small_model(config: DetrisConfig | None = None, seed: int = 0) -> DetrisForR
 
 
 def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `input_ids` for a `small_model`: phrases of 1, 2 … 5 words, filled up with 0."""
+    """`pixel_values` and `input_ids` for a `small_model`: phrases of 1, 2 … 5 words, padded with 0."""
     generator = torch.Generator().manual_seed(phrases)
     pixel_values = torch.randn(images or phrases, 3, size, size, generator=generator)
     input_ids = torch.zeros(phrases, 7, dtype=torch.long)
@@ -203,7 +204,7 @@ def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) ->
 
 
 def logits_of(model: nn.Module, **inputs) -> torch.Tensor:
-    """The logits of a small model, in the mode that it is in, for `small_inputs()`; `inputs` add to them."""
+    """The logits of a small model, in its present mode, for `small_inputs()`, which `inputs` add to or replace."""
     with torch.no_grad():
         return model(**small_inputs() | inputs).logits
 

@@ -27,7 +27,7 @@ ADAPTERS = {
         "lora_target_modules": ["q_proj", "k_proj"],
     },
     "maps": {"peft_method": "lora", "lora_use_dora": True, "lora_rank": 4},
-    "icons": {"peft_method": "none"},  # a head alone
+    "icons": {"peft_method": "none"},  # only a head
 }
 STEPS = 3
 WAYS = ["native", "PeftModel"]
@@ -35,7 +35,7 @@ INPUTS = small_inputs(2)
 
 
 def train(model: torch.nn.Module, phrases: int, steps: int = STEPS) -> None:
-    """Steps of Adam on data that the number of `phrases` seeds."""
+    """Take steps of Adam on random data, which the number of `phrases` seeds."""
     labels = (torch.rand(phrases, 56, 56, generator=torch.Generator().manual_seed(phrases)) > 0.5).float()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
@@ -47,10 +47,12 @@ def train(model: torch.nn.Module, phrases: int, steps: int = STEPS) -> None:
 
 
 def train_adapters(folder: Path) -> SimpleNamespace:
-    """Adapters, each trained in a model of its own on other data over one pair of backbones.
+    """Train each of `ADAPTERS` in a model of its own, with other data and the same backbones.
 
-    `folder` holds `vision` and `text`, and of each adapter the whole model, `<name>/whole`, and `<name>/adapter`.
-    `whole` are those models, loaded from there, and `logits` theirs; `bare` has no adapters.
+    Returns:
+        `folder`, which holds the backbones `vision` and `text`, and for each adapter `<name>/whole` and
+        `<name>/adapter`; `whole`, the models loaded from there by name, and `logits`, theirs. `bare` is another model,
+        without adapters. `loaded` is for [`sharing`].
     """
     save_backbones(folder)
     torch.manual_seed(0)
@@ -73,7 +75,7 @@ def train_adapters(folder: Path) -> SimpleNamespace:
 
 
 def load(trained: SimpleNamespace, model: torch.nn.Module, way: str = "native", names=tuple(ADAPTERS), **kwargs):
-    """Let a bare model load adapters, itself or by a `PeftModel`, which is returned then, and activate the last."""
+    """Let a bare model load adapters, by itself or in a `PeftModel`, activate the last, and return what has loaded."""
     for name in names:
         folder = trained.folder / name / "adapter"
         if way == "PeftModel" and not isinstance(model, PeftModel):
@@ -85,7 +87,7 @@ def load(trained: SimpleNamespace, model: torch.nn.Module, way: str = "native", 
 
 
 def sharing(trained: SimpleNamespace, way: str = "native", names=tuple(ADAPTERS), **kwargs) -> torch.nn.Module:
-    """A bare model that has loaded adapters; a copy, so that most tests need not load them again."""
+    """A copy of a bare model that has loaded adapters, so that most tests need not load them again."""
     key = (way, *names, *kwargs)
     if key not in trained.loaded:
         trained.loaded[key] = load(trained, copy.deepcopy(trained.whole["bare"]), way, names, **kwargs)
@@ -104,7 +106,7 @@ def switched_off(model: torch.nn.Module) -> Iterator[None]:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The very parameters and buffers, by the names that they have in a DETRIS without wrappers."""
+    """The parameters and buffers themselves, by the names that they would have without wrappers around modules."""
     own = {}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         for wrapper in (".base_layer.", ".original_module."):
@@ -114,7 +116,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def belonging_to(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those of an adapter and its head, by the names that they have in a model of their own."""
+    """The tensors of an adapter and its head, by the names that they have in a model with no other adapter."""
     return {
         key.replace(f".modules_to_save.{name}.", ".").replace(f".{name}.", ".default."): tensor
         for key, tensor in tensors.items()
@@ -123,7 +125,7 @@ def belonging_to(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def assert_active(model: torch.nn.Module, name: str) -> None:
-    """That an adapter is the active one for the model and for each of its layers; `default` has no head of its own."""
+    """Check that an adapter is active in the model and in each layer, and its head, which `default` does not have."""
     active = model.active_adapters
     assert (active if isinstance(model, PeftModel) else active()) == [name]
     for module in model.modules():
