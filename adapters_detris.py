@@ -14,7 +14,7 @@ DENSE_BLOCK_NORM_EPS = 1e-3
 
 
 class ConvNormReLU(nn.Sequential):
-    """Convolution that keeps the size, batch norm, ReLU.
+    """A convolution that keeps the size of its input, batch norm and ReLU.
 
     Shapes: `(N, in_channels, *size)` to `(N, out_channels, *size)`, with one or two spatial `dimensions`.
     """
@@ -37,7 +37,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class DenseBlock(nn.Module):
-    """Three densely connected convolution branches that see 1, 3 and 5 positions at a time.
+    """Three densely connected branches of convolutions, which see 1, 3 and 5 positions at a time.
 
     Shapes: `(N, dim, L)` to the same for text (`dimensions=1`), `(N, dim, g, g)` to the same for images.
     """
@@ -65,7 +65,7 @@ class DenseBlock(nn.Module):
 class TextAdapter(nn.Module):
     """Adapter of a text layer; `(N, L, C)` to `(N, L, C)`.
 
-    Padding positions take part in its convolutions, so what it returns depends on `L` (official `TextAdapter`).
+    Its convolutions read padding positions too, so the result depends on `L` (official `TextAdapter`).
     """
 
     def __init__(self, hidden_size: int, dim: int):
@@ -78,14 +78,15 @@ class TextAdapter(nn.Module):
         hidden_states = self.down(hidden_states).relu()  # (N, L, d)
         start, words = hidden_states[:, :1], hidden_states[:, 1:]
         words = self.dense(words.transpose(1, 2)).transpose(1, 2)
-        # The start token skips the convolutions but not the sum: it goes on doubled, as officially.
+        # The start token skips the convolutions but not the sum, so it is doubled, as in the official code.
         return self.up(torch.cat([start, words], dim=1) + hidden_states)
 
 
 class BatchFirstAttention(nn.MultiheadAttention):
-    """Multi-head attention whose rounding is the same whether its weights are frozen or not.
+    """Multi-head attention that rounds in the same way whether its weights are frozen or not.
 
-    Shapes: query `(N, Q, d)`, key and value `(N, K, ·)` and where they are padding `(N, K)` to `(N, Q, d)`.
+    Shapes: query `(N, Q, d)`, key and value `(N, K, ·)` and `key_padding_mask` `(N, K)`, which is true where a key is
+    padding, to `(N, Q, d)`.
     """
 
     def forward(
@@ -95,8 +96,8 @@ class BatchFirstAttention(nn.MultiheadAttention):
         value: torch.Tensor,
         key_padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # With `batch_first` PyTorch would project transposed views, and it multiplies those one way if the weights
-        # need gradients and another if they do not: adapters would differ in their last digits once they are frozen.
+        # With `batch_first`, PyTorch projects transposed views. It multiplies them in one way if the weights need
+        # gradients and in another if they do not, so the last digits would change once adapters are frozen.
         query, key_first = query.transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous()
         value_first = key_first if value is key else value.transpose(0, 1).contiguous()
         attended, _ = super().forward(
@@ -106,7 +107,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
 
 
 class WordAttention(nn.Module):
-    """Attention from image patches to all `L` words of their phrase, padding included (official `CrossAttention`).
+    """Attention from image patches to all `L` words of a phrase, padding included (official `CrossAttention`).
 
     Shapes: patches `(N, g², d)` and words `(N, L, C)` to `(N, g², d)`.
     """
@@ -126,7 +127,7 @@ class WordAttention(nn.Module):
 class DenseAligner(nn.Module):
     """Adapter of a vision layer, which mixes the words into the patches; `(N, P, D)` to `(N, P, D)`.
 
-    `P = prefix_length + g²`: class and register tokens come first and skip convolutions and attention.
+    `P = prefix_length + g²`: the class token and the registers come first and skip convolutions and attention.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class DenseAligner(nn.Module):
         prefix, patches = hidden_states[:, : self.prefix_length], hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, d, g, g)
-        # Contiguous for the reason that BatchFirstAttention gives.
+        # Contiguous for the same reason as in BatchFirstAttention.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
         aligned = self.word_attention(aligned, text_hidden_states)
         return self.up(torch.cat([prefix, aligned], dim=1) + hidden_states)

@@ -1,4 +1,7 @@
-"""Configuration of DETRIS: two frozen backbones, the adapters inside them and the head behind them."""
+"""The configuration of a DETRIS model; below it, how all files of this project refuse wrong input.
+
+A DETRIS has two frozen backbones, adapters inside them and a head behind them. Source: arXiv 2501.08580.
+"""
 
 import math
 import os
@@ -23,23 +26,8 @@ MODEL_TYPES = {
     "text_config": ("clip_text_model",),
 }
 PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
-MAX_IMAGE_SIZE = 4096  # pixels; the attention of DINOv2 grows with the fourth power of it
+MAX_IMAGE_SIZE = 4096  # pixels; the cost of DINOv2's attention grows with its fourth power
 MAX_LORA_ALPHA = 1_000_000
-MAX_LABELS = 1000  # transformers makes a dictionary of so many names, and DETRIS has none
-MAX_TEXT = 1000  # characters of a name or path
-MAX_MESSAGE = 1_000  # characters of an error's message
-MAX_REASON = 300  # characters of another library's message within it
-
-
-def _with_value_errors(init: Callable) -> Callable:
-    """Let `__init__` raise ValueError, as users expect, where a field has a value of another type."""
-
-    @wraps(init)
-    def __init__(self, *args, **kwargs):
-        with as_value_error("The configuration cannot be used"):
-            init(self, *args, **kwargs)
-
-    return __init__
 
 
 @strict
@@ -52,7 +40,7 @@ class DetrisConfig(PreTrainedConfig):
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision backbone, of type `dinov2_with_registers` (default) or `dinov2`. Its
-            `image_size` is that of its pretraining and sets the size of its position table.
+            `image_size` is the size that it was pretrained at, which sets the size of its position table.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the CLIP text backbone (`clip_text_model`). Its `projection_dim` is the width of the
             sentence embedding.
@@ -65,31 +53,31 @@ class DetrisConfig(PreTrainedConfig):
         text_adapter_dim (`int`, *optional*, defaults to 64):
             Width of the text adapters, divisible by 16.
         adapter_scale (`float`, *optional*, defaults to 0.2):
-            Factor on what an adapter adds to its layer.
+            Factor by which a layer multiplies what its adapter adds.
         peft_method (`str`, *optional*, defaults to `"detris"`):
-            What is trained inside the backbones: `detris` (the adapters above), `lora` (PEFT's low-rank adapters, or
-            DoRA's), `detris+lora` or `none`.
+            What is trained inside the backbones: `detris` (the adapters above), `lora` (PEFT's low-rank adapters),
+            `detris+lora` (both) or `none`.
         lora_rank (`int`, *optional*, defaults to 8):
-            Rank of the low-rank adapters, which stand in every layer of both backbones.
+            Rank of the low-rank adapters, which every layer of both backbones holds.
         lora_alpha (`int`, *optional*, defaults to 16):
-            Their scale, as a multiple of `1 / lora_rank`.
+            Low-rank adapters are scaled by `lora_alpha / lora_rank`.
         lora_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout on their input.
+            Dropout on the input of low-rank adapters.
         lora_target_modules (`list[str]`, *optional*, defaults to `["q_proj", "v_proj"]`):
-            Linear modules of a backbone layer that hold one, by the last part of their name.
+            Linear modules of a backbone layer that hold a low-rank adapter, by the last part of their name.
         lora_use_dora (`bool`, *optional*, defaults to `False`):
-            Whether they are those of DoRA, which learns the weights' magnitude apart from their direction.
+            Whether to use DoRA, which learns the magnitude of the weights apart from their direction.
         aligner_attention_dim (`int`, *optional*, defaults to 128):
             Width of the aligners' attention from image patches to words.
         aligner_attention_heads (`int`, *optional*, defaults to 8):
-            Heads of that attention.
+            Heads of the aligners' attention.
         aligner_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout on that attention's weights.
+            Dropout on the weights of the aligners' attention.
         feature_layers (`list[int]`, *optional*, defaults to `[4, 8]`):
-            Layers of the vision backbone whose output, not normalised, is a feature map of the head. The backbone's
-            final, normalised output is always the last one.
+            Layers of the vision backbone whose output, not normalised, is a feature map for the head. The last
+            feature map is always the backbone's final output, normalised.
         decoder_dim (`int`, *optional*, defaults to 512):
-            Width of neck and decoder, divisible by 4; the mask head ends at half of it.
+            Width of neck and decoder, divisible by 4 and by `decoder_heads`; the mask head ends at half of it.
         decoder_layers (`int`, *optional*, defaults to 3):
             Number of decoder layers.
         decoder_heads (`int`, *optional*, defaults to 8):
@@ -101,21 +89,21 @@ class DetrisConfig(PreTrainedConfig):
         image_size (`int`, *optional*, defaults to 448):
             Side of the square input in pixels, divisible by the vision backbone's patch size.
         max_text_length (`int`, *optional*, defaults to 17):
-            Tokens of a phrase, start and end token included. 17 for RefCOCO, RefCOCO+ and G-Ref (google), 22 for
-            G-Ref (umd).
+            Tokens of a phrase, including the start and the end token. 17 for RefCOCO, RefCOCO+ and G-Ref (google),
+            22 for G-Ref (umd).
         mask_threshold (`float`, *optional*, defaults to 0.35):
             Probability above which a pixel belongs to the mask.
         freeze_backbones (`bool`, *optional*, defaults to `True`):
-            Whether only adapters and head are trained.
+            Whether to train adapters and head only.
         vision_backbone (`str`, *optional*):
-            Hub id, folder or file that the frozen vision backbone came from; what is saved without backbones is
-            loaded around it. Filled in when a model is built.
+            Hub id, folder or file that the frozen vision backbone came from. Adapters that are saved without backbones
+            are loaded into it. `from_backbones` fills it in, and the three below.
         vision_backbone_revision (`str`, *optional*):
-            Its commit on the Hub.
+            Commit of the vision backbone on the Hub.
         text_backbone (`str`, *optional*):
-            The same of the text backbone.
+            Hub id, folder or file that the frozen text backbone came from.
         text_backbone_revision (`str`, *optional*):
-            The same of the text backbone.
+            Commit of the text backbone on the Hub.
 
     Raises:
         ValueError: if a field has a value that cannot work; the message names field, value and remedy.
@@ -177,8 +165,10 @@ class DetrisConfig(PreTrainedConfig):
         self.check_fields()
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `config.json` as `PreTrainedConfig` does, and refuse with a ValueError what is no configuration."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `config.json` as `PreTrainedConfig` does; raise ValueError if it holds no configuration."""
         with as_value_error(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
@@ -194,13 +184,16 @@ class DetrisConfig(PreTrainedConfig):
 
     @classmethod
     def refuse_unknown(cls, names: Iterable[str]) -> None:
-        """Refuse names that are no fields with a `ValueError`; transformers would keep them in silence."""
+        """Raise ValueError if one of the `names` is no field; transformers would keep it and say nothing."""
         unknown = set(names) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no fields of DetrisConfig.")
 
     def check_fields(self) -> None:
-        """Refuse values that cannot work with a `ValueError`, also where fields were set one by one."""
+        """Raise ValueError if a field has a value that cannot work.
+
+        A model calls this again, because fields may have been changed since the configuration was made.
+        """
         vision, text = self.vision_config, self.text_config
         check_values({field.name: getattr(self, field.name) for field in fields(self)})
         self._check_model_type("vision_config", vision.model_type)
@@ -242,7 +235,7 @@ class DetrisConfig(PreTrainedConfig):
             ("image_size", vision.patch_size),
             ("aligner_attention_dim", self.aligner_attention_heads),
             ("decoder_dim", self.decoder_heads),
-            # The 2-D sine positions of the decoder are made of four equal parts.
+            # Sine and cosine of column and row each take a quarter of the decoder's channels.
             ("decoder_dim", 4),
         ):
             value = getattr(self, field)
@@ -251,7 +244,7 @@ class DetrisConfig(PreTrainedConfig):
         for field in ("aligner_dropout", "decoder_dropout", "lora_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}: it is a probability, at least 0 and below 1.")
-        # Start, end and a word, as the processor asks for.
+        # The processor needs room for the start token, the end token and a word.
         if not 3 <= self.max_text_length <= text.max_position_embeddings:
             raise ValueError(
                 f"max_text_length is {self.max_text_length}: it must lie between 3 and the "
@@ -271,7 +264,7 @@ class DetrisConfig(PreTrainedConfig):
             raise ValueError(f"{name}.model_type is {model_type!r}: give a config of {types}.")
 
     def check_counts(self, tensors: int) -> None:
-        """Refuse more layers than there are saved `tensors` with a `ValueError`, before a model of them is begun."""
+        """Raise ValueError if there are more layers than saved `tensors`, before a model with so many is built."""
         for name, count in (
             ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
             ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
@@ -280,21 +273,20 @@ class DetrisConfig(PreTrainedConfig):
             check_count(name, count, tensors)
 
 
-DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
-DetrisConfig.register_for_auto_class()
+# --- How all files refuse wrong input ------------------------------------------------------------------------------
 
-__all__ = ["DetrisConfig"]
-
-
-# --- how wrong input is refused: what all files use ---------------------------------------------------------------
+MAX_TEXT = 1000  # characters of a name or path in a configuration
+MAX_LABELS = 1000  # transformers builds a dictionary with a name for each label; DETRIS has no labels
+MAX_MESSAGE = 1_000  # characters of an error's message
+MAX_REASON = 300  # characters of another library's message inside ours
 
 
 @contextmanager
 def as_value_error(what: str) -> Iterator[None]:
-    """Turn whatever a broken input makes libraries raise inside into one ValueError that begins with `what`.
+    """Turn whatever libraries raise inside, because an input is broken, into one ValueError that begins with `what`.
 
-    OSError and plain ValueError speak for themselves and pass through. Lack of memory says nothing about the input and
-    passes through too.
+    OSError and plain ValueError pass through, because their messages are meant for the user, and so does lack of
+    memory, because it says nothing about the input.
     """
     try:
         yield
@@ -310,7 +302,7 @@ def as_value_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def errors_begin_with(source: str | os.PathLike | None) -> Iterator[None]:
-    """Put the name of a folder or file in front of the ValueErrors that are raised inside."""
+    """Put the name of a folder or file in front of the message of a ValueError that is raised inside."""
     try:
         yield
     except ValueError as error:
@@ -318,9 +310,9 @@ def errors_begin_with(source: str | os.PathLike | None) -> Iterator[None]:
 
 
 def raise_if_out_of_memory(error: BaseException | None) -> None:
-    """Raise the MemoryError or torch.OutOfMemoryError that an error is, or comes from.
+    """Raise `error`, or one that caused it, if it is a MemoryError or torch.OutOfMemoryError.
 
-    The first line of every broad `except`: want of memory must not be told as a broken file.
+    Every broad `except` begins with this call, so that lack of memory is not reported as a broken file.
     """
     kinds = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
     while error is not None:
@@ -330,15 +322,15 @@ def raise_if_out_of_memory(error: BaseException | None) -> None:
 
 
 def check_values(values: Any, name: str = "") -> None:
-    """Refuse what no configuration can hold with a `ValueError` that names the field.
+    """Raise ValueError, naming the field, if a configuration holds a value that no configuration can have.
 
     Args:
-        values: what a JSON file holds; mappings and lists are searched.
-        name: of the field that holds `values`.
+        values: content of a JSON file; mappings and lists are searched.
+        name: the field that holds `values`.
     """
     if isinstance(values, Mapping):
         for key, value in values.items():
-            if callable(getattr(PreTrainedConfig, str(key), None)):  # it would take the place of a method
+            if callable(getattr(PreTrainedConfig, str(key), None)):  # the value would replace a method
                 raise ValueError(f"{key} is no field of a configuration: leave it out.")
             check_values(value, f"{name}.{key}" if name else str(key))
     elif isinstance(values, (list, tuple)):
@@ -355,16 +347,16 @@ def check_values(values: Any, name: str = "") -> None:
 
 
 def check_count(name: str, count: int, tensors: int) -> None:
-    """Refuse a number of layers that cannot be held by so many saved `tensors` with a `ValueError`."""
+    """Raise ValueError if the `count` of layers called `name` is larger than the number of saved `tensors`."""
     if count > tensors:
         raise ValueError(f"{name} is {count}, but only {tensors} tensors are saved: get the files again.")
 
 
 def short_repr(value: Any) -> str:
-    """`repr` for messages: what strangers wrote can be 10 MB long, or contain itself."""
+    """A `repr` that fits into a message: a value from a stranger's file can be 10 MB long or contain itself."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python prints no numbers of thousands of digits
+    except ValueError:  # Python refuses to print a number with thousands of digits
         return "a number too long to print"
 
 
@@ -373,7 +365,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def one_line(message: Any, limit: int = MAX_MESSAGE) -> str:
-    """A message that can be printed on one line, at most `limit` characters of it."""
+    """The first `limit` characters of a message, without line breaks and control characters."""
     message = str(message)
     line = " ".join(message[:limit].split()).encode("utf-8", "backslashreplace").decode()
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], line)
@@ -381,12 +373,29 @@ def one_line(message: Any, limit: int = MAX_MESSAGE) -> str:
 
 
 def require_regular(path: str | os.PathLike) -> None:
-    """Refuse pipes, devices and folders with a ValueError: to read a pipe would wait for ever."""
+    """Raise ValueError for a pipe, device or folder: reading a pipe could wait for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is no regular file.")
 
 
 def read_regular(path: str | os.PathLike) -> bytes:
-    """All that a file holds; raises ValueError if it is none, OSError if it cannot be read."""
+    """The bytes of a file. Raises ValueError if it is no regular file, OSError if it cannot be read."""
     require_regular(path)
     return Path(path).read_bytes()
+
+
+def _with_value_errors(init: Callable) -> Callable:
+    """Let `__init__` raise ValueError, as users expect, if a field has a value of a wrong type."""
+
+    @wraps(init)
+    def __init__(self, *args, **kwargs):
+        with as_value_error("The configuration cannot be used"):
+            init(self, *args, **kwargs)
+
+    return __init__
+
+
+DetrisConfig.__init__ = _with_value_errors(DetrisConfig.__init__)
+DetrisConfig.register_for_auto_class()
+
+__all__ = ["DetrisConfig"]

@@ -1,4 +1,7 @@
-"""DETRIS for referring image segmentation: from images and phrases to one mask logit map a phrase.
+"""DETRIS for referring image segmentation: from images and phrases to a map of mask logits for each phrase.
+
+The file follows the method: neck, decoder and mask head, and then the model, which encodes phrases and images, calls
+these three, and computes the loss. The adapters inside the backbones are in `adapters_detris.py`.
 
 Source: DETRIS, arXiv 2501.08580; official files `model/segmenter.py`, `model/fusion.py` and `model/layers.py`.
 
@@ -10,38 +13,31 @@ import math
 from dataclasses import dataclass
 
 import torch
-from peft.functional import (
-    inject_adapter_in_model,
-)
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    CLIPTextModelWithProjection,
-    PreTrainedModel,
-)
-from transformers.utils import (
-    ModelOutput,
-)
+from transformers import CLIPTextModelWithProjection, PreTrainedModel
+from transformers.utils import ModelOutput
 
 try:
     from .adapters_detris import BatchFirstAttention, ConvNormReLU
     from .backbones_detris import BACKBONE_CLASSES, FromBackbones
     from .configuration_detris import DetrisConfig
-    from .peft_detris import ADAPTER_FIELDS, BUILT_IN_ADAPTER, DetrisAdapterConfig, fields_of, holds_adapters
-    from .saving_detris import WholeModels
-    from .sharing_detris import AdapterSharing
+    from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from .saving_detris import WholeModelSaving
+    from .sharing_detris import AdapterSharing, AdapterSwitching
 except ImportError:
     if __package__:
         raise
     from adapters_detris import BatchFirstAttention, ConvNormReLU
     from backbones_detris import BACKBONE_CLASSES, FromBackbones
     from configuration_detris import DetrisConfig
-    from peft_detris import ADAPTER_FIELDS, BUILT_IN_ADAPTER, DetrisAdapterConfig, fields_of, holds_adapters
-    from saving_detris import WholeModels
-    from sharing_detris import AdapterSharing
+    from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from saving_detris import WholeModelSaving
+    from sharing_detris import AdapterSharing, AdapterSwitching
 
 
-# Added to the new grid's side when positions are resampled, against rounding (official `interpolate_pos_encoding`).
+# Added to the side of the new grid when positions are resampled, so that rounding does not lose a row (official
+# `interpolate_pos_encoding`).
 POSITION_GRID_OFFSET = 0.1
 SINE_POSITION_BASE = 10000.0
 PHRASE_KERNEL_SIZE = 3
@@ -56,7 +52,7 @@ class DetrisOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
             Mean binary cross-entropy over all pixels of the logits.
         logits (`torch.FloatTensor` of shape `(N, 4g, 4g)`):
-            Mask logits, one map a phrase, over the square input image.
+            Mask logits over the square input image, one map for each phrase.
     """
 
     loss: torch.FloatTensor | None = None
@@ -65,12 +61,12 @@ class DetrisOutput(ModelOutput):
 
 def resample_position_table(position_embeddings: torch.Tensor, grid_size: int) -> torch.Tensor:
     """
-    Resample DINOv2's position table as the official `interpolate_pos_encoding` does: bicubic, without antialias, and
-    with a scale factor of `(grid_size + 0.1) / old grid size`.
+    Resample DINOv2's position table as the official `interpolate_pos_encoding` does: bicubic, without antialias, by
+    a factor of `(grid_size + 0.1) / old_grid_size`.
 
     Args:
         position_embeddings (`torch.Tensor` of shape `(1, 1 + old_grid_size², D)`): the table, class token first.
-        grid_size (`int`): patches along one side of the new table.
+        grid_size (`int`): number of patches along one side of the new table.
 
     Returns:
         `torch.Tensor` of shape `(1, 1 + grid_size², D)`.
@@ -87,28 +83,8 @@ def resample_position_table(position_embeddings: torch.Tensor, grid_size: int) -
     return torch.cat([class_position, grid.flatten(2).transpose(1, 2).to(class_position.dtype)], dim=1)
 
 
-def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Sine and cosine positions in alternate channels, `(length, dim)` (official `Decoder.pos1d`)."""
-    frequencies = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(SINE_POSITION_BASE) / dim))
-    angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, dim / 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
-
-
-def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Half the channels tell the column, half the row: `(grid_size², dim)` (official `Decoder.pos2d`)."""
-    positions = _sine_positions(grid_size, dim // 2, device)  # (g, d / 2)
-    columns = positions[None].expand(grid_size, -1, -1)
-    rows = positions[:, None].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)
-
-
-def _are_masks(labels: torch.Tensor) -> torch.Tensor:
-    """Whether all numbers lie in [0, 1], as a tensor of shape `()`, so that nobody must wait for a GPU."""
-    return ((labels >= 0) & (labels <= 1)).all()
-
-
 class _GateLinear(nn.Linear):
-    """Square linear layer that starts as those inside `nn.MultiheadAttention` do: uniform within `bound`, no bias."""
+    """Square linear layer, initialised as those in `nn.MultiheadAttention` are: uniform within `bound`, zero bias."""
 
     def __init__(self, dim: int, bound: float):
         self.bound = bound
@@ -120,15 +96,15 @@ class _GateLinear(nn.Linear):
 
 
 class DetrisSentenceGate(nn.Module):
-    """Factor on a feature map that the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
+    """Factor for a feature map, which the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
 
-    Officially an attention of the map to the sentence (`CrossAttn`). With one key its softmax is 1 everywhere, so
-    query and key weights have no effect and are left out.
+    In the official code this is an attention of the map to the sentence (`CrossAttn`). The softmax over its only key
+    is 1 everywhere, so the weights of query and key have no effect and are left out.
     """
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
-        # Officially one matrix holds query, key and value, and Xavier's bound is that of all three.
+        # The official code holds query, key and value in one matrix, whose size sets Xavier's bound.
         self.value = _GateLinear(config.decoder_dim, bound=math.sqrt(6 / (4 * config.decoder_dim)))
         self.output = _GateLinear(config.decoder_dim, bound=math.sqrt(1 / config.decoder_dim))
 
@@ -137,7 +113,7 @@ class DetrisSentenceGate(nn.Module):
 
 
 class DetrisNeck(nn.Module):
-    """Fuses the vision backbone's feature maps under the sentence (official `Neck`)."""
+    """Fuses the feature maps of the vision backbone, each gated by the sentence (official `Neck`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -168,8 +144,26 @@ class DetrisNeck(nn.Module):
         return fused + self.coordinate_convolutions(torch.cat([fused, coordinates], dim=1))
 
 
+def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Position embeddings `(length, dim)`, sine and cosine in alternate channels (official `Decoder.pos1d`)."""
+    frequencies = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(SINE_POSITION_BASE) / dim))
+    angles = torch.arange(length, device=device)[:, None] * frequencies  # (length, dim / 2)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Position embeddings `(grid_size², dim)`, half for the column and half for the row (official `Decoder.pos2d`)."""
+    positions = _sine_positions(grid_size, dim // 2, device)  # (g, d / 2)
+    columns = positions[None].expand(grid_size, -1, -1)
+    rows = positions[:, None].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
 class DetrisDecoderLayer(nn.Module):
-    """Pre-norm transformer layer from patches to words that norms attentions once more (official `DecoderLayer`)."""
+    """Pre-norm transformer layer in which patches attend to patches and then to words (official `DecoderLayer`).
+
+    Unusually, the result of each attention is normalised once more before it is added.
+    """
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -199,7 +193,7 @@ class DetrisDecoderLayer(nn.Module):
         word_positions: torch.Tensor,
         padding: torch.Tensor,
     ) -> torch.Tensor:
-        """Patches `(N, g², d)`, words `(N, L, C)` and where they are padding `(N, L)` to patches `(N, g², d)`."""
+        """Patches `(N, g², d)`, words `(N, L, C)` and `padding` `(N, L)`, true for padding, to patches as given."""
         normed = self.self_attention_norm(patches)
         query = normed + patch_positions
         attended = self.self_attention(query, query, normed)
@@ -211,7 +205,7 @@ class DetrisDecoderLayer(nn.Module):
 
 
 class DetrisDecoder(nn.Module):
-    """Lets the patches read each other and the words (official `Decoder`)."""
+    """Lets patches attend to each other and to the words, in several layers (official `Decoder`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -230,7 +224,7 @@ class DetrisDecoder(nn.Module):
 
 
 class DetrisMaskHead(nn.Module):
-    """Enlarges the feature map fourfold and convolves it with the sentence's own kernel (official `Projector`)."""
+    """Enlarges the map four times and convolves it with a kernel made from the sentence (official `Projector`)."""
 
     def __init__(self, config: DetrisConfig):
         super().__init__()
@@ -250,35 +244,36 @@ class DetrisMaskHead(nn.Module):
         parameters = self.kernel_projection(sentence)
         kernel = parameters[:, :-1].unflatten(1, (-1, PHRASE_KERNEL_SIZE**2))  # (N, d / 2, 9)
         bias = parameters[:, -1]  # (N,)
-        # The 1x1 convolution and the phrase's 3x3 kernel are linear, so they are composed into one 1x1 kernel for each
-        # of the nine taps: exact, and the widest map needs no convolution of its own. Shifting and adding the taps'
-        # maps is `fold`, whose offsets run against those of a convolution, hence the flip. A tap's part of the 1x1
-        # convolution's bias is added before, since zero padding comes after that convolution.
+        # The official code applies the 1x1 convolution and then the phrase's 3x3 kernel. Both are linear, so here they
+        # are composed into nine 1x1 kernels, one for each tap of the 3x3 kernel, which is exact and spares a
+        # convolution of the widest map. `fold` shifts and adds the nine maps; its offsets run in the opposite
+        # direction to a convolution's, hence the flip. Each tap adds its part of the 1x1 convolution's bias before the
+        # shift, because the official code pads with zeros after the 1x1 convolution.
         kernel = kernel.flip(2)
         taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
         tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)  # (N, 9)
         responses = taps @ feature_map.flatten(2) + tap_biases[:, :, None]  # (N, 9, (4g)²)
-        # Nine maps are summed: not in half precision.
+        # Nine maps are summed, which half precision is too coarse for.
         responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
-        logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2).squeeze(
-            1
-        )
-        return logits + bias[:, None, None]
+        logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2)
+        return logits.squeeze(1) + bias[:, None, None]
 
 
-class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones, PreTrainedModel):
+class DetrisForReferringSegmentation(
+    AdapterSharing, AdapterSwitching, WholeModelSaving, FromBackbones, PreTrainedModel
+):
     """
-    Segments what phrases name in images: Hugging Face's DINOv2 and CLIP text models, frozen, with DETRIS adapters in
-    their layers, and a neck, decoder and mask head behind them (official `model/segmenter.py`).
+    Segments what phrases name in images (official `model/segmenter.py`).
 
-    The adapters are PEFT layers; the attribute `peft_config` describes them.
+    Hugging Face's DINOv2 and CLIP text models, both frozen, hold DETRIS adapters in their layers; a neck, a decoder
+    and a mask head follow them. The adapters are layers of PEFT, which the attribute `peft_config` describes.
     """
 
     config_class = DetrisConfig
     base_model_prefix = "detris"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    model_tags = ["detris", "referring-image-segmentation"]  # on the Hub
+    model_tags = ["detris", "referring-image-segmentation"]  # of its card on the Hub
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
@@ -290,7 +285,7 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
         text_model: CLIPTextModelWithProjection | None = None,
     ):
         super().__init__(config)
-        config.check_fields()  # loading may have changed some
+        config.check_fields()  # they may have been changed since the configuration was made
         vision_class = BACKBONE_CLASSES["vision"][config.vision_config.model_type][1]
         self.vision_model = vision_model or vision_class(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
@@ -299,44 +294,17 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
         self.post_init()
-        # After `post_init`, which starts all that stands inside a backbone by the backbone's rules, if it is new.
-        adapter_config = DetrisAdapterConfig(**fields_of(config, ADAPTER_FIELDS))
-        adapter_config.modules_to_save = None  # the head is the model's own
-        inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
-        self._hf_peft_config_loaded = True  # what transformers asks for
+        # After `post_init`, which would initialise adapters inside a new backbone by the backbone's own rules.
+        self._insert_built_in_adapters()
         self._set_trainable()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embeddings of the phrases' tokens."""
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embeddings of the phrases' tokens."""
-        self.text_model.set_input_embeddings(value)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # The paper starts its head from PyTorch's defaults. Backbones and adapters have been initialised on their own.
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        elif isinstance(module, nn.MultiheadAttention):
-            module._reset_parameters()
-
-    def _set_trainable(self) -> None:
-        for name, parameter in self.named_parameters():
-            # DINOv2's mask token serves its pretraining alone and never gets a gradient here.
-            in_use = not name.endswith(".mask_token")
-            parameter.requires_grad = in_use and (
-                self.part_of(name) != "backbones" or not self.config.freeze_backbones
-            )
 
     def encode_text(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encode phrases: words `(N, L, C)`, normed but not projected, and sentences `(N, S)`, from `input_ids` `(N, L)`.
+        Encode phrases `(N, L)` into words `(N, L, C)`, normalised but not projected, and sentences `(N, S)`.
         """
-        # Without a mask: padding positions take part in the text adapters, and CLIP would change them if it had one.
+        # Without a mask: with one, CLIP would compute other values at padding positions, which the text adapters read.
         words = self.text_model(input_ids).last_hidden_state  # (N, L, C)
-        # The end token has the largest id.
+        # The end token is the one with the largest id.
         end_of_text = words[torch.arange(len(words), device=words.device), input_ids.argmax(dim=1)]  # (N, C)
         return words, self.text_projection(end_of_text)
 
@@ -344,22 +312,23 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
         self, pixel_values: torch.FloatTensor, words: torch.Tensor, image_index: torch.LongTensor | None = None
     ) -> list[torch.Tensor]:
         """
-        Encode images under their phrases' words.
+        Encode images, once for each phrase, whose words the dense aligners read.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, image_size, image_size)`): normalised images.
             words (`torch.FloatTensor` of shape `(N, L, C)`): from [`encode_text`].
-            image_index (`torch.LongTensor` of shape `(N,)`, *optional*): the image each phrase speaks of.
+            image_index (`torch.LongTensor` of shape `(N,)`, *optional*): the image that each phrase refers to.
 
         Returns:
-            `list` of the feature maps `(N, D, g, g)`: after each of `feature_layers`, and the last, normalised one.
+            `list` of feature maps `(N, D, g, g)`: the output of each of `feature_layers`, and the normalised output of
+            the last layer.
         """
         hidden_states = self._embed_patches(pixel_values)  # (B, P, D)
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
             if holds_adapters(layer) and layer.active_name is not None:
                 if image_index is not None:
-                    # Until here an image is the same for all its phrases. What has been kept follows.
+                    # So far no layer has read words, so an image was computed once for all its phrases.
                     hidden_states, *features = (states[image_index] for states in (hidden_states, *features))
                     image_index = None
                 hidden_states = layer(hidden_states, words)
@@ -377,8 +346,8 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
         ]
 
     def _embed_patches(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        # What the backbone's embeddings do themselves, but for the resampling, which is the official one. The table
-        # stays as it was pretrained, so that every image size is resampled from the original and none loses anything.
+        # As the backbone's own embeddings do, except that positions are resampled in the official way. The pretrained
+        # table itself is not changed, so each image size is resampled from the original.
         embeddings = self.vision_model.embeddings
         patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
         class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)
@@ -388,6 +357,21 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
             registers = embeddings.register_tokens.expand(len(patches), -1, -1)
             hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
         return embeddings.dropout(hidden_states)
+
+    def _segment(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        padding: torch.Tensor,
+        image_index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the method with the active adapters. `padding` `(N, L)` is true where a token is padding; returns logits
+        `(N, 4g, 4g)`.
+        """
+        words, sentence = self.encode_text(input_ids)
+        feature_maps = self.encode_images(pixel_values, words, image_index)
+        feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
+        return self.mask_head(feature_map, sentence)
 
     def forward(
         self,
@@ -400,27 +384,59 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
         return_dict: bool | None = None,
     ) -> DetrisOutput | tuple:
         r"""
+        Segment what phrases name in images.
+
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, 3, image_size, image_size)`):
                 Letterboxed, normalised images, from [`DetrisImageProcessor`].
             input_ids (`torch.LongTensor` of shape `(N, L)`):
-                Phrases, filled up with id 0, from [`DetrisProcessor`].
+                Phrases, padded with id 0, from [`DetrisProcessor`].
             attention_mask (`torch.LongTensor` of shape `(N, L)`, *optional*):
-                1 where the decoder may read a word. By default wherever `input_ids` is not 0.
+                1 where the decoder may read a word. By default this is wherever `input_ids` is not 0.
             image_index (`torch.LongTensor` of shape `(N,)`, *optional*):
-                The image that each phrase speaks of. By default phrase `n` speaks of image `n`.
+                The image that each phrase refers to. By default phrase `n` refers to image `n`.
             labels (`torch.FloatTensor` of shape `(N, image_size, image_size)`, *optional*):
-                Masks warped as the images are, in [0, 1]; soft edges stay soft. In training on a GPU, other numbers
-                make the loss NaN instead of raising an error, which would have to wait for the GPU.
+                Masks, warped as the images are, with numbers from 0 to 1; soft edges stay soft. In training on a GPU,
+                other numbers do not raise an error, which would have to wait for the GPU, but make the loss NaN.
             adapter_names (`list[str]` of length `N`, *optional*):
-                The adapter that each phrase is segmented with, `"__base__"` for none; not in training. By default the
+                The adapter to segment each phrase with, or `"__base__"` for none; not in training. By default the
                 active one.
+            return_dict (`bool`, *optional*):
+                Whether to return a [`DetrisOutput`] and not a tuple. By default the configuration says so.
 
         Returns:
-            [`DetrisOutput`].
+            [`DetrisOutput`] or a tuple of its values.
 
         Raises:
-            ValueError: if inputs are missing, empty or do not fit each other; the message says which and how.
+            ValueError: if inputs are missing, empty or do not fit each other; the message names them and the remedy.
+
+        Examples:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from transformers import AutoProcessor
+        >>> from modeling_detris import DetrisForReferringSegmentation
+
+        >>> model = DetrisForReferringSegmentation.from_pretrained("runs/refcoco")
+        >>> processor = AutoProcessor.from_pretrained("runs/refcoco", trust_remote_code=True)
+
+        >>> image = Image.open("photo.jpg")
+        >>> phrases = ["left cat", "the remote"]
+        >>> inputs = processor(images=image, text=phrases, return_tensors="pt")
+        >>> original_sizes = inputs.pop("original_sizes")
+
+        >>> with torch.inference_mode():
+        ...     outputs = model(**inputs)
+        >>> outputs.logits.shape  # one map for each phrase, over the letterboxed image
+        torch.Size([2, 128, 128])
+
+        >>> masks = processor.post_process_referring_segmentation(
+        ...     outputs, original_sizes, image_index=inputs["image_index"]
+        ... )
+        >>> masks[0].shape == (image.height, image.width)  # true where the left cat is
+        True
+        ```
         """
         self._check_inputs(pixel_values, input_ids, attention_mask, image_index, labels)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
@@ -430,21 +446,22 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
             logits = self._segment_by_adapter(adapter_names, pixel_values, input_ids, padding, image_index)
         loss = None
         if labels is not None:
-            # Nearest neighbour at the size of the logits, as officially.
+            # As in the official code, labels are sampled by nearest neighbour at the size of the logits.
             target = F.interpolate(labels[:, None].to(logits.dtype), size=logits.shape[1:], mode="nearest").squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, target)
-            # `_check_labels` does not read what lies on a GPU in training. There the loss tells, and stops the run.
+            # In training, `_check_labels` does not read labels on a GPU. If they are wrong, the loss stops the run.
             loss = loss.masked_fill(~_are_masks(labels), math.nan)
         output = DetrisOutput(loss=loss, logits=logits)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
-    def _segment(self, pixel_values, input_ids, padding, image_index) -> torch.Tensor:
-        words, sentence = self.encode_text(input_ids)
-        feature_maps = self.encode_images(pixel_values, words, image_index)
-        feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
-        return self.mask_head(feature_map, sentence)
-
-    def _check_inputs(self, pixel_values, input_ids, attention_mask, image_index, labels) -> None:
+    def _check_inputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> None:
         if pixel_values is None or input_ids is None:
             given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
             raise ValueError(f"The model got {given} but no {missing}: it needs both, so give {missing} too.")
@@ -500,6 +517,61 @@ class DetrisForReferringSegmentation(AdapterSharing, WholeModels, FromBackbones,
                 f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
                 "outside, and numbers between them for soft edges."
             )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """transformers asks for the embeddings of tokens, here those of the phrases."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace what [`get_input_embeddings`] returns."""
+        self.text_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls this for each new module of the head, which the paper initialises as PyTorch does."""
+        # Backbones and adapters are initialised by themselves.
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+
+    def _set_trainable(self) -> None:
+        for name, parameter in self.named_parameters():
+            # DINOv2 uses its mask token only in its own pretraining, so it never gets a gradient here.
+            in_use = not name.endswith(".mask_token")
+            parameter.requires_grad = in_use and (
+                self.part_of(name) != "backbones" or not self.config.freeze_backbones
+            )
+
+    @staticmethod
+    def part_of(name: str) -> str:
+        """Return the part that the parameter `name` belongs to: `adapters`, `backbones` or `head`."""
+        if ADAPTER_PARAMETER.search(name):
+            return "adapters"
+        return "backbones" if name.startswith(BACKBONE_MODULES) else "head"
+
+    def count_parameters(self) -> dict[str, int]:
+        """Return the number of parameters in `adapters`, `head` and `backbones`."""
+        counts = {"adapters": 0, "head": 0, "backbones": 0}
+        for name, parameter in self.named_parameters():
+            counts[self.part_of(name)] += parameter.numel()
+        return counts
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and the adapters' share of the backbones (the paper's table 1)."""
+        counts = self.count_parameters()
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        total = sum(counts.values())
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
+            f"adapters: {counts['adapters']:,} || head: {counts['head']:,} || backbones: {counts['backbones']:,} || "
+            f"adapters%: {100 * counts['adapters'] / counts['backbones']:.2f} of the backbones"
+        )
+
+
+def _are_masks(labels: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers lie in [0, 1]; a tensor of shape `()`, which does not make the CPU wait for a GPU."""
+    return ((labels >= 0) & (labels <= 1)).all()
 
 
 DetrisForReferringSegmentation.register_for_auto_class("AutoModel")

@@ -1,5 +1,7 @@
 """The adapters of DETRIS as a PEFT method: the layers that hold them, their configuration and their tuner.
 
+Below these three: which adapters of a model are active, and the digest that says which backbones they belong to.
+
 Source: DETRIS, arXiv 2501.08580, section 3; official files `model/clip.py` (`ResidualAttentionBlock`) and
 `model/dinov2/layers/block.py` (`Block`).
 """
@@ -30,17 +32,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 try:
     from .adapters_detris import DenseAligner, TextAdapter
     from .checkpoint_files import HUB_KWARGS, Shapes, check_finite, check_shapes, saved_shapes, shapes_of, skeleton
-    from .configuration_detris import as_value_error, check_count, check_values
+    from .configuration_detris import DetrisConfig, as_value_error, check_count, check_values
 except ImportError:
     if __package__:
         raise
     from adapters_detris import DenseAligner, TextAdapter
     from checkpoint_files import HUB_KWARGS, Shapes, check_finite, check_shapes, saved_shapes, shapes_of, skeleton
-    from configuration_detris import as_value_error, check_count, check_values
+    from configuration_detris import DetrisConfig, as_value_error, check_count, check_values
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
 HEAD_MODULES = ("neck", "decoder", "mask_head")
-# Fields of DetrisConfig whose values adapters and head are trained for, but whose tensors do not show all of them.
+# Fields of DetrisConfig that trained adapters and heads depend on, though not all change the shapes of tensors.
 MODEL_FIELDS = ("feature_layers", "image_size", "decoder_dim", "decoder_layers", "decoder_heads", "decoder_ffn_dim")
 ADAPTER_PARAMETER = re.compile(r"\.(detris_adapter|lora_\w+)\.")
 BUILT_IN_ADAPTER = "default"  # PEFT's name for a model's first adapter
@@ -48,147 +50,22 @@ CANNOT_BE_MERGED = "DETRIS adapters are not linear, so they cannot be merged int
 
 
 class PeftMethod(StrEnum):
-    """Type of PEFT method, an enumeration as PEFT's own are: transformers asks for its `value`."""
+    """The type of PEFT method. An enumeration like PEFT's own types, because transformers asks for its `value`."""
 
     DETRIS = "DETRIS"
 
 
-def holds_adapters(module: nn.Module) -> bool:
-    """Whether `module` is a `DetrisAdapterLayer`, of this or of another copy of this file.
-
-    With `trust_remote_code` each repository on the Hub brings a copy. PEFT knows the one that was imported last, which
-    need not be the one that a model was built by.
-    """
-    return hasattr(module, "detris_adapter")
-
-
-def remove_adapters(model: nn.Module, unused_only: bool = False) -> None:
-    """Put the backbones' own layers back in the place of those with adapters, and the active head in that of all.
-
-    With `unused_only` where no adapter is left.
-    """
-    for name, module in reversed(list(model.named_modules())):  # what lies deepest comes first
-        if not isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-            continue
-        if unused_only and module._get_available_adapters():
-            continue
-        if isinstance(module, BaseTunerLayer):
-            model.set_submodule(name, module.get_base_layer())
-        else:
-            active = module.active_adapters
-            model.set_submodule(name, module.modules_to_save[active[0]] if active else module.original_module)
-
-
-def activate_adapters(model: PreTrainedModel, names: list[str], frozen: bool = False) -> None:
-    """Activate adapters and their head, which is the model's own for the built-in ones."""
-    if names:
-        set_adapter(model, names, inference_mode=frozen)
-    for part in HEAD_MODULES:
-        module = getattr(model, part)
-        if isinstance(module, ModulesToSaveWrapper):
-            # PEFT would leave the model's own frozen, and one that was active before trainable.
-            active, heads = module.active_adapters, module.modules_to_save
-            module.requires_grad_(False)
-            (heads[active[0]] if active else module.original_module).requires_grad_(not frozen)
-
-
-def discard_adapters(model: PreTrainedModel, names: list[str], active: list[str]) -> list[str]:
-    """Delete adapters with their heads. Of the `active` ones the others stay active, or else the last that is left.
-
-    Returns:
-        `list[str]`: the names of those active now.
-    """
-    for name in names:
-        model.peft_config.pop(name, None)
-    remaining = [name for name in active if name in model.peft_config] or list(model.peft_config)[-1:]
-    # First, for in the place of a deleted one PEFT would activate another layer by layer.
-    activate_adapters(model, remaining, frozen=any(model.peft_config[name].inference_mode for name in remaining))
-    for name in names:
-        delete_adapter(model, name, DetrisTuner.prefix)
-    # What wraps a layer without need would be saved under other names.
-    remove_adapters(model, unused_only=True)
-    return remaining
-
-
-def is_bare(config: PeftConfig) -> bool:
-    """Whether it stands for no adapters, but for a model that trains its own head alone."""
-    return config.peft_type == PeftMethod.DETRIS and config.peft_method == "none" and not config.modules_to_save
-
-
-class AdapterConfigs(dict):
-    """The configurations of a model's adapters by name, in which PEFT enters those that it adds.
-
-    Raises:
-        ValueError: if adapters of PEFT's other methods are to stand beside those of DETRIS. PEFT would train both and
-            save its own alone.
-    """
-
-    def __setitem__(self, name: str, config: PeftConfig) -> None:
-        for other in self.values():
-            if other.peft_type != config.peft_type and not is_bare(other):
-                raise ValueError(
-                    f"The model has adapters of type {other.peft_type}, so none of type {config.peft_type} can be "
-                    "added: build it with peft_method='detris+lora' to train both, or delete_adapter first."
-                )
-        super().__setitem__(name, config)
-
-    def update(self, configs: dict[str, PeftConfig]) -> None:
-        for name, config in configs.items():
-            self[name] = config
-
-
-def fields_of(config: PreTrainedConfig | PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    """Fields of a configuration, as JSON keeps them."""
-    values = {name: getattr(config, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def backbone_digest(model: nn.Module) -> str | None:
-    """SHA-256 of the backbones' weights, by name, of a DETRIS or a PEFT model around one.
-
-    Returns:
-        `str` of 64 hexadecimal digits, or `None` if some of them are not held in float32: rounded or quantised weights
-        do not tell which ones they were made from.
-    """
-    weights = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        # The mask token serves DINOv2's pretraining alone.
-        if not ADAPTER_PARAMETER.search(name) and not name.endswith(".mask_token")
-    }
-    digest = hashlib.sha256()
-    for name, parameter in sorted(weights.items()):
-        if not name.startswith(BACKBONE_MODULES):
-            continue
-        if parameter.dtype != torch.float32 or parameter.is_meta:
-            return None
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let the batch norms of `module` normalise by the batch without counting it."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        # Switching `track_running_stats` off would save fewer tensors than the first pass did.
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+# --- Layers ---------------------------------------------------------------------------------------------------------
 
 
 class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
-    """A backbone layer with its adapters, one for each adapter name; the active one takes part.
+    """A layer of a backbone with adapters, by name, of which the active one takes part.
 
-    Checkpointing this layer, not the one it wraps, keeps the adapters' activations out of memory too.
+    Gradient checkpointing acts on this layer, not on the one inside, so that the activations of adapters are not kept
+    in memory either.
     """
 
+    # PEFT looks in these attributes for the modules of an adapter and for its other values, by the adapter's name.
     adapter_layer_names = ("detris_adapter",)
     other_param_names = ("scale",)
 
@@ -199,18 +76,22 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         self.scale = {}
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Checkpoint the layer in training, if transformers has switched that on."""
         if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
-            # Reentrant checkpointing gives no gradients to a layer whose input needs none.
+            # Reentrant checkpointing computes no gradients for a layer whose input needs none.
             hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
         return super().__call__(hidden_states, *args, **kwargs)
 
     def make_adapter(self, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> nn.Module:
+        """Build an adapter that fits the layer."""
         raise NotImplementedError
 
     def update_layer(self, adapter_name: str, config: "DetrisAdapterConfig", model_config: PreTrainedConfig) -> None:
+        """Add an adapter, in the precision and on the device of the layer."""
         weight = next(parameter for parameter in self.base_layer.parameters() if parameter.is_floating_point())
         adapter = self.make_adapter(config, model_config).to(weight.dtype)
-        if not any(parameter.is_meta for parameter in adapter.parameters()):  # PEFT fills low_cpu_mem_usage's later
+        # With low_cpu_mem_usage, PEFT builds adapters on the meta device and fills them later.
+        if not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter = adapter.to(weight.device)
         self.detris_adapter[adapter_name] = adapter
         self.scale[adapter_name] = config.adapter_scale
@@ -218,7 +99,7 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
 
     @property
     def active_name(self) -> str | None:
-        """The adapter that takes part, if any does."""
+        """The name of the adapter that takes part; `None` if none does."""
         names = [name for name in self.active_adapters if name in self.detris_adapter]
         if self.disable_adapters or not names:
             return None
@@ -227,13 +108,14 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         return names[0]
 
     def _adapt(self, adapter_name: str, *args: torch.Tensor) -> torch.Tensor:
-        # Checkpointing computes the layer again while gradients flow back. The batch norms have counted this batch
-        # by then, and counting it twice would make running statistics differ from those without checkpointing.
+        # Checkpointing computes the layer again during the backward pass. By then the batch norms have counted this
+        # batch; counting it twice would make the running statistics differ from those of a run without checkpointing.
         recomputing = torch._C._current_graph_task_id() != -1
         with _running_statistics_kept(self) if recomputing else nullcontext():
             return self.scale[adapter_name] * self.detris_adapter[adapter_name](*args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT calls this to merge adapters into the layer, which is not possible."""
         raise ValueError(CANNOT_BE_MERGED)
 
 
@@ -279,54 +161,85 @@ class VisionAdapterLayer(DetrisAdapterLayer):
         return hidden_states + layer.drop_path(layer.layer_scale2(layer.mlp(normed) + adapted))
 
 
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let the batch norms of `module` normalise by the batch without counting it."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        # Not `track_running_stats = False`: the layer would then save fewer tensors for the backward pass than when it
+        # was computed first, and non-reentrant checkpointing compares their number.
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def holds_adapters(module: nn.Module) -> bool:
+    """Whether `module` is a `DetrisAdapterLayer`, of this file or of another copy of it.
+
+    With `trust_remote_code`, each repository on the Hub brings a copy of this file. PEFT knows the copy that was
+    imported last, which need not be the copy that built the model.
+    """
+    return hasattr(module, "detris_adapter")
+
+
+# --- Configuration --------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class DetrisAdapterConfig(PeftConfig):
-    """PEFT configuration of the DETRIS adapters, of LoRA's beside or instead of them, and of the head.
+    """PEFT configuration of the DETRIS adapters, of LoRA's beside them or in their place, and of the head.
 
-    The fields are those of [`DetrisConfig`]. `model_fields` and `backbone_digest` are filled in, and compared with the
-    model that saved adapters are loaded into.
+    Fields of the same name as in [`DetrisConfig`] mean the same and have the same defaults, except that by default no
+    layers hold adapters.
+
+    Args:
+        modules_to_save: other modules that are trained and saved with the adapters; by default the whole head.
+        model_fields: fields of the model's configuration that adapters and head depend on. They are filled in when
+            the adapters are added, and compared with the model that saved adapters are loaded into.
+        backbone_digest: SHA-256 of the backbones' weights, filled in when the adapters are saved, and compared too.
     """
 
-    peft_method: str = field(default="detris", metadata={"help": "'detris', 'lora', 'detris+lora' or 'none'."})
-    vision_adapter_layers: list[int] = field(default_factory=list, metadata={"help": "Those with a dense aligner."})
-    vision_adapter_dim: int = field(default=128, metadata={"help": "Width of the dense aligners."})
-    text_adapter_layers: list[int] = field(default_factory=list, metadata={"help": "Those with a text adapter."})
-    text_adapter_dim: int = field(default=64, metadata={"help": "Width of the text adapters."})
-    adapter_scale: float = field(default=0.2, metadata={"help": "Factor on what an adapter adds."})
-    aligner_attention_dim: int = field(default=128, metadata={"help": "Width of their attention to the words."})
-    aligner_attention_heads: int = field(default=8, metadata={"help": "Heads of that attention."})
-    aligner_dropout: float = field(default=0.1, metadata={"help": "Dropout on that attention's weights."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of low-rank adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Their scale, as a multiple of 1 / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on their input."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules of a layer that hold one."}
-    )
-    lora_use_dora: bool = field(default=False, metadata={"help": "Whether they are those of DoRA."})
-    modules_to_save: list[str] | None = field(
-        default_factory=lambda: list(HEAD_MODULES), metadata={"help": "Other modules trained and saved."}
-    )
-    model_fields: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Fields of the model's configuration that the adapters and head depend on."}
-    )
-    backbone_digest: str | None = field(
-        default=None, metadata={"help": "SHA-256 of the backbones' weights, set when the adapters are saved."}
-    )
+    peft_method: str = DetrisConfig.peft_method
+    vision_adapter_layers: list[int] = field(default_factory=list)
+    vision_adapter_dim: int = DetrisConfig.vision_adapter_dim
+    text_adapter_layers: list[int] = field(default_factory=list)
+    text_adapter_dim: int = DetrisConfig.text_adapter_dim
+    adapter_scale: float = DetrisConfig.adapter_scale
+    aligner_attention_dim: int = DetrisConfig.aligner_attention_dim
+    aligner_attention_heads: int = DetrisConfig.aligner_attention_heads
+    aligner_dropout: float = DetrisConfig.aligner_dropout
+    lora_rank: int = DetrisConfig.lora_rank
+    lora_alpha: int = DetrisConfig.lora_alpha
+    lora_dropout: float = DetrisConfig.lora_dropout
+    lora_target_modules: list[str] = field(default_factory=lambda: list(DetrisConfig.lora_target_modules))
+    lora_use_dora: bool = DetrisConfig.lora_use_dora
+    modules_to_save: list[str] | None = field(default_factory=lambda: list(HEAD_MODULES))
+    model_fields: dict[str, Any] | None = None
+    backbone_digest: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftMethod.DETRIS
-        self.saved_shapes: Shapes | None = None  # of the tensors in the folder that it was read from
+        # Of the tensors beside the adapter_config.json that this was read from, until they have been checked.
+        self.saved_shapes: Shapes | None = None
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs
-    ) -> "DetrisAdapterConfig":
-        """Read `adapter_config.json` as PEFT does, and the shapes of the tensors beside it, to compare them later.
+    ) -> PeftConfig:
+        """Read `adapter_config.json` as PEFT does, and the shapes of the tensors beside it.
+
+        Returns:
+            `DetrisAdapterConfig`, or another `PeftConfig` if the file describes adapters of another method.
 
         Raises:
             OSError: if a file is missing or damaged.
-            ValueError: if the configuration is none.
+            ValueError: if the file holds no configuration.
         """
         source = os.fspath(pretrained_model_name_or_path)
         with as_value_error(f"The {CONFIG_NAME} of {source} cannot be read"):
@@ -336,53 +249,43 @@ class DetrisAdapterConfig(PeftConfig):
             return config
         hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
         shapes = saved_shapes(source, [SAFETENSORS_WEIGHTS_NAME], subfolder=subfolder or "", **hub_kwargs)
-        if shapes:  # or else who loads the tensors says that the file is missing
+        if shapes:  # if the file is missing, the caller that loads the tensors says so
             config.saved_shapes = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
         return config
 
     @property
     def has_lora(self) -> bool:
+        """Whether there are low-rank adapters."""
         return "lora" in self.peft_method
 
     @property
     def dense_layers(self) -> tuple[list[int], list[int]]:
-        """Vision and text layers that hold DETRIS's own adapters."""
+        """The vision and the text layers that hold adapters of DETRIS's own kind."""
         dense = "detris" in self.peft_method
         return (self.vision_adapter_layers, self.text_adapter_layers) if dense else ([], [])
 
-    def check_fields(self, model_config: PreTrainedConfig) -> PreTrainedConfig:
-        """The model's configuration with the fields of these adapters; ValueError if they cannot be."""
+    def applied_to(self, model_config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the model's configuration with the fields of these adapters; ValueError if they do not fit it."""
         return type(model_config)(**model_config.to_dict() | fields_of(self, ADAPTER_FIELDS))
 
     def check_saved_shapes(self, model_class: type[PreTrainedModel], model_config: PreTrainedConfig) -> None:
-        """Refuse fields that cannot be with a `ValueError`, or saved tensors that do not fit them and the model.
+        """Raise ValueError if the saved tensors do not fit these fields and the model, or the fields cannot work.
 
-        This takes no memory: sizes that a stranger wrote are compared before anything is built of them.
+        This takes no memory for weights: sizes in a stranger's file are checked before modules of that size are built.
         """
-        model_config = self.check_fields(model_config)
+        model_config = self.applied_to(model_config)
         if self.saved_shapes is None:
             return
         check_count("decoder_layers", model_config.decoder_layers, len(self.saved_shapes))
         check_shapes(self.saved_shapes, shapes_of(skeleton(model_class, model_config).get_adapter_state_dict()))
 
     def check_model(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the adapters were trained with another configuration or in other backbones than the
+        model's, or if a field has a value that cannot work.
         """
-        Refuse a model whose configuration or backbones are not those that the adapters were trained with.
-
-        Raises:
-            ValueError: if they differ, or a field has a value that cannot work; the message names both sides, or field
-                and value.
-        """
-        self.check_fields(model.config)
-        for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
-            linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
-            own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]
-            missing = set(self.lora_target_modules) - {name.rpartition(".")[2] for name in own}
-            if missing and self.has_lora:
-                raise ValueError(
-                    f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
-                    "linear modules that those of both have, such as 'q_proj', 'k_proj' and 'v_proj'."
-                )
+        self.applied_to(model.config)
+        if self.has_lora:
+            self._check_lora_targets(model)
         fields_of_model = fields_of(model.config, MODEL_FIELDS)
         for name, value in (self.model_fields or {}).items():
             if fields_of_model.get(name) != value:
@@ -390,39 +293,72 @@ class DetrisAdapterConfig(PeftConfig):
                     f"The adapters were trained with {name} {value}, but the model has {fields_of_model.get(name)}: "
                     f"build it with {name}={value}."
                 )
-        digest = self.backbone_digest and backbone_digest(model)
-        if digest != self.backbone_digest:
-            if digest is None:
-                warnings.warn(
-                    "The backbones are not in float32, so it is not checked that the adapters were trained in them.",
-                    stacklevel=2,
+        if self.backbone_digest:
+            self._check_digest(model)
+
+    def _check_lora_targets(self, model: PreTrainedModel) -> None:
+        for layer in (model.vision_model.encoder.layer[0], model.text_model.encoder.layers[0]):
+            linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LoraLayer))]
+            own = [name for name in linear if not ADAPTER_PARAMETER.search(f".{name}.")]
+            missing = set(self.lora_target_modules) - {name.rpartition(".")[2] for name in own}
+            if missing:
+                raise ValueError(
+                    f"lora_target_modules names {sorted(missing)}, which the layers of a backbone do not have: name "
+                    "linear modules that both have, such as 'q_proj', 'k_proj' and 'v_proj'."
                 )
-                return
+
+    def _check_digest(self, model: PreTrainedModel) -> None:
+        digest = backbone_digest(model)
+        if digest is None:
+            warnings.warn(
+                "The backbones are not in float32, so it is not checked that the adapters were trained in them.",
+                stacklevel=3,
+            )
+        elif digest != self.backbone_digest:
             raise ValueError(
                 f"The adapters were trained in other backbones: theirs have the digest {self.backbone_digest}, these "
                 f"{digest}. Load them onto the backbones that they were trained in."
             )
 
 
-class DetrisTuner(BaseTuner):
-    """Puts the adapters into the layers of `vision_model` and `text_model`; see `DetrisAdapterConfig`."""
+# The fields that describe adapters in both configurations, by the same names.
+ADAPTER_FIELDS = tuple(name for name in DetrisAdapterConfig.__annotations__ if name in DetrisConfig.__annotations__)
 
-    prefix = "detris_adapter"
-    tuner_layer_cls = BaseTunerLayer
-    target_module_mapping = {}
+
+def fields_of(config: PreTrainedConfig | PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return fields of a configuration, with lists in the place of tuples, as JSON has them."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+# --- Tuner ----------------------------------------------------------------------------------------------------------
+
+
+class DetrisTuner(BaseTuner):
+    """Puts the adapters of a `DetrisAdapterConfig` into the layers of `vision_model` and `text_model`.
+
+    PEFT makes one when it adds adapters to a model (`get_peft_model`, `inject_adapter_in_model`), and calls the class
+    methods when it saves or loads their tensors.
+    """
+
+    prefix = "detris_adapter"  # the part of a module's name that PEFT knows adapters of this method by
+    tuner_layer_cls = BaseTunerLayer  # the layers that PEFT switches: ours, and LoRA's inside them
+    target_module_mapping = {}  # PEFT asks for target modules by model type; `_prepare_adapter_config` sets them
 
     def __init__(self, model: PreTrainedModel, *args, **kwargs):
+        """PEFT calls this to add adapters to a model. If they do not fit, the model stays as it was."""
         present = dict(getattr(model, "peft_config", {}))
         try:
             super().__init__(model, *args, **kwargs)
-            # PEFT would leave the head of those that were active before.
             (name,) = self.active_adapters
+            # PEFT would leave the head of the adapters that were active before.
             activate_adapters(model, [name], frozen=self.peft_config[name].inference_mode)
         except Exception:
-            model.peft_config = present  # PEFT enters a configuration before it is checked
+            model.peft_config = present  # PEFT enters a configuration before it checks it
             raise
 
     def inject_adapter(self, model: PreTrainedModel, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT calls this to add the adapters of a configuration. All checks come before the model is changed."""
         config = self.peft_config[adapter_name]
         config.check_model(model)
         config.check_saved_shapes(type(model), model.config)
@@ -430,24 +366,37 @@ class DetrisTuner(BaseTuner):
             config.model_fields = fields_of(model.config, MODEL_FIELDS)
         layers = [module for module in model.modules() if holds_adapters(module)]
         if any(adapter_name in layer.detris_adapter for layer in layers):
-            # The model brings adapters of that name, which would stay wherever the new ones have none.
+            # The model has adapters of that name, which would stay in layers where the new configuration has none.
             delete_adapter(model, adapter_name, self.prefix)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: DetrisAdapterConfig, model_config: dict) -> DetrisAdapterConfig:
+        """PEFT calls this before it looks for the modules to replace, which `target_modules` names."""
         vision_layers, text_layers = peft_config.dense_layers
         if peft_config.has_lora:
             vision_layers = range(model_config["vision_config"]["num_hidden_layers"])
             text_layers = range(model_config["text_config"]["num_hidden_layers"])
         names = [f"vision_model.encoder.layer.{layer}" for layer in vision_layers]
         names += [f"text_model.encoder.layers.{layer}" for layer in text_layers]
-        # A regular expression: PEFT shortens long lists to suffixes, which would hit more layers than these.
+        # A regular expression, because PEFT shortens long lists to suffixes, which other layers have too.
         peft_config.target_modules = "|".join(map(re.escape, names)) or DUMMY_TARGET_MODULES
         return peft_config
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: DetrisAdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """PEFT calls this for each module that `target_modules` names.
+
+        `target` is a layer of a backbone, wrapped or not, `target_name` its number and `current_key` its full name.
+        """
         if peft_config.has_lora:
-            # Here, for PEFT looks for no targets inside a layer that has been wrapped.
+            # PEFT does not look for targets inside a layer that has been replaced, so LoRA is added from here.
             self._add_lora(peft_config, adapter_name, target)
         vision_layers, text_layers = peft_config.dense_layers
         in_vision = current_key.startswith("vision_model.")
@@ -469,19 +418,14 @@ class DetrisTuner(BaseTuner):
             inference_mode=peft_config.inference_mode,
         )
         size = {"r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
-        targets = [
-            (name, module)
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in lora_config.target_modules and self.prefix not in name
-        ]
-        for name, module in targets:
+        backbone = self.model.vision_model  # transformers marks a model that it has quantised
+        quantized = {f"loaded_in_{bits}bit": getattr(backbone, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
+        for name, module in list(layer.named_modules()):
+            if name.rpartition(".")[2] not in lora_config.target_modules or self.prefix in name:
+                continue
             if isinstance(module, LoraLayer):
                 module.update_layer(adapter_name, **size, config=lora_config)
             else:
-                backbone = self.model.vision_model  # transformers marks what it has quantised
-                quantized = {
-                    f"loaded_in_{bits}bit": getattr(backbone, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)
-                }
                 module = LoraModel._create_new_module(
                     lora_config, adapter_name, module, target_name=name, **size, **quantized
                 )
@@ -489,7 +433,11 @@ class DetrisTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
-        # PEFT keeps `adapter_names` from the model, because other methods hand them to their layers.
+        """PEFT runs the model inside this context, which gets the arguments of the call.
+
+        PEFT keeps `adapter_names` from the model, because other methods pass them to their layers. Here they are given
+        back to the model, whose `forward` takes them.
+        """
         if adapter_names is None:
             yield
             return
@@ -502,50 +450,63 @@ class DetrisTuner(BaseTuner):
             handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Adapters take and give what their layer does, so they keep its precision.
-        pass
+        """PEFT calls this to turn new adapters into float32. They stay in the precision of their layer instead."""
 
     def _check_merge_allowed(self) -> None:
+        """PEFT calls this before it merges adapters into their layers."""
         raise ValueError(CANNOT_BE_MERGED)
 
     def unload(self) -> nn.Module:
-        # PEFT's own begins with what lies outermost and then does not find what lies in it.
+        """PEFT calls this to take all adapters out of the model, which keeps the active head, and to return it."""
+        # PEFT's own `unload` unwraps the outermost layers first, and then does not find the layers inside them.
         remove_adapters(self.model)
         self.model.peft_config, self.model.config.peft_method = {}, "none"
         return self.model
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT calls this to activate an adapter; `inference_mode` freezes it."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapter_name is {adapter_name}: adapters cannot be added up, so activate one.")
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT calls this to delete an adapter, and reads in `active_adapter` which ones are active afterwards."""
         self.active_adapter = discard_adapters(self.model, [adapter_name], self.active_adapters)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names) -> dict:
-        # Called when adapters are saved; their configuration is saved afterwards.
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: DetrisAdapterConfig, *args, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        """PEFT calls this when it saves adapters, for their tensors."""
+        # PEFT saves the configuration afterwards, so the digest is entered here.
         config.backbone_digest = backbone_digest(model) or config.backbone_digest
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # A layer is wrapped or not depending on what other adapters the model has.
+        """PEFT calls this for the name that a tensor of the model has in a file, when it saves and when it loads."""
+        # Whether a layer is wrapped depends on which other adapters the model has.
         key = key.replace(".base_layer.", ".")
         if f".{cls.prefix}." in key:
-            # PEFT looks for the name right before the last part of the key, but an adapter has modules of its own.
+            # PEFT expects the adapter's name right before the last part of the key; our adapters have modules inside.
             return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.", 1)
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DetrisAdapterConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT calls this before it loads the tensors of a file, for the names that they have in the model.
+
+        The tensors are checked too: PEFT would leave missing ones at random values, and let superfluous ones overwrite
+        the backbones.
+        """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # PEFT would leave missing ones at random, and let those that are too many overwrite the backbones.
         own = re.compile(rf"\.({cls.prefix}|lora_\w+|modules_to_save)\.{re.escape(adapter_name)}\.")
         expected = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            # Without PeftModel around it, a model may load its own head.
+            # A model without a PeftModel around it may load its own head.
             if own.search(f".{name}.") or (name in state_dict and name.startswith(HEAD_MODULES))
         }
         check_shapes(shapes_of(state_dict), shapes_of(expected))
@@ -553,13 +514,83 @@ class DetrisTuner(BaseTuner):
         return state_dict
 
 
-# What DetrisConfig says of adapters, by the same names.
-ADAPTER_FIELDS = tuple(
-    field.name
-    for field in fields(DetrisAdapterConfig)
-    if field.name in DetrisAdapterConfig.__annotations__
-    and field.name not in ("modules_to_save", "model_fields", "backbone_digest")
-)
+# --- Which adapters of a model are active ---------------------------------------------------------------------------
+
+
+def activate_adapters(model: PreTrainedModel, names: list[str], frozen: bool = False) -> None:
+    """Activate adapters and their head, which for the built-in ones is the model's own."""
+    if names:
+        set_adapter(model, names, inference_mode=frozen)
+    for part in HEAD_MODULES:
+        module = getattr(model, part)
+        if isinstance(module, ModulesToSaveWrapper):
+            # PEFT would leave the model's own head frozen, and the head that was active before trainable.
+            active, heads = module.active_adapters, module.modules_to_save
+            module.requires_grad_(False)
+            (heads[active[0]] if active else module.original_module).requires_grad_(not frozen)
+
+
+def discard_adapters(model: PreTrainedModel, names: list[str], active: list[str]) -> list[str]:
+    """Delete adapters with their heads. The others of the `active` ones stay active, or else the last one left.
+
+    Returns:
+        `list[str]`: the names of the adapters that are active now.
+    """
+    for name in names:
+        model.peft_config.pop(name, None)
+    remaining = [name for name in active if name in model.peft_config] or list(model.peft_config)[-1:]
+    # Before anything is deleted, because PEFT would choose in each layer anew what replaces a deleted adapter.
+    activate_adapters(model, remaining, frozen=any(model.peft_config[name].inference_mode for name in remaining))
+    for name in names:
+        delete_adapter(model, name, DetrisTuner.prefix)
+    # The tensors of a layer that stays wrapped would be saved under other names.
+    remove_adapters(model, unused_only=True)
+    return remaining
+
+
+def remove_adapters(model: nn.Module, unused_only: bool = False) -> None:
+    """Unwrap the layers of the backbones, and put the active head in the place of all heads.
+
+    With `unused_only`, layers and heads that still hold an adapter stay wrapped.
+    """
+    for name, module in reversed(list(model.named_modules())):  # the innermost modules first
+        if not isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            continue
+        if unused_only and module._get_available_adapters():
+            continue
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+        else:
+            active = module.active_adapters
+            model.set_submodule(name, module.modules_to_save[active[0]] if active else module.original_module)
+
+
+# --- Which backbones adapters belong to -----------------------------------------------------------------------------
+
+
+def backbone_digest(model: nn.Module) -> str | None:
+    """SHA-256 of the names, shapes and weights of the backbones of a DETRIS, or of a PEFT model around one.
+
+    Returns:
+        `str` of 64 hexadecimal digits, or `None` if some weights are not held in float32: rounded or quantised weights
+        do not tell which weights they were made from.
+    """
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        # DINOv2 uses its mask token only in its own pretraining.
+        if not ADAPTER_PARAMETER.search(name) and not name.endswith(".mask_token")
+    }
+    digest = hashlib.sha256()
+    for name, parameter in sorted(weights.items()):
+        if not name.startswith(BACKBONE_MODULES):
+            continue
+        if parameter.dtype != torch.float32 or parameter.is_meta:
+            return None
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
 
 peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftMethod.DETRIS] = DetrisAdapterConfig
 peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftMethod.DETRIS] = DetrisTuner

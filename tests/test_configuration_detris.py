@@ -1,4 +1,4 @@
-"""DetrisConfig: the recipes of the paper as defaults, values that cannot work refused, saved and loaded."""
+"""DetrisConfig: its defaults are the paper's, it refuses values that cannot work, it is saved and loaded."""
 
 import pytest
 from helpers.models import PATCH_SIZE, small_config
@@ -37,7 +37,7 @@ def test_saving_and_loading_gives_the_same_config(tmp_path, registers):
     config = small_config(registers, vision={"layerscale_value": 0.25}, mask_threshold=0.5, freeze_backbones=False)
     config.save_pretrained(tmp_path)
     loaded = DetrisConfig.from_pretrained(tmp_path)
-    # What is written beside the fields says which code and version wrote it.
+    # Besides its fields, a saved configuration says which code and version wrote it.
     unlike = {key for key, value in config.to_dict().items() if loaded.to_dict()[key] != value}
     assert unlike <= {"auto_map", "transformers_version"}
     assert loaded.vision_config.layerscale_value == 0.25

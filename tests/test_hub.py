@@ -1,7 +1,7 @@
-"""What others find on the Hub once a model, its processor or a data set was pushed there.
+"""What others find on the Hub after a model, its processor or a data set has been pushed there.
 
 The Hub is `HubServer`. Its clients are processes of their own, because `huggingface_hub` reads its settings when it is
-imported, and the settings of this one say that there is no network.
+imported, and those of the tests' own process say that there is no network.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.hub_files import MODEL_CODE, PROCESSOR_CODE
 from helpers.hub_server import HubServer
 from helpers.models import randomize
 from helpers.refer_folder import ReferFolder, same_rows
@@ -36,34 +37,23 @@ from processing_detris import DetrisProcessor
 ROOT = Path(__file__).parents[1]
 CLIENT_TIMEOUT = 300  # seconds
 SETTINGS_OF_THE_CALLER = re.compile("(HF_|HUGGINGFACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
-CODE = [
-    "adapters_detris.py",
-    "backbones_detris.py",
-    "checkpoint_files.py",
-    "configuration_detris.py",
-    "modeling_detris.py",
-    "peft_detris.py",
-    "processing_detris.py",
-    "saving_detris.py",
-    "sharing_detris.py",
-    "untrusted_pickles.py",
-]
+CODE = [*MODEL_CODE, *PROCESSOR_CODE]
 PHRASES = ["the red one", "third", "the cat that is behind the red hat"]
 
 
 def run_client(code: str, server: HubServer, folder: Path, isolated: bool = True) -> str:
     """Run Python code in `folder` as a user of `server` with a token and an empty cache; return what it prints.
 
-    `isolated` code cannot import the repository's modules, other code can. Code that fails is an AssertionError.
+    `isolated` code cannot import the repository's modules. An AssertionError is raised if the code fails.
     """
     environment = {name: value for name, value in os.environ.items() if not SETTINGS_OF_THE_CALLER.fullmatch(name)} | {
         "HF_ENDPOINT": server.endpoint,
         "HF_TOKEN": "token-of-someone",
-        "HF_HUB_DISABLE_XET": "1",  # large files then go by LFS
+        "HF_HUB_DISABLE_XET": "1",  # so that large files are uploaded by LFS
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # or `datasets` tells another server what it loads
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else `datasets` reports to another server what it loads
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT),  # `-I` ignores it, and leaves the working folder off the import path too
+        "PYTHONPATH": str(ROOT),  # with `-I`, Python ignores it and the working folder
     }
     command = [sys.executable, *(["-I"] if isolated else []), "-c", code]
     with tempfile.TemporaryDirectory() as cache:
@@ -117,7 +107,7 @@ processor.push_to_hub("someone/detris-tiny")
 
 @pytest.fixture(scope="module")
 def pushed(tiny_backbones, tmp_path_factory):
-    """`someone/detris-tiny` on `server`: a model, the same after further training, and the processor of both."""
+    """`someone/detris-tiny` on `server`: a model, a later revision of it with other weights, and their processor."""
     folder = tmp_path_factory.mktemp("pushed")
     short, long = tiny_model(tiny_backbones, seed=0), tiny_model(tiny_backbones, seed=1)
     tokenizer = CLIPTokenizer.from_pretrained(tiny_backbones / "text")
@@ -255,7 +245,7 @@ save_file(logits | dict(inputs), "../results.safetensors")
 
 @pytest.fixture(scope="module")
 def trained(tiny_backbones, tmp_path_factory):
-    """A server with backbones, and a whole DETRIS and adapters that train_hf.py has trained around them and pushed."""
+    """A server with backbones, and with a whole DETRIS and adapters that train_hf.py has trained and pushed."""
     folder = tmp_path_factory.mktemp("trained")
     for name in ("vision", "text"):
         (folder / name).symlink_to(tiny_backbones / name)
@@ -403,7 +393,7 @@ def test_prepared_rows_are_pushed_and_streamed_back(server, tmp_path):
     refer = ReferFolder(tmp_path / "refer")
     refer.write()
     run_client(PREPARE_ROWS, server, tmp_path, isolated=False)
-    shutil.rmtree(refer.root)  # the images travel with the rows
+    shutil.rmtree(refer.root)  # the images have been pushed with the rows
     streamed = json.loads(run_client(STREAM_ROWS, server, tmp_path, isolated=False).splitlines()[-1])
     of_split = {split: [ref["ref_id"] for ref in refer.refs if ref["split"] == split] for split in ("train", "val")}
     assert streamed == list(of_split.values())
@@ -413,7 +403,7 @@ def test_prepared_rows_are_pushed_and_streamed_back(server, tmp_path):
 
 
 def request(address: str, method: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    """Send a request without the client; return the answer's status and content."""
+    """Send a request without `huggingface_hub`; return the status and the content of the answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, body, headers, method=method)) as answer:
             return answer.status, answer.read()

@@ -1,28 +1,25 @@
-"""The model: the official implementation's figures, what each part computes, training, saving, bad inputs."""
+"""The model: the official figures, what each part computes, images and phrases, training, bad inputs, an example."""
 
-import json
+import doctest
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import (
-    BACKBONE_FIELDS,
     OFFICIAL_STAGES,
     OFFICIAL_STEP_SEEDS,
+    assert_starts_as_the_paper_says,
+    is_backbone,
     official_config,
     official_figures,
     official_inputs,
     official_weights,
-    save_backbones,
     small_config,
     small_inputs,
     small_model,
+    trainable,
 )
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +28,7 @@ from adapters_detris import DenseAligner, TextAdapter
 from configuration_detris import DetrisConfig
 from convert_detris_checkpoint import convert_state_dict, name_table
 from modeling_detris import DetrisForReferringSegmentation, resample_position_table
+from processing_detris import DetrisProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +39,7 @@ def seed():
 
 
 def gap(ours, expected):
-    """The largest difference, relative to the spread of what is expected."""
+    """The largest difference, as a multiple of the standard deviation of what is expected."""
     assert ours.shape == expected.shape
     return ((ours - expected).abs().max() / expected.std()).item()
 
@@ -89,8 +87,8 @@ def test_a_training_step_has_the_official_loss_and_gradients(official):
     ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
     our_names = {official_name: names for official_name, names, _ in name_table(model.config)}
     expected = {name: norm for theirs, norm in figures["gradient_norms"].items() for name in our_names[theirs]}
-    assert len(expected) == len(figures["gradient_norms"])  # one of ours for each of theirs
-    # The whole gradient's norm is 96. What lies before a batch norm has a bias whose gradient is rounding only.
+    assert len(expected) == len(figures["gradient_norms"])  # each official tensor has exactly one of ours
+    # The whole gradient has norm 96. A bias before a batch norm has no effect: its gradient is only rounding.
     assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
@@ -168,7 +166,7 @@ def test_mask_head_is_a_1x1_convolution_and_then_each_phrases_own_3x3(size):
     projected = F.conv2d(enlarged, head.output_projection.weight, head.output_projection.bias)
     parameters = F.linear(sentence, head.kernel_projection.weight, head.kernel_projection.bias)
     kernels, biases = parameters[:, :-1].reshape(3, 16, 3, 3), parameters[:, -1]
-    # One group a phrase; zero padding comes after the 1x1 convolution, so its bias is not seen outside the map.
+    # Each phrase is a group. Zeros are padded after the 1x1 convolution, so outside the map its bias is not added.
     expected = F.conv2d(projected.flatten(0, 1)[None], kernels, biases, padding=1, groups=3)[0]
     torch.testing.assert_close(head(feature_map, sentence), expected, rtol=1e-4, atol=1e-4)
 
@@ -185,7 +183,7 @@ def test_sentence_gate_is_an_attention_to_one_key():
 
 
 def cubic_weights(old_size, new_size):
-    """Bicubic interpolation along one axis as a matrix: Keys' kernel with a = -0.75, borders repeated."""
+    """Bicubic interpolation along one axis, as a matrix: Keys' kernel with a = -0.75, and repeated borders."""
     matrix = torch.zeros(new_size, old_size, dtype=torch.float64)
     for new in range(new_size):
         position = (new + 0.5) * old_size / (new_size + 0.1) - 0.5
@@ -229,7 +227,7 @@ def test_sine_positions_are_their_formula():
 
 def test_loss_is_the_cross_entropy_with_the_nearest_label():
     model, inputs = small_model(), small_inputs(2)
-    labels = torch.rand(2, 56, 56)  # soft edges; a size that 16 does not divide
+    labels = torch.rand(2, 56, 56)  # soft edges; 56 is not a multiple of 16, the size of the logits
     output = model(**inputs, labels=labels)
     expected = 0.0
     for phrase in range(2):
@@ -312,7 +310,7 @@ def test_any_image_size_is_resampled_from_the_pretrained_table(tmp_path, registe
     loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved", image_size=new_size)
     assert loaded.config.image_size == new_size and not loaded.get_parameter(table).requires_grad
     assert gap(loaded(**inputs).logits, expected) < 1e-4
-    loaded.save_pretrained(tmp_path / "again")  # and nothing was lost on the way
+    loaded.save_pretrained(tmp_path / "again")  # nothing of the table is lost
     again = DetrisForReferringSegmentation.from_pretrained(tmp_path / "again", image_size=56)
     assert torch.equal(again(**small_inputs(2)).logits, model(**small_inputs(2)).logits)
     with pytest.raises(ValueError, match="image_size is 57: it must be a positive multiple of 14"):
@@ -329,7 +327,8 @@ def test_backbones_take_the_attention_they_are_told(tmp_path, monkeypatch, imple
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
     model(**small_inputs(2))
-    assert len(calls) == backbone_calls + 4  # ours by SDPA always: two aligners, two in the decoder layer
+    # Our own attentions always use SDPA: one in each of two aligners, and two in the decoder layer.
+    assert len(calls) == backbone_calls + 4
 
 
 def training_step(prepare, dtype=torch.float32):
@@ -397,14 +396,6 @@ def test_no_graph_is_kept_before_the_first_adapter():
     assert graphs == {"vision": [False, False, False, True, True], "text": [False, False, True, True]}
 
 
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def is_backbone(name):
-    return name.startswith(("vision_model.", "text_model.", "text_projection.")) and ".detris_adapter." not in name
-
-
 @pytest.mark.parametrize("source", ["built", "loaded"])
 def test_frozen_backbones_get_no_gradient_and_all_else_does(tmp_path, source):
     model = small_model()
@@ -427,7 +418,7 @@ def test_backbones_are_trained_too_when_not_frozen(tmp_path, source):
     model.train()
     model(**small_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {"vision_model.embeddings.mask_token"}  # DINOv2's, for its own pretraining only
+    assert without == {"vision_model.embeddings.mask_token"}  # which DINOv2 uses only in its pretraining
     assert trainable(model) == dict(model.named_parameters()).keys() - without
 
 
@@ -448,174 +439,8 @@ def test_half_precision_is_close(dtype):
 # --- Fresh models ----------------------------------------------------------------------------------------------------
 
 
-def assert_starts_as_the_paper_says(model):
-    """Aligners: Kaiming normal weights, zero biases. Text adapters and head: PyTorch's own, uniform."""
-    checked = 0
-    for name, module in model.named_modules():
-        if is_backbone(f"{name}.weight"):
-            continue
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(module, nn.MultiheadAttention):
-            weights = [module.in_proj_weight] if module.in_proj_weight is not None else []
-            for weight in weights:
-                assert weight.abs().max() <= math.sqrt(6 / sum(weight.shape)), name
-            assert not module.in_proj_bias.any() and not module.out_proj.bias.any(), name
-        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            fan_in, count = weight[0].numel(), weight.numel()
-            aligner = name.startswith("vision_model.")
-            gate = ".gates." in name  # officially an `nn.MultiheadAttention`, of which value and output have an effect
-            expected = math.sqrt((2 if aligner else 1 / 3) / fan_in)
-            if name.endswith(".value"):
-                attention = nn.MultiheadAttention(fan_in, 1)
-                expected = attention.in_proj_weight.std().item()
-            assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
-            if aligner or gate:
-                assert not bias.any(), name
-            else:
-                bound = 1 / math.sqrt(fan_in) + 1e-6
-                assert weight.abs().max() <= bound, name
-                if bias is not None and not name.endswith("out_proj"):
-                    assert bias.any() and bias.abs().max() <= bound, name
-            if aligner and count > 1000:
-                assert weight.abs().max() > 2.5 * expected, name  # normal, not uniform
-            checked += 1
-        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
-            assert (weight == 1).all() and not bias.any(), name
-            if not isinstance(module, nn.LayerNorm):
-                assert (module.running_var == 1).all() and not module.running_mean.any(), name
-                assert module.num_batches_tracked == 0, name
-    assert checked > 50
-
-
 def test_a_new_model_starts_as_the_paper_says():
     assert_starts_as_the_paper_says(DetrisForReferringSegmentation(small_config()))
-
-
-@pytest.mark.parametrize(
-    ("registers", "text", "image_size", "dtype"),
-    [
-        (True, "projection", 70, torch.float32),
-        (False, "whole CLIP", 56, torch.float32),
-        (True, "whole CLIP", 84, torch.float16),
-    ],
-)
-def test_from_backbones_takes_their_weights_and_starts_the_rest(tmp_path, registers, text, image_size, dtype):
-    vision_weights, text_weights = save_backbones(tmp_path, registers, text, dtype)
-    model = DetrisForReferringSegmentation.from_backbones(
-        str(tmp_path / "vision"), str(tmp_path / "text"), **BACKBONE_FIELDS | {"image_size": image_size}
-    )
-    expected = {f"vision_model.{name}": weight for name, weight in vision_weights.items()}
-    expected |= {name: weight for name, weight in text_weights.items() if name.startswith("text_")}
-    ours = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters() if is_backbone(n)}
-    assert ours.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert torch.equal(ours[name], weight.float()), name
-    assert model.dtype == torch.float32 and not model.training
-    assert not any(is_backbone(name) for name in trainable(model)) and trainable(model)
-    assert_starts_as_the_paper_says(model)
-    inputs = small_inputs(2, size=image_size)
-    logits = model(**inputs).logits
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(DetrisForReferringSegmentation.from_pretrained(tmp_path / "saved")(**inputs).logits, logits)
-    assert model.text_model.config._attn_implementation == model.vision_model.config._attn_implementation == "sdpa"
-
-
-def test_from_backbones_refuses_what_is_no_backbone(tmp_path):
-    save_backbones(tmp_path, text="no projection")
-    vision, text = str(tmp_path / "vision"), str(tmp_path / "text")
-    with pytest.raises(ValueError, match="text_projection"):  # it would be random
-        DetrisForReferringSegmentation.from_backbones(vision, text, **BACKBONE_FIELDS)
-    with pytest.raises(ValueError, match="vision.* give .* a CLIP model for text"):
-        DetrisForReferringSegmentation.from_backbones(vision, vision, **BACKBONE_FIELDS)
-    save_backbones(tmp_path, text="projection")
-    with pytest.raises(ValueError, match="model_type 'clip_text_model': give a DINOv2 model"):
-        DetrisForReferringSegmentation.from_backbones(text, text, **BACKBONE_FIELDS)
-    with pytest.raises(OSError, match="missing"):
-        DetrisForReferringSegmentation.from_backbones(str(tmp_path / "missing"), text, **BACKBONE_FIELDS)
-
-
-# --- Saving and loading ----------------------------------------------------------------------------------------------
-
-LOAD_ELSEWHERE = """
-import inspect, json, sys
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation
-
-saved, threads = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(threads)
-inputs, logits, report = load_file("inputs.safetensors"), {}, {}
-report["config"] = type(AutoConfig.from_pretrained(saved, trust_remote_code=True)).__name__
-for name, auto_class, folder in (
-    ("AutoModel", AutoModel, saved),
-    ("AutoModelForImageSegmentation", AutoModelForImageSegmentation, saved),
-    ("once more", AutoModel, "again"),
-):
-    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    with torch.no_grad():
-        logits[name] = model(**inputs).logits
-    report[name] = [type(model).__name__, *map(sorted, (info["missing_keys"], info["unexpected_keys"]))]
-    model.save_pretrained("again")
-report["code"] = inspect.getfile(type(model))
-report["statistics"] = model.state_dict()["neck.aggregation.norm.num_batches_tracked"].item()
-save_file(logits, "logits.safetensors")
-print(json.dumps(report))
-"""
-
-
-def test_saved_model_loads_elsewhere_without_this_repository(tmp_path):
-    model, inputs = small_model(), small_inputs(3)
-    inputs["image_index"] = torch.tensor([0, 2, 1])
-    model.neck.aggregation.norm.num_batches_tracked.fill_(7)
-    model.save_pretrained(tmp_path / "saved")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    save_file(inputs, elsewhere / "inputs.safetensors")
-    # `-I` keeps the working directory and PYTHONPATH off the import path.
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(torch.get_num_threads())],
-        cwd=elsewhere,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert report.pop("config") == "DetrisConfig" and report.pop("statistics") == 7
-    assert Path(report.pop("code")).is_relative_to(tmp_path / "modules")
-    assert report == {name: [type(model).__name__, [], []] for name in report} and len(report) == 3
-    with torch.no_grad():
-        expected = model(**inputs).logits
-    for name, logits in load_file(elsewhere / "logits.safetensors").items():
-        assert torch.equal(logits, expected), name
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    small_model().save_pretrained(folder)
-    return folder
-
-
-def test_loading_gives_every_tensor_back(saved):
-    weights, loaded = small_model().state_dict(), DetrisForReferringSegmentation.from_pretrained(saved).state_dict()
-    assert weights.keys() == loaded.keys()
-    assert [name for name, tensor in weights.items() if not torch.equal(tensor, loaded[name])] == []
-
-
-@pytest.mark.parametrize(
-    ("fields", "wrong"),
-    [
-        ({"decoder_dim": 64}, r"decoder.layers.0.feed_forward.0.weight .saved: \(28, 32\), expected: \(28, 64\)"),
-        ({"vision_adapter_dim": 48}, r"branch1.conv.bias .saved: \(16,\), expected: \(24,\)"),
-        ({"vision_adapter_layers": [1, 2, 3]}, "85 tensors .*vision_model.encoder.layer.2.*"),
-        ({"text_adapter_layers": [0]}, "text_model.encoder.layers.2.* expected: nothing"),
-        ({"decoder_layers": 2}, "26 tensors .*decoder.layers.1.* .saved: nothing"),
-    ],
-)
-def test_weights_of_another_shape_are_refused(saved, fields, wrong):
-    with pytest.raises(ValueError, match=f"{saved}: what is saved does not fit the configuration.*{wrong}"):
-        DetrisForReferringSegmentation.from_pretrained(saved, config=small_config(**fields))
 
 
 # --- Bad inputs ------------------------------------------------------------------------------------------------------
@@ -666,10 +491,10 @@ def test_labels_outside_0_to_1_are_refused(value, training):
 
 @pytest.mark.parametrize("value", [255, -100, math.nan])
 def test_labels_that_cannot_be_read_make_the_loss_nan(value, monkeypatch):
-    """Nothing is read from a GPU in training, and by a compiled model neither: the loss stops the run."""
+    """Labels on a GPU are not read in training, and a compiled model reads none at all. The loss stops the run."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model, labels = small_model(), torch.zeros(2, 56, 56)
-    labels[1, 0, 1] = value  # which the nearest-neighbour sampling leaves out
+    labels[1, 0, 1] = value  # a pixel that nearest-neighbour sampling leaves out
     assert model(**small_inputs(2), labels=labels).loss.isnan()
     assert model(**small_inputs(2), labels=labels.clamp(0, 1).nan_to_num()).loss.isfinite()
 
@@ -680,3 +505,37 @@ def test_labels_of_any_type_give_the_same_loss(dtype):
     labels[:, 10:40, 20:50] = 1
     expected = model(**small_inputs(2), labels=labels).loss
     assert torch.equal(model(**small_inputs(2), labels=labels.to(dtype)).loss, expected)
+
+
+def test_input_embeddings_are_those_of_the_phrases():
+    model = small_model()
+    assert model.get_input_embeddings().weight is model.text_model.embeddings.token_embedding.weight
+    model.set_input_embeddings(torch.nn.Embedding(64, 24))
+    assert model.get_input_embeddings() is model.text_model.embeddings.token_embedding
+    model = small_model()
+    model.enable_input_require_grads()  # PEFT calls this if layers are checkpointed
+    assert model(**small_inputs()).logits.requires_grad
+
+
+# --- Documentation ---------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_forward_runs(tmp_path, monkeypatch, tiny_tokenizer):
+    """On random pixels, with an untrained model in the place of the model that it names."""
+    text_config = small_config().text_config.to_dict() | {
+        "vocab_size": len(tiny_tokenizer),
+        "bos_token_id": tiny_tokenizer.bos_token_id,
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+    }
+    model = small_model(small_config(text_config=text_config, image_size=448, max_text_length=12))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("runs/refcoco")
+    DetrisProcessor.from_config(model.config, tiny_tokenizer).save_pretrained("runs/refcoco")
+    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save("photo.jpg")
+
+    source = DetrisForReferringSegmentation.forward.__doc__.replace("```", "")
+    example = doctest.DocTestParser().get_doctest(source, {}, "forward", None, None)
+    report = []
+    assert len(example.examples) > 10
+    assert doctest.DocTestRunner().run(example, out=report.append).failed == 0, "".join(report)

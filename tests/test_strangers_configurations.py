@@ -1,4 +1,4 @@
-"""Configurations that strangers may have written: each gives one sentence or a model that runs, in little memory."""
+"""Hostile configurations: each is refused with one sentence, or gives a model that runs, in little memory."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = 350  # of each kind
-SECONDS, MEMORY = 5, 2**30  # that one of them may take; bytes for all together
-UNREADABLE = 128  # an image of a side above this is not tried
+SECONDS, MEMORY = 5, 2**30  # seconds for each example; bytes for all together
+UNREADABLE = 128  # a model for images with a longer side is built, but not run
 NUMBERS = [0, 1, 2, 3, 7, 48, 64, -1, 2**23, 2**31, 10**5, 10**6, 10**12, 10**30, -(10**9), 0.5, 1e308, -0.1]
 DEEP = []
 for _ in range(400):
@@ -34,18 +34,18 @@ UNKNOWN = (
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "config.json of adapters"])
 def test_configurations_are_refused_by_one_sentence_or_give_a_model_that_runs(file, tmp_path):
-    # In a process of its own, for it limits its memory.
+    # In another process, because it limits its own memory.
     run = subprocess.run(
         [sys.executable, __file__, file, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-6000:]
     outcomes = json.loads(run.stdout.splitlines()[-1])
     assert sum(outcomes.values()) >= EXAMPLES
-    assert min(outcomes["refused"], outcomes["runs"]) > EXAMPLES // 20  # the generator finds both
+    assert min(outcomes["refused"], outcomes["runs"]) > EXAMPLES // 20  # both happen often enough to be tested
 
 
 def try_configurations(file: str, folder: Path) -> None:
-    """Change a saved model's configuration in many ways and load it; prints how many were refused and how many ran."""
+    """Load a saved model with its configuration changed in many ways; print how many were refused and how many ran."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch

@@ -27,7 +27,7 @@ ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
 
 
 class Refusal(Exception):
-    """An answer that is no success: its HTTP status, its `X-Error-Code` and its JSON."""
+    """An answer that reports an error: its HTTP status, its `X-Error-Code` and its JSON."""
 
     def __init__(self, status: int, code: str, **answer: str):
         super().__init__(status, code, answer)
@@ -35,7 +35,7 @@ class Refusal(Exception):
 
 
 def route(method: str, address: str) -> Callable:
-    """The decorated method answers such requests. It gets the groups of `address` and, except with GET, the body."""
+    """Let the decorated method answer requests. It gets the groups of `address` and, except for GET, the body."""
 
     def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
         ROUTES.append((method, re.compile(address), function))
@@ -45,25 +45,25 @@ def route(method: str, address: str) -> Callable:
 
 
 def is_large(path: str, sample: bytes, size: int) -> bool:
-    """Whether the Hub keeps a file as an LFS object: judged by name, size, and whether its first bytes are text."""
+    """Whether the Hub keeps a file as an LFS object, which its name, its size and its first bytes decide."""
     return size > 0 and (path.endswith(LARGE_SUFFIXES) or size > LARGE_SIZE or b"\0" in sample)
 
 
 def content_id(path: str, content: bytes) -> str:
-    """What tells a client whether it has a file: of an LFS object its SHA-256, otherwise Git's own id."""
+    """The id by which a client knows whether it has a file: the SHA-256 of an LFS object, otherwise Git's id."""
     if is_large(path, content[:512], len(content)):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class HubServer:
-    """The server; it runs inside `with HubServer() as server:`.
+    """The server, which runs inside `with HubServer() as server:`.
 
     Attributes:
         endpoint: the `HF_ENDPOINT` of its clients.
         uploads: how many LFS objects have arrived.
-        fail_uploads_after: once so many have arrived, the connection of each further one is cut half-way; `None` cuts
-            nothing.
+        fail_uploads_after: after so many have arrived, the connection of each further one is cut half-way; by default
+            none is cut.
     """
 
     def __init__(self) -> None:

@@ -1,16 +1,19 @@
 """Models and inputs small enough for a test.
 
-The official model, tiny: `fixtures/official_tiny.json` and `.safetensors` hold what the official implementation
-(jiaqihuang01/DETRIS, commit c94b1e1) printed for the weights and inputs that the recipes below draw: names and shapes
-of its checkpoint, logits, stages before them (on the grids of `OFFICIAL_STAGES`), loss, logits and gradient norms of a
-training step, and the losses of 8 steps of Adam at 1e-5 with the logits after them. Dropout was 0.
+`fixtures/official_tiny.json` and `.safetensors` hold what a tiny model of the official implementation
+(jiaqihuang01/DETRIS, commit c94b1e1) computed from the weights and inputs that `official_weights` and
+`official_inputs` draw, without dropout: names and shapes of its checkpoint; logits, and the stages before them at the
+positions of `OFFICIAL_STAGES`; loss, logits and gradient norms of a training step; the losses of 8 steps of Adam at a
+learning rate of 1e-5, and the logits after them.
 """
 
 import json
+import math
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -44,7 +47,7 @@ OFFICIAL_STAGES = {
 
 
 def official_figures() -> tuple[dict, dict[str, torch.Tensor]]:
-    """What the official implementation printed for its tiny model: numbers by name, and tensors."""
+    """What the official implementation computed for its tiny model: numbers by name, and tensors by name."""
     return json.loads((FIXTURES / "official_tiny.json").read_text()), load_file(FIXTURES / "official_tiny.safetensors")
 
 
@@ -80,7 +83,7 @@ def official_config() -> DetrisConfig:
 
 
 def official_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """An official checkpoint from its names and shapes: noise that the name seeds, scaled by the tensor's role."""
+    """An official checkpoint of these names and shapes: noise, seeded by name and scaled by the role of the tensor."""
     weights = {}
     for name, shape in shapes.items():
         module, leaf = ("", *name.split("."))[-2:]
@@ -125,13 +128,13 @@ def official_inputs(seed: int = OFFICIAL_INPUT_SEED) -> tuple[torch.Tensor, torc
 
 
 def small_config(registers: bool = True, vision: dict | None = None, **fields) -> DetrisConfig:
-    """A config whose widths all differ where they may; `vision` and `fields` change it."""
+    """A configuration whose widths differ from each other as far as possible; `vision` and `fields` change it."""
     vision_config = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 70,  # of the pretraining
+        "image_size": 70,  # the size of the pretraining
         "patch_size": PATCH_SIZE,
     }
     text_config = {
@@ -169,7 +172,7 @@ def small_config(registers: bool = True, vision: dict | None = None, **fields) -
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and statistic of `module` a value that leaves its mark on the output."""
+    """Give every parameter and statistic of `module` a random value, so that it has an effect on the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
@@ -190,7 +193,7 @@ def small_model(config: DetrisConfig | None = None, seed: int = 0) -> DetrisForR
 
 
 def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `input_ids` for a `small_model`: phrases of 1, 2 … 5 words, filled up with 0."""
+    """`pixel_values` and `input_ids` for a `small_model`: phrases of 1, 2 … 5 words, padded with 0."""
     generator = torch.Generator().manual_seed(phrases)
     pixel_values = torch.randn(images or phrases, 3, size, size, generator=generator)
     input_ids = torch.zeros(phrases, 7, dtype=torch.long)
@@ -198,6 +201,12 @@ def small_inputs(phrases: int = 2, images: int | None = None, size: int = 56) ->
         words = 1 + index % 5
         phrase[: words + 2] = torch.tensor([62, *torch.randint(1, 62, (words,), generator=generator), 63])
     return {"pixel_values": pixel_values, "input_ids": input_ids}
+
+
+def logits_of(model: nn.Module, **inputs) -> torch.Tensor:
+    """The logits of a small model, in its present mode, for `small_inputs()`, which `inputs` add to or replace."""
+    with torch.no_grad():
+        return model(**small_inputs() | inputs).logits
 
 
 BACKBONE_FIELDS = {
@@ -222,3 +231,52 @@ def save_backbones(folder, registers=True, text="projection", dtype=torch.float3
     for model, name in ((vision, "vision"), (text_model, "text")):
         randomize(model).to(dtype).save_pretrained(folder / name)
     return vision.state_dict(), text_model.state_dict()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    """The names of the parameters that are trained."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter of a model belongs to its backbones, and not to a dense adapter inside them."""
+    return name.startswith(("vision_model.", "text_model.", "text_projection.")) and ".detris_adapter." not in name
+
+
+def assert_starts_as_the_paper_says(model: nn.Module) -> None:
+    """Check that aligners have Kaiming normal weights and zero biases, text adapters and head PyTorch's defaults."""
+    checked = 0
+    for name, module in model.named_modules():
+        if is_backbone(f"{name}.weight"):
+            continue
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(module, nn.MultiheadAttention):
+            weights = [module.in_proj_weight] if module.in_proj_weight is not None else []
+            for weight in weights:
+                assert weight.abs().max() <= math.sqrt(6 / sum(weight.shape)), name
+            assert not module.in_proj_bias.any() and not module.out_proj.bias.any(), name
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            fan_in, count = weight[0].numel(), weight.numel()
+            aligner = name.startswith("vision_model.")
+            gate = ".gates." in name  # in the official code, value and output of an `nn.MultiheadAttention`
+            expected = math.sqrt((2 if aligner else 1 / 3) / fan_in)
+            if name.endswith(".value"):
+                attention = nn.MultiheadAttention(fan_in, 1)
+                expected = attention.in_proj_weight.std().item()
+            assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
+            if aligner or gate:
+                assert not bias.any(), name
+            else:
+                bound = 1 / math.sqrt(fan_in) + 1e-6
+                assert weight.abs().max() <= bound, name
+                if bias is not None and not name.endswith("out_proj"):
+                    assert bias.any() and bias.abs().max() <= bound, name
+            if aligner and count > 1000:
+                assert weight.abs().max() > 2.5 * expected, name  # normal, not uniform
+            checked += 1
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
+            assert (weight == 1).all() and not bias.any(), name
+            if not isinstance(module, nn.LayerNorm):
+                assert (module.running_var == 1).all() and not module.running_mean.any(), name
+                assert module.num_batches_tracked == 0, name
+    assert checked > 50

@@ -1,4 +1,4 @@
-"""Folders of models and adapters: what saving leaves, what loading refuses, and what PEFT does with them."""
+"""Folders of whole models and of adapters: what saving leaves in them, and what loading takes and refuses."""
 
 import copy
 import json
@@ -6,62 +6,29 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers.models import BACKBONE_FIELDS, randomize, save_backbones, small_config, small_inputs, small_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers.folders import build, change_json, change_tensors, save_whole_and_adapter, saved_fields
+from helpers.models import logits_of, small_config, small_inputs, small_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers.integrations import peft as transformers_peft
 
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
-from peft_detris import DetrisAdapterConfig
-
-INPUTS = small_inputs()
-LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-ADAPTERS = {
-    "vision_adapter_layers": [0],
-    "vision_adapter_dim": 16,
-    "text_adapter_layers": [1],
-    "text_adapter_dim": 16,
-    "aligner_attention_dim": 16,
-    "aligner_attention_heads": 2,
-}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def logits_of(model, **inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**INPUTS | inputs).logits
-
-
-def change_json(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def change_tensors(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """Folder with `vision`, `text`, the adapters `adapter` in them, and the same model `whole`."""
     folder = tmp_path_factory.mktemp("saved")
-    save_backbones(folder)
-    model = DetrisForReferringSegmentation.from_backbones(
-        str(folder / "vision"), str(folder / "text"), **BACKBONE_FIELDS
-    )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    model.save_adapter(folder / "adapter")
-    model.save_pretrained(folder / "whole")
+    save_whole_and_adapter(folder)
     return folder
 
 
@@ -70,127 +37,89 @@ def kind(request) -> str:
     return request.param
 
 
-# --- Methods of transformers and PEFT --------------------------------------------------------------------------------
+# --- Loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_adapter_methods_need_no_particular_peft(saved, monkeypatch):
-    """transformers 5.24 asks for peft 0.22 in its own methods, and the project runs with older ones."""
-
-    def refuse(min_version):
-        raise AssertionError(f"transformers asked for peft {min_version}")
-
-    monkeypatch.setattr(transformers_peft, "check_peft_version", refuse)
-    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
-    first = logits_of(model)
-    model.disable_adapters()
-    bare = logits_of(model)
-    assert not torch.equal(bare, first)
-    model.enable_adapters()
-    assert torch.equal(logits_of(model), first)
-    model.load_adapter(saved / "adapter", adapter_name="same")
-    assert model.active_adapters() == ["same"] and torch.equal(logits_of(model), first)
-    model.add_adapter(DetrisAdapterConfig(**ADAPTERS), adapter_name="fresh")
-    assert model.active_adapters() == ["fresh"] and not torch.equal(logits_of(model), first)
-    by_name = logits_of(model, adapter_names=["default", "__base__"])
-    assert torch.allclose(by_name, torch.stack([first[0], bare[1]]), atol=1e-5)
-    tensors = model.get_adapter_state_dict("same")
-    expected = {
-        name.removeprefix("base_model.model."): tensor
-        for name, tensor in load_file(saved / "adapter" / "adapter_model.safetensors").items()
-    }
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    model.delete_adapter(["fresh", "same"])
-    assert list(model.peft_config) == ["default"] and torch.equal(logits_of(model), first)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    small_model().save_pretrained(folder)
+    return folder
 
 
-def test_a_fresh_adapter_is_trained_beside_the_first(saved):
-    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole").train()
-    model.add_adapter(DetrisAdapterConfig(**ADAPTERS), adapter_name="fresh")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert any(".fresh." in name for name in trained) and not any("detris_adapter.default" in name for name in trained)
-    model(**INPUTS, labels=torch.zeros(2, 56, 56)).loss.backward()
-    assert all(model.get_parameter(name).grad is not None for name in trained)
-    with pytest.raises(ValueError, match="'fresh', which already names something"):
-        model.add_adapter(DetrisAdapterConfig(**ADAPTERS), adapter_name="fresh")
-    with pytest.raises(TypeError, match="of type dict: give a PeftConfig"):
-        model.add_adapter({}, adapter_name="other")
+def test_loading_gives_every_tensor_back(whole):
+    weights, loaded = small_model().state_dict(), DetrisForReferringSegmentation.from_pretrained(whole).state_dict()
+    assert weights.keys() == loaded.keys()
+    assert [name for name, tensor in weights.items() if not torch.equal(tensor, loaded[name])] == []
 
 
-def test_hotswap_says_whether_an_adapter_is_replaced(saved):
-    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
-    with pytest.raises(ValueError, match="does not have an adapter 'new'"):
-        model.load_adapter(saved / "adapter", adapter_name="new", hotswap=True)
-    with pytest.raises(ValueError, match="already has an adapter 'default'"):
-        model.load_adapter(saved / "adapter", hotswap=False)
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"decoder_dim": 64}, r"decoder.layers.0.feed_forward.0.weight .saved: \(28, 32\), expected: \(28, 64\)"),
+        ({"vision_adapter_dim": 48}, r"branch1.conv.bias .saved: \(16,\), expected: \(24,\)"),
+        ({"vision_adapter_layers": [1, 2, 3]}, "85 tensors .*vision_model.encoder.layer.2.*"),
+        ({"text_adapter_layers": [0]}, "text_model.encoder.layers.2.* expected: nothing"),
+        ({"decoder_layers": 2}, "26 tensors .*decoder.layers.1.* .saved: nothing"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(whole, fields, wrong):
+    with pytest.raises(ValueError, match=f"{whole}: what is saved does not fit the configuration.*{wrong}"):
+        DetrisForReferringSegmentation.from_pretrained(whole, config=small_config(**fields))
+
+
+LOAD_ELSEWHERE = """
+import inspect, json, sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation
+
+saved, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+inputs, logits, report = load_file("inputs.safetensors"), {}, {}
+report["config"] = type(AutoConfig.from_pretrained(saved, trust_remote_code=True)).__name__
+for name, auto_class, folder in (
+    ("AutoModel", AutoModel, saved),
+    ("AutoModelForImageSegmentation", AutoModelForImageSegmentation, saved),
+    ("once more", AutoModel, "again"),
+):
+    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     with torch.no_grad():
-        model.neck.aggregation.conv.weight.zero_()
-    model.load_adapter(saved / "adapter", hotswap=True)
-    assert model.neck.aggregation.conv.weight.any()
-    with pytest.raises(ValueError, match="load_adapter replaces an adapter"):
-        model.enable_peft_hotswap(target_rank=8)
-    with pytest.raises(TypeError, match="takes no adapter_state_dict"):
-        model.load_adapter(saved / "adapter", adapter_state_dict={})
+        logits[name] = model(**inputs).logits
+    report[name] = [type(model).__name__, *map(sorted, (info["missing_keys"], info["unexpected_keys"]))]
+    model.save_pretrained("again")
+report["code"] = inspect.getfile(type(model))
+report["statistics"] = model.state_dict()["neck.aggregation.norm.num_batches_tracked"].item()
+save_file(logits, "logits.safetensors")
+print(json.dumps(report))
+"""
 
 
-def test_peft_loads_with_little_memory_to_equal_logits(saved):
-    expected = logits_of(DetrisForReferringSegmentation.from_pretrained(saved / "whole"))
-    for name in ("default", "other"):
-        model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
-        randomize(model.neck)
-        model = PeftModel.from_pretrained(model, saved / "adapter", adapter_name=name, low_cpu_mem_usage=True)
-        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        assert torch.equal(logits_of(model), expected)
-
-
-def test_a_model_without_adapters_takes_stock_lora_merges_it_and_saves(tmp_path):
-    small_model(small_config(peft_method="none")).save_pretrained(tmp_path / "bare")
-    model = DetrisForReferringSegmentation.from_pretrained(tmp_path / "bare")
-    weight = model.vision_model.encoder.layer[0].attention.q_proj.weight.clone()
-    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, **LORA))
-    layer = model.vision_model.encoder.layer[0].attention.q_proj
-    expected = weight + 12 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    logits = logits_of(peft_model)
-    with pytest.raises(ValueError, match="further adapters.* by PeftModel"):
-        model.save_pretrained(tmp_path / "unmerged")
-    peft_model.save_pretrained(tmp_path / "lora")
-    again = PeftModel.from_pretrained(
-        DetrisForReferringSegmentation.from_pretrained(tmp_path / "bare"), tmp_path / "lora"
+def test_saved_model_loads_elsewhere_without_this_repository(tmp_path):
+    model, inputs = small_model(), small_inputs(3)
+    inputs["image_index"] = torch.tensor([0, 2, 1])
+    model.neck.aggregation.norm.num_batches_tracked.fill_(7)
+    model.save_pretrained(tmp_path / "saved")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_file(inputs, elsewhere / "inputs.safetensors")
+    # With `-I`, Python imports nothing from the working directory and from PYTHONPATH.
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(torch.get_num_threads())],
+        cwd=elsewhere,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
     )
-    assert torch.equal(logits_of(again), logits)
-    merged = peft_model.merge_and_unload()
-    assert torch.allclose(merged.vision_model.encoder.layer[0].attention.q_proj.weight, expected, atol=1e-6)
-    merged.save_pretrained(tmp_path / "merged")
-    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits_of(loaded), logits_of(merged)) and (logits_of(loaded) - logits).abs().max() < 1e-3
-
-
-def test_stock_lora_beside_detris_adapters_is_refused(saved, tmp_path):
-    """PEFT would train both and save LoRA alone."""
-    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
-    before, names = logits_of(model), list(model.state_dict())
-    for attempt in (
-        lambda: get_peft_model(model, LoraConfig(**LORA)),
-        lambda: get_peft_model(model, LoraConfig(**LORA), adapter_name="lora"),
-        lambda: model.add_adapter(LoraConfig(**LORA), adapter_name="lora"),
-    ):
-        with pytest.raises(ValueError, match=r"adapters of type DETRIS.*peft_method='detris\+lora'.*delete_adapter"):
-            attempt()
-    assert torch.equal(logits_of(model), before) and list(model.state_dict()) == names
-    model.delete_adapter("default")
-    get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="adapters of type .*LORA, so none of type DETRIS"):
-        model.load_adapter(saved / "adapter", adapter_name="detris")
-
-
-def test_input_embeddings_are_those_of_the_phrases():
-    model = small_model()
-    assert model.get_input_embeddings().weight is model.text_model.embeddings.token_embedding.weight
-    model.set_input_embeddings(torch.nn.Embedding(64, 24))
-    assert model.get_input_embeddings() is model.text_model.embeddings.token_embedding
-    model = small_model()
-    model.enable_input_require_grads()  # as PEFT does where layers are checkpointed
-    assert model(**INPUTS).logits.requires_grad
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report.pop("config") == "DetrisConfig" and report.pop("statistics") == 7
+    assert Path(report.pop("code")).is_relative_to(tmp_path / "modules")
+    assert report == {name: [type(model).__name__, [], []] for name in report} and len(report) == 3
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for name, logits in load_file(elsewhere / "logits.safetensors").items():
+        assert torch.equal(logits, expected), name
 
 
 # --- Arguments of from_pretrained ------------------------------------------------------------------------------------
@@ -249,7 +178,7 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
         "proxies": {"http": "p"},
     }
     DetrisForReferringSegmentation.from_pretrained(saved / "adapter", revision="main", **given)
-    # The revision is that of the adapters.
+    # The revision belongs to the adapters, so it is not passed on.
     assert asked == [("vision", given | {"revision": None}), ("text", given | {"revision": None})]
 
 
@@ -257,7 +186,7 @@ def test_what_the_hub_is_asked_with_reaches_the_backbones(saved, monkeypatch):
 def test_what_adapters_have_been_trained_with_is_not_changed_on_loading(saved, changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
         DetrisForReferringSegmentation.from_pretrained(saved / "adapter", **changes)
-    config = DetrisConfig.from_pretrained(saved / "adapter", **changes)  # as AutoModel hands it on
+    config = DetrisConfig.from_pretrained(saved / "adapter", **changes)  # AutoModel passes such a configuration
     with pytest.raises(ValueError, match=f"{next(iter(changes))} cannot be changed on loading"):
         DetrisForReferringSegmentation.from_pretrained(saved / "adapter", config=config)
 
@@ -276,32 +205,6 @@ def test_backbones_are_found_from_everywhere(saved, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits_of(loaded), logits_of(DetrisForReferringSegmentation.from_pretrained(saved / "whole")))
-
-
-def test_a_pickled_backbone_that_claims_more_than_it_holds_is_refused(saved, tmp_path):
-    vision = tmp_path / "vision"
-    vision.mkdir()
-    shutil.copy(saved / "vision" / "config.json", vision)
-    change_json(vision / "config.json", hidden_size=24576)
-    shapes = {"embeddings.cls_token": (1, 1, 24576), "encoder.layer.0.mlp.fc1.weight": (98304, 24576)}
-    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, vision / "pytorch_model.bin")
-    with pytest.raises(OSError, match="pytorch_model.bin cannot be read .its tensors claim more numbers than it has"):
-        DetrisForReferringSegmentation.from_backbones(str(vision), str(saved / "text"), **BACKBONE_FIELDS)
-
-
-def test_numbers_beyond_float32_and_negative_variances_are_refused(saved, tmp_path, kind):
-    for number, (leaf, change) in enumerate(
-        (("bias", lambda tensor: tensor.double().fill_(1e300)), ("running_var", lambda tensor: tensor.fill_(-1)))
-    ):
-        folder = Path(shutil.copytree(saved / kind, tmp_path / str(number)))
-
-        def damage(tensors, leaf=leaf, change=change) -> None:
-            name = next(name for name in sorted(tensors) if name.endswith(leaf) and "detris_adapter" in name)
-            tensors[name] = change(tensors[name])
-
-        change_tensors(next(folder.glob("*.safetensors")), damage)
-        with pytest.raises(ValueError, match=f"{leaf} holds NaN or infinity, or a negative variance"):
-            DetrisForReferringSegmentation.from_pretrained(folder)
 
 
 def test_fields_of_the_configuration_are_changed_on_loading(saved, kind):
@@ -364,20 +267,6 @@ def test_widths_that_adapters_do_not_have_are_refused_before_memory_is_taken(sav
     assert max(built, default=0) < 10**6
 
 
-def test_a_backbone_is_not_built_from_a_configuration_that_its_files_do_not_fill(saved, tmp_path):
-    vision = Path(shutil.copytree(saved / "vision", tmp_path / "vision"))
-    for values, message in (
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but only .* tensors"),
-        ({"hidden_size": 4096}, "asks for .* numbers, but .* are saved"),
-        ({"num_labels": 10**9}, "num_labels"),
-        ({"model_type": "llama"}, "model_type 'llama'"),
-    ):
-        shutil.copy(saved / "vision" / "config.json", vision)
-        change_json(vision / "config.json", **values)
-        with pytest.raises(ValueError, match=message):
-            DetrisForReferringSegmentation.from_backbones(str(vision), str(saved / "text"), **BACKBONE_FIELDS)
-
-
 def test_pipes_and_files_are_no_folders(saved, tmp_path, kind):
     folder = Path(shutil.copytree(saved / kind, tmp_path / kind))
     os.mkfifo(folder / "generation_config.json")
@@ -410,11 +299,30 @@ def test_weights_that_are_no_numbers_are_refused_by_name(saved, tmp_path, kind, 
             PeftModel.from_pretrained(DetrisForReferringSegmentation.from_pretrained(saved / "whole"), folder)
 
 
-def test_backbones_that_are_no_numbers_are_refused(saved, tmp_path):
-    text = Path(shutil.copytree(saved / "text", tmp_path / "text"))
-    change_tensors(text / "model.safetensors", lambda t: t["text_projection.weight"].fill_(math.nan))
-    with pytest.raises(ValueError, match="text_projection.weight holds NaN"):
-        DetrisForReferringSegmentation.from_backbones(str(saved / "vision"), str(text), **BACKBONE_FIELDS)
+def test_numbers_beyond_float32_and_negative_variances_are_refused(saved, tmp_path, kind):
+    for number, (leaf, change) in enumerate(
+        (("bias", lambda tensor: tensor.double().fill_(1e300)), ("running_var", lambda tensor: tensor.fill_(-1)))
+    ):
+        folder = Path(shutil.copytree(saved / kind, tmp_path / str(number)))
+
+        def damage(tensors, leaf=leaf, change=change) -> None:
+            name = next(name for name in sorted(tensors) if name.endswith(leaf) and "detris_adapter" in name)
+            tensors[name] = change(tensors[name])
+
+        change_tensors(next(folder.glob("*.safetensors")), damage)
+        with pytest.raises(ValueError, match=f"{leaf} holds NaN or infinity, or a negative variance"):
+            DetrisForReferringSegmentation.from_pretrained(folder)
+
+
+def test_an_index_of_weights_names_files_beside_it(saved, tmp_path):
+    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
+    save(model, "shards", tmp_path / "shards")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for weight_map in ({}, [], {"a": 1}, {name: f"../{shard}" for name, shard in index["weight_map"].items()}):
+        path.write_text(json.dumps(index | {"weight_map": weight_map}))
+        with pytest.raises(ValueError, match="names no files beside it|no index of weights"):
+            DetrisForReferringSegmentation.from_pretrained(tmp_path / "shards")
 
 
 # --- Saving ----------------------------------------------------------------------------------------------------------
@@ -431,6 +339,21 @@ def test_a_model_that_is_no_number_is_not_saved_and_the_old_one_stays(saved, tmp
     ):
         model.save_pretrained(folder) if kind == "whole" else model.save_adapter(folder)
     assert torch.equal(logits_of(DetrisForReferringSegmentation.from_pretrained(folder)), expected)
+
+
+def test_a_whole_model_publishes_no_folder_of_this_machine(saved, tmp_path):
+    model = build(saved)
+    model.config.text_backbone, model.config.text_backbone_revision = "someone/text", "0" * 40
+    before = {name: getattr(model.config, name) for name in DetrisConfig.__annotations__}
+    model.save_pretrained(tmp_path)
+    assert model.config.vision_backbone == str(saved / "vision")
+    assert {name: getattr(model.config, name) for name in before} == before
+    fields = saved_fields(tmp_path)
+    assert fields["vision_backbone"] is None
+    assert (fields["text_backbone"], fields["text_backbone_revision"]) == ("someone/text", "0" * 40)
+    model.config.freeze_backbones = False
+    model.save_pretrained(tmp_path)  # the backbones may have been trained, so nobody else has them
+    assert saved_fields(tmp_path)["text_backbone"] is saved_fields(tmp_path)["text_backbone_revision"] is None
 
 
 def save(model: DetrisForReferringSegmentation, way: str, folder: Path) -> None:
@@ -478,7 +401,7 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
         else:
             (index,) = (index for index, logits in enumerate(allowed) if torch.equal(loaded, logits))
             outcomes.add(("new", "old")[index])
-        save(second, after, folder)  # after which nothing is left of the killed one
+        save(second, after, folder)  # removes what the killed saving has left
         assert torch.equal(logits_of(DetrisForReferringSegmentation.from_pretrained(folder)), allowed[0])
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
         shutil.rmtree(folder)
@@ -487,7 +410,7 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
 
 
 def killed_while_saving(model, way: str, folder: Path, moment: int) -> int:
-    """Save in a process of its own that ends, as by `kill -9`, at a change of the folder; 0 if it came to its end."""
+    """Save in another process that is killed at a change of the folder; return 0 if it ended before it was killed."""
     child = os.fork()
     if child == 0:
         left = [moment]
@@ -527,23 +450,3 @@ def test_a_failed_upload_leaves_what_was_saved_here(saved, tmp_path, monkeypatch
     assert torch.equal(logits_of(loaded), logits_of(model))
     with pytest.raises(TypeError, match="takes no private without push_to_hub"):
         model.save_pretrained(tmp_path / "mine", private=True)
-
-
-def test_adapters_that_cannot_be_added_leave_no_trace(tmp_path):
-    model = small_model(small_config(peft_method="none"))
-    before = dict(model.peft_config)
-    with pytest.raises(ValueError, match="nowhere"):
-        model.add_adapter(LoraConfig(target_modules=["nowhere"]))
-    assert dict(model.peft_config) == before
-    model.save_pretrained(tmp_path)
-
-
-def test_an_index_of_weights_names_files_beside_it(saved, tmp_path):
-    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole")
-    save(model, "shards", tmp_path / "shards")
-    path = tmp_path / "shards" / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    for weight_map in ({}, [], {"a": 1}, {name: f"../{shard}" for name, shard in index["weight_map"].items()}):
-        path.write_text(json.dumps(index | {"weight_map": weight_map}))
-        with pytest.raises(ValueError, match="names no files beside it|no index of weights"):
-            DetrisForReferringSegmentation.from_pretrained(tmp_path / "shards")

@@ -1,0 +1,14 @@
+"""The files of this project that are uploaded with a model: each imports only files that stand above it."""
+
+MODEL_CODE = [
+    "configuration_detris.py",
+    "adapters_detris.py",
+    "untrusted_pickles.py",
+    "checkpoint_files.py",
+    "peft_detris.py",
+    "backbones_detris.py",
+    "saving_detris.py",
+    "sharing_detris.py",
+    "modeling_detris.py",
+]
+PROCESSOR_CODE = ["processing_detris.py"]  # and files that it shares with the model
