@@ -5,10 +5,11 @@ MODEL_CODE = [
     "adapters_detris.py",
     "untrusted_pickles.py",
     "checkpoint_files.py",
+    "official_layout.py",
     "peft_detris.py",
     "backbones_detris.py",
     "saving_detris.py",
     "sharing_detris.py",
     "modeling_detris.py",
 ]
-PROCESSOR_CODE = ["processing_detris.py"]  # and files that it shares with the model
+PROCESSOR_CODE = ["letterbox_detris.py", "processing_detris.py"]  # and files that it shares with the model
