@@ -1,5 +1,8 @@
 """What several test files use."""
 
+import pkgutil
+
 import pytest
 
-pytest.register_assert_rewrite("helpers")  # so that a failed assert in a helper shows its values
+# A failed assert in a helper then shows its values.
+pytest.register_assert_rewrite(*(f"helpers.{module.name}" for module in pkgutil.iter_modules(__path__)))
