@@ -4,6 +4,7 @@ All sources are read with `ast`; nothing is imported. Imports inside functions c
 """
 
 import ast
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.hub_files import MODEL_CODE, PROCESSOR_CODE
 
 ROOT = Path(__file__).parents[1]
 MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
@@ -34,6 +36,7 @@ ORDER = """
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
 """.split()
+PACKAGES = ("data", "data.shapes", "training")
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.
 RESTRICTED = {
     "metrics": (),
@@ -193,6 +196,25 @@ def find_faults(root: Path) -> list[str]:
 def test_the_layout():
     faults = find_faults(ROOT)
     assert not faults, "\n" + "\n".join(faults)
+
+
+def test_readmes_map_names_all_modules_in_this_order():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Files\n")[2].partition("\n## ")[0]
+    named = []
+    for line in section.splitlines():
+        folder = ""
+        for path in re.findall(r"^[\w/]+\.py|(?<=, )\w+\.py(?=  )", line):
+            folder, _, _ = path.rpartition("/") if "/" in path else (folder, "", "")
+            name = path.removesuffix(".py").replace("/", ".")
+            named.append(name if "." in name or not folder else f"{folder}.{name}")
+    for group in ("", "data.", "training."):
+        listed = [name for name in named if name.rpartition(".")[0] == group[:-1]]
+        known = [name for name in ORDER if name.rpartition(".")[0] == group[:-1] and name not in PACKAGES]
+        assert listed == known
+
+
+def test_the_list_of_uploaded_code_begins_this_order():
+    assert [name.removesuffix(".py") for name in MODEL_CODE + PROCESSOR_CODE] == ORDER[:12]
 
 
 # --- the checks find what is planted ------------------------------------------------------------------------------
