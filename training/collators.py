@@ -19,7 +19,7 @@ class TrainingCollator:
 
     Args:
         processor: turns images, phrases and masks into tensors.
-        seed: of the draw.
+        seed: seeds the draw of phrases.
     """
 
     def __init__(self, processor: DetrisProcessor, seed: int):
@@ -86,8 +86,8 @@ class DecodedOnAccess(Sequence):
     """A part of each row, decoded each time it is taken: the photographs of a batch are never in memory together.
 
     Args:
-        read: decodes the part.
-        rows: of a batch.
+        read: the function that decodes the part.
+        rows: the rows of a batch.
     """
 
     def __init__(self, read: Callable[[dict], Any], rows: list[dict]):

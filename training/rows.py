@@ -136,7 +136,9 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
-    with _refusing_missing_set(name):
+    if Path(name).is_dir():
+        require_whole(name)
+    with _hub_errors_name(name):
         files = parquet_files(name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
@@ -232,7 +234,9 @@ def _is_prepared(name: str, args: DataArguments) -> bool:
 
 def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
-    with _refusing_missing_set(name):
+    if Path(name).is_dir():
+        require_whole(name)
+    with _hub_errors_name(name):
         try:
             return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
@@ -246,10 +250,8 @@ def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> data
 
 
 @contextmanager
-def _refusing_missing_set(name: str) -> Iterator[None]:
-    """Refuse a prepared folder that is not whole; within, tell plainly that the Hub has no data set of that name."""
-    if Path(name).is_dir():
-        require_whole(name)
+def _hub_errors_name(name: str) -> Iterator[None]:
+    """Turn the error that the Hub has no such data set, or is out of reach, into an OSError that says so plainly."""
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:

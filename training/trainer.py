@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
-from pycocotools import mask as coco_mask
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from data.masks import RleMask
+from data.masks import RleMask, encode_mask
 from data.streaming import StreamedBatches, StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
@@ -44,7 +43,7 @@ class DetrisTrainer(CheckpointingTrainer):
         processor: fits the model's configuration.
         train_dataset: rows to train on; None if nothing is trained.
         eval_dataset: rows that `evaluate` runs over.
-        callbacks: further ones.
+        callbacks: callbacks besides this trainer's own.
 
     Attributes:
         metric: counts pixels, and turns counts into IoU.
@@ -240,7 +239,7 @@ class DetrisTrainer(CheckpointingTrainer):
                 counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
                 seen[number] += 1
                 if self.predicted_masks is not None:
-                    encoded[number].append(_encode(prediction))
+                    encoded[number].append(encode_mask(prediction.cpu().numpy()))
         if self.predicted_masks is not None:
             self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
         return None, counts, ref_ids
@@ -316,8 +315,3 @@ def _in_one_array(counts: np.ndarray | list[np.ndarray]) -> np.ndarray:
     phrases = max(batch.shape[1] for batch in counts)
     padding = [((0, 0), (0, phrases - batch.shape[1]), (0, 0)) for batch in counts]
     return np.concatenate([np.pad(batch, pad, constant_values=PADDING) for batch, pad in zip(counts, padding)])
-
-
-def _encode(mask: torch.Tensor) -> dict:
-    """A boolean mask (H, W) as COCO's RLE."""
-    return coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
