@@ -22,7 +22,7 @@ import torch
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
 
 from convert_detris_checkpoint import make_processor
-from data.mixture import parse_mixture
+from data.mixture import Member, Mixture
 from data.streaming import StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
@@ -37,7 +37,7 @@ from training.arguments import (
 )
 from training.processes import in_all_processes, leave_process_group
 from training.results import evaluate_and_predict, report, write_card
-from training.rows import Mixture, Rows, load_rows
+from training.rows import Rows, load_rows
 from training.run_folder import PrepareFolderOnTrainBegin, lock_run_folder
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on
 from training.trainer import DetrisTrainer
@@ -84,7 +84,7 @@ class PreparedRun(NamedTuple):
 
     trainer: DetrisTrainer
     data_args: DataArguments
-    mixture: Mixture | None  # that is trained on
+    members: list[Member]  # the data sets that `dataset` names
     test_rows: dict[str, datasets.Dataset]  # by the names of the test splits
     folder: PrepareFolderOnTrainBegin
 
@@ -99,13 +99,11 @@ def prepare(argv: list[str], stack: ExitStack) -> PreparedRun:
     check_combination(model_args, data_args, training_args)
     sources = (model_args.model_name_or_path, model_args.vision_backbone, model_args.text_backbone)
     folder = lock_run_folder(training_args, (*sources, model_args.tokenizer), stack)
-    train_rows, eval_rows, test_rows = read_rows(data_args, training_args)
-    mixture = train_rows if isinstance(train_rows, Mixture) else None
-    train_rows = train_rows if mixture is None else mixture.rows
+    rows = read_rows(data_args, training_args)
     if training_args.do_train and not data_args.streaming:
-        disable_drop_last_if_one_batch(training_args, len(train_rows))
-    trainer = make_trainer(model_args, training_args, train_rows, eval_rows)
-    return PreparedRun(trainer, data_args, mixture, test_rows, folder)
+        disable_drop_last_if_one_batch(training_args, len(rows.train))
+    trainer = make_trainer(model_args, training_args, rows.train, rows.evaluation)
+    return PreparedRun(trainer, data_args, rows.members, rows.tests, folder)
 
 
 def disable_drop_last_if_one_batch(args: DetrisTrainingArguments, rows: int) -> None:
@@ -129,7 +127,7 @@ def read_rows(data_args: DataArguments, training_args: DetrisTrainingArguments) 
 def make_trainer(
     model_args: ModelArguments,
     args: DetrisTrainingArguments,
-    train_rows: datasets.Dataset | StreamedRows | None,
+    train_rows: datasets.Dataset | Mixture | StreamedRows | None,
     eval_rows: datasets.Dataset | None,
 ) -> DetrisTrainer:
     """A trainer with its model. Raises OSError or ValueError if the model cannot be built, or not trained as asked."""
@@ -153,7 +151,7 @@ def run(prepared: PreparedRun) -> dict[str, float]:
         SystemExit: a signal has stopped the run.
     """
     trainer, args = prepared.trainer, prepared.trainer.args
-    members = parse_mixture(prepared.data_args.dataset, prepared.data_args.train_split)
+    members = prepared.members
     metrics, stopped = {}, False
     trainer.add_callback(prepared.folder)
     with StopAtSignal() as stop:
@@ -174,7 +172,7 @@ def run(prepared: PreparedRun) -> dict[str, float]:
     else:
         metrics |= evaluated
         if trainer.is_world_process_zero():
-            write_card(trainer, members, prepared.mixture, results)
+            write_card(trainer, members, results)
         if args.push_to_hub:
             trainer.push_to_hub()
     # Otherwise a process could end, and its launcher end the others, while the main process still writes.

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from data.masks import RleMask, encode_mask
+from data.mixture import Mixture
 from data.streaming import StreamedBatches, StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
@@ -47,6 +48,7 @@ class DetrisTrainer(CheckpointingTrainer):
 
     Attributes:
         metric: counts pixels, and turns counts into IoU.
+        mixture: what `train_dataset` is, if it is a mixture.
         predicted_masks: for each object that `predict` ran over, a COCO RLE for each phrase. None unless `save_masks`.
     """
 
@@ -55,11 +57,14 @@ class DetrisTrainer(CheckpointingTrainer):
         model: DetrisForReferringSegmentation,
         args: DetrisTrainingArguments,
         processor: DetrisProcessor,
-        train_dataset: datasets.Dataset | StreamedRows | None = None,
+        train_dataset: datasets.Dataset | Mixture | StreamedRows | None = None,
         eval_dataset: datasets.Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        collator = TrainingCollator(processor, args.seed)
+        self.mixture = train_dataset if isinstance(train_dataset, Mixture) else None
+        collator = TrainingCollator(processor, args.seed, has_repetitions=self.mixture is not None)
+        if self.mixture is not None:
+            train_dataset = self.mixture.rows
         if isinstance(train_dataset, datasets.Dataset):  # the collator decodes masks, and only their boxes
             train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
         self.evaluation_collator = EvaluationCollator(processor)
