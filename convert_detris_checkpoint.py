@@ -251,7 +251,7 @@ def from_official(
     model = skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
     origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
-    card = make_model_card(config, output_dir.name, origin, dataset)
+    card = make_model_card(config, output_dir.name, origin, dataset.split(" + ") if dataset else [])
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
         folder = Path(scratch) / "model"

@@ -1,6 +1,7 @@
 """The card (README.md) of a shared model: what it is, what it was trained and tested on, and how to use it."""
 
 import os
+from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -27,7 +28,7 @@ An image and a phrase go in, the mask of what the phrase names comes out: DETRIS
 | text backbone | {text.num_hidden_layers} layers of width {text.hidden_size}{text_source} |
 | image | {config.image_size} x {config.image_size} pixels |
 | phrase | {config.max_text_length} tokens |
-| trained on | {dataset} |
+| trained on | {trained_on} |
 
 ## Results
 
@@ -102,7 +103,7 @@ def make_model_card(
     config: DetrisConfig,
     name: str,
     origin: str,
-    dataset: str = "",
+    trained_on: Sequence[str] = (),
     results: list[dict] | None = None,
     license: str = "mit",
     adapter_only: bool = False,
@@ -113,7 +114,8 @@ def make_model_card(
         config: the model's configuration.
         name: the model's name; on the Hub `owner/name`.
         origin: a sentence that says where the weights come from.
-        dataset: the data sets that it was trained on, such as `refcoco/unc + 0.5*refcoco+/unc`.
+        trained_on: the names of the data sets that it was trained on, after their weights if these are not 1, such as
+            `refcoco/unc` and `0.5*refcoco+/unc`.
         results: for each split that it was tested on: `dataset`, `split`, and the metrics by name, from 0 to 1.
         license: the licence of the weights, by the Hub's abbreviation.
         adapter_only: whether adapters and head were saved without the backbones.
@@ -126,7 +128,7 @@ def make_model_card(
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag="image-segmentation",
         tags=["detris", "referring-image-segmentation", "transformers"],
-        datasets=[member.rpartition("*")[2] for member in dataset.split(" + ")] if dataset else None,
+        datasets=[member.rpartition("*")[2] for member in trained_on] or None,
         metrics=["mean_iou"],
         base_model=hub_sources or None,
         widget=[{"src": EXAMPLE_IMAGE, "text": EXAMPLE_PHRASE, "example_title": EXAMPLE_PHRASE}],
@@ -167,7 +169,7 @@ def make_model_card(
             text=config.text_config,
             vision_source=vision_source,
             text_source=text_source,
-            dataset=dataset or "not said",
+            trained_on=" + ".join(trained_on) or "not said",
             results="\n".join(lines) if results else "None measured.",
             phrase=EXAMPLE_PHRASE,
             adapter_use=ADAPTER_USE.format(place=place) if adapter_only else "",

@@ -86,6 +86,11 @@ def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[s
 
 
 def main(argv: list[str]) -> None:
+    """Train each method in turn; write `metrics.json` and `gallery.png`, and print the table.
+
+    Args:
+        argv: arguments of `QuickstartArguments` and of `train_hf.py`.
+    """
     parser = HfArgumentParser(QuickstartArguments, description=__doc__, allow_abbrev=False)
     args, argv = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     model_args, data_args, training_args = parse_arguments([CONFIG, *argv])

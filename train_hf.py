@@ -22,7 +22,7 @@ import torch
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
 
 from convert_detris_checkpoint import make_processor
-from data.mixture import parse_mixture
+from data.mixture import Member, Mixture
 from data.streaming import StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
@@ -33,13 +33,12 @@ from training.arguments import (
     ModelArguments,
     check_combination,
     check_fits_model,
-    keep_only_batch,
     parse_arguments,
 )
 from training.processes import in_all_processes, leave_process_group
 from training.results import evaluate_and_predict, report, write_card
-from training.rows import Mixture, Rows, load_rows
-from training.run_folder import BeginRun, claim
+from training.rows import Rows, load_rows
+from training.run_folder import PrepareFolderOnTrainBegin, lock_run_folder
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on
 from training.trainer import DetrisTrainer
 
@@ -85,13 +84,13 @@ class PreparedRun(NamedTuple):
 
     trainer: DetrisTrainer
     data_args: DataArguments
-    mixture: Mixture | None  # that is trained on
+    members: list[Member]  # the data sets that `dataset` names
     test_rows: dict[str, datasets.Dataset]  # by the names of the test splits
-    begin: BeginRun
+    folder: PrepareFolderOnTrainBegin
 
 
 def prepare(argv: list[str], stack: ExitStack) -> PreparedRun:
-    """Do all that can refuse a run: first arguments, folder and checkpoint, then data and model, which take long.
+    """Run every step that can reject the run: arguments, folder and checkpoint first, then the slow data and model.
 
     Args:
         stack: holds the run's folder until it is closed.
@@ -99,14 +98,20 @@ def prepare(argv: list[str], stack: ExitStack) -> PreparedRun:
     model_args, data_args, training_args = parse_arguments(argv, __doc__)
     check_combination(model_args, data_args, training_args)
     sources = (model_args.model_name_or_path, model_args.vision_backbone, model_args.text_backbone)
-    begin = claim(training_args, (*sources, model_args.tokenizer), stack)
-    train_rows, eval_rows, test_rows = read_rows(data_args, training_args)
-    mixture = train_rows if isinstance(train_rows, Mixture) else None
-    train_rows = train_rows if mixture is None else mixture.rows
+    folder = lock_run_folder(training_args, (*sources, model_args.tokenizer), stack)
+    rows = read_rows(data_args, training_args)
     if training_args.do_train and not data_args.streaming:
-        keep_only_batch(training_args, len(train_rows))
-    trainer = make_trainer(model_args, training_args, train_rows, eval_rows)
-    return PreparedRun(trainer, data_args, mixture, test_rows, begin)
+        disable_drop_last_if_one_batch(training_args, len(rows.train))
+    trainer = make_trainer(model_args, training_args, rows.train, rows.evaluation)
+    return PreparedRun(trainer, data_args, rows.members, rows.tests, folder)
+
+
+def disable_drop_last_if_one_batch(args: DetrisTrainingArguments, rows: int) -> None:
+    """Switch `dataloader_drop_last` off if the rows fill no whole batch: it would drop them all."""
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch_size:
+        logger.warning(f"dataloader_drop_last is off: {rows} objects fill no batch of {batch_size}.")
+        args.dataloader_drop_last = False
 
 
 def read_rows(data_args: DataArguments, training_args: DetrisTrainingArguments) -> Rows:
@@ -122,7 +127,7 @@ def read_rows(data_args: DataArguments, training_args: DetrisTrainingArguments) 
 def make_trainer(
     model_args: ModelArguments,
     args: DetrisTrainingArguments,
-    train_rows: datasets.Dataset | StreamedRows | None,
+    train_rows: datasets.Dataset | Mixture | StreamedRows | None,
     eval_rows: datasets.Dataset | None,
 ) -> DetrisTrainer:
     """A trainer with its model. Raises OSError or ValueError if the model cannot be built, or not trained as asked."""
@@ -146,9 +151,9 @@ def run(prepared: PreparedRun) -> dict[str, float]:
         SystemExit: a signal has stopped the run.
     """
     trainer, args = prepared.trainer, prepared.trainer.args
-    members = parse_mixture(prepared.data_args.dataset, prepared.data_args.train_split)
+    members = prepared.members
     metrics, stopped = {}, False
-    trainer.add_callback(prepared.begin)
+    trainer.add_callback(prepared.folder)
     with StopAtSignal() as stop:
         trainer.add_callback(stop)
         try:
@@ -167,7 +172,7 @@ def run(prepared: PreparedRun) -> dict[str, float]:
     else:
         metrics |= evaluated
         if trainer.is_world_process_zero():
-            write_card(trainer, members, prepared.mixture, results)
+            write_card(trainer, members, results)
         if args.push_to_hub:
             trainer.push_to_hub()
     # Otherwise a process could end, and its launcher end the others, while the main process still writes.
@@ -190,7 +195,7 @@ def train(trainer: DetrisTrainer) -> dict[str, float]:
 
 
 def run_as_program() -> None:
-    """`main` for the command line: tells a person's fault in one sentence, and a fault of ours with its traceback."""
+    """`main` for the command line: prints user errors as one sentence and bugs with a traceback."""
     with ExitStack() as stack:
         prepared = None
         try:
@@ -200,13 +205,13 @@ def run_as_program() -> None:
             print(error, file=sys.stderr)
             sys.exit(1)
         except (ValueError, OSError) as error:
-            if prepared is not None and (prepared.begin.begun or not prepared.trainer.args.do_train):
+            if prepared is not None and (prepared.folder.begun or not prepared.trainer.args.do_train):
                 raise
             logger.debug("The run is refused.", exc_info=True)
-            # All processes refuse what `prepare` refuses, so one of a machine tells it. Before the processes have met,
-            # each must tell it: the launcher may end the others as soon as one has ended.
-            met = torch.distributed.is_initialized()
-            if prepared is not None or not met or os.environ.get("LOCAL_RANK", "0") == "0":
+            # All processes reject what `prepare` rejects, so one process of each machine prints the error. Before they
+            # form a group, each process prints it: the launcher may end the others as soon as one has ended.
+            in_process_group = torch.distributed.is_initialized()
+            if prepared is not None or not in_process_group or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(error, file=sys.stderr)
             leave_process_group()
             sys.exit(2)

@@ -48,8 +48,8 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
             colours = header.format == "JPEG" and header.mode in ("L", "RGB")
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
         pixels = None
-        # OpenCV does not complain about a file that is cut short. And in an array, so few rows or columns could be
-        # taken for channels.
+        # OpenCV does not complain about a file that is cut short. An image with at most MAX_CHANNELS rows or columns
+        # stays a PIL image, because in an array they could be read as channels.
         if colours and upright and content.endswith(END_OF_JPEG) and min(header.size) > MAX_CHANNELS:
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)  # (H, W, 3)
         if pixels is None:
@@ -61,7 +61,7 @@ def read_image(row: dict) -> np.ndarray | Image.Image:
             raise OSError(f"{name} cannot be read (it is {other}); convert it to JPEG or PNG.") from error
         raise OSError(f"{name} cannot be read ({one_line(error)}): restore the file or leave the row out.") from error
     size = header.size[::-1] if upright else pixels.size[::-1]
-    with _errors_name(row):
+    with _row_errors_begin_with_id(row):
         found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
     if size != found:
         raise OSError(
@@ -76,19 +76,19 @@ def read_mask(row: dict) -> BoxedMask | np.ndarray:
     rle = row["mask"]
     if isinstance(rle, np.ndarray):
         return rle
-    with _errors_name(row):
+    with _row_errors_begin_with_id(row):
         return decode_in_box(rle)
 
 
 def read_whole_mask(row: dict) -> np.ndarray:
     """All of a row's mask (H, W), 0 and 1; raises ValueError if it is broken."""
-    with _errors_name(row):
+    with _row_errors_begin_with_id(row):
         return RleMask().decode_example(row["mask"])
 
 
 def read_phrases(row: dict) -> list[str]:
     """A row's phrases; raises ValueError if there are none, one is empty or too long, or the row has no ref_id."""
-    with _errors_name(row):
+    with _row_errors_begin_with_id(row):
         phrases = row["sentences"]
         if not phrases or not all(phrase.strip() and len(phrase) <= MAX_PHRASE for phrase in phrases):
             raise ValueError(f"its phrases are {short_repr(phrases)}")
@@ -98,7 +98,7 @@ def read_phrases(row: dict) -> list[str]:
 
 
 @contextmanager
-def _errors_name(row: dict) -> Iterator[None]:
+def _row_errors_begin_with_id(row: dict) -> Iterator[None]:
     """Turn what a row's broken parts raise into a ValueError that names the row."""
     try:
         yield

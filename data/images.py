@@ -36,7 +36,7 @@ def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = ""
     """Make sure that an image file is whole and as large as its record says.
 
     Args:
-        path: of the file.
+        path: the image file's path.
         size: (height, width) in pixels.
         layout: a clause on where such files belong, for the error about a missing one.
 
@@ -59,7 +59,7 @@ def image_size(path: str | os.PathLike, layout: str = "") -> tuple[int, int]:
     """Read the (height, width) of an image from its header, as it is when `datasets.Image` has turned it upright.
 
     Args:
-        path: of the file.
+        path: the image file's path.
         layout: a clause on where such files belong, for the error about a missing one.
 
     Raises:
@@ -97,7 +97,7 @@ def _opened_image(
     """Open a stranger's image file: the file, and the image of which Pillow has read the header.
 
     Args:
-        path: of the file.
+        path: the image file's path.
         what: what to call it in errors.
         layout: a clause on where such files belong, for the error about a missing one.
         formats: those that it may have.
@@ -146,7 +146,7 @@ def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, w
     """Read a mask from a PNG of one channel, which is 0 outside the object and either 1 or 255 inside.
 
     Args:
-        path: of the file.
+        path: the image file's path.
         size: (height, width) that it must have, in pixels.
         layout: a clause on where such files belong, for the error about a missing one.
         wrapped: whether CRIS wrote it, whose pixels are a little under 255 where polygons overlap.

@@ -52,7 +52,7 @@ class RleMask:
             ValueError: `run_lengths` refuses its list of counts.
         """
         if not isinstance(value, dict):
-            value = coco_mask.encode(np.asfortranarray(np.asarray(value) != 0, dtype=np.uint8))
+            value = encode_mask(value)
         elif isinstance(value["counts"], list):
             value = _compress(run_lengths(value), value["size"])
         counts = value["counts"]
@@ -85,6 +85,11 @@ with warnings.catch_warnings():  # `datasets` warns that feature types of others
     register_feature(RleMask, "RleMask")
 
 
+def encode_mask(mask: np.ndarray | list) -> dict:
+    """Encode a mask (H, W), zero outside the object, as COCO's compressed RLE with its counts as bytes."""
+    return coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))
+
+
 def run_lengths(rle: dict) -> np.ndarray:
     """The lengths of the runs of a COCO RLE, compressed or not: pixels of 0 and of 1 by turns, down the columns.
 
@@ -98,12 +103,18 @@ def run_lengths(rle: dict) -> np.ndarray:
     size, counts = mask_size(rle), rle["counts"]
     if isinstance(counts, list):
         if not all(type(length) is int and 0 <= length <= MAX_PIXELS for length in counts):
-            raise ValueError(f"the mask's runs {short_repr(counts)} are no numbers of pixels.")
+            raise ValueError(
+                f"the mask's runs {short_repr(counts)} are no numbers of pixels; give the "
+                "lengths of the runs as whole numbers."
+            )
         lengths = np.asarray(counts, dtype=np.int64)
     else:
         lengths = _decompress(counts if isinstance(counts, bytes) else counts.encode())
         if lengths is None or (lengths < 0).any():
-            raise ValueError(f"the mask's runs {short_repr(counts)} are not COCO's compressed counts.")
+            raise ValueError(
+                f"the mask's runs {short_repr(counts)} are not COCO's compressed counts; write them "
+                "with pycocotools, or give the lengths as a list."
+            )
     total, pixels = int(lengths.sum()), size[0] * size[1]
     if total != pixels:
         raise ValueError(
@@ -185,7 +196,8 @@ def union_of_parts(segmentation: list | dict, size: tuple[int, int], name: str) 
         outline += np.abs(np.diff(corners.reshape(-1, 2), axis=0)).max(axis=1).sum()
         if outline > MAX_OUTLINE:
             raise ValueError(
-                f"{name}: the outline of {short_repr(parts)} is over {MAX_OUTLINE:,} pixels long; none is."
+                f"{name}: the outline of {short_repr(parts)} is over {MAX_OUTLINE:,} pixels long; no object's outline "
+                "is that long: correct the polygons or leave the record out."
             )
         runs += coco_mask.frPyObjects([corners.tolist()], *size)
     return RleMask().encode_example(coco_mask.merge(runs))
@@ -201,7 +213,7 @@ def _checked_rle(rle: dict, size: tuple[int, int], name: str) -> dict:
         raise ValueError(
             f"{name}: the mask is {short_repr(rle['size'])}, but its image is {[height, width]} (height, width)."
         )
-    with record_errors_begin_with(name):
+    with record_errors_begin_with(name, "COCO"):
         lengths = run_lengths(rle)
     filled = np.flatnonzero(lengths)
     values = filled % 2

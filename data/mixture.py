@@ -8,6 +8,8 @@ import os
 import random
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -34,10 +36,49 @@ class Member(NamedTuple):
 class Leak(NamedTuple):
     """How many training rows of a data set show images that are tested on."""
 
-    name: str  # of the data set
+    name: str  # the data set's name
     objects: int  # such rows
     phrases: int  # in these rows
-    of_objects: int  # all training rows
+    total_objects: int  # all training rows
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of several data sets to train on, and what is known of images among them that are tested on.
+
+    A single data set is a mixture, too, if it has a weight, or if splits of other data sets are tested on.
+
+    Attributes:
+        rows: the rows of all data sets. The column `repetition` numbers the copies of a row that a weight above 1
+            repeats.
+        leaks: for each data set, how many of its rows show an image that is in a split tested on.
+        leaks_stay: whether `rows` has those rows all the same.
+    """
+
+    rows: datasets.Dataset
+    leaks: list[Leak]
+    leaks_stay: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def describe_leaks(self) -> str:
+        """A sentence for each data set with leaks, for the log and the model card."""
+        what = "STAY in training, although" if self.leaks_stay else "leave training, because"
+        return (
+            " ".join(
+                f"{public_name(leak.name)}: {leak.objects} of {leak.total_objects} objects ({leak.phrases} phrases) "
+                f"{what} their images are in a split that is tested on."
+                for leak in self.leaks
+                if leak.objects
+            )
+            or "No image was found, by its file or its number in COCO, in a split that is tested on."
+        )
+
+
+def public_name(dataset: str) -> str:
+    """A data set's name without the path of a folder on this machine, for logs and model cards."""
+    return Path(dataset).name if Path(dataset).is_dir() else dataset
 
 
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:
@@ -77,7 +118,7 @@ def mix(
     splits: dict[str, datasets.DatasetDict],
     tested: Iterable[tuple[str, datasets.Dataset]] = (),
     keep_leaks: bool = False,
-) -> tuple[datasets.Dataset, list[Leak]]:
+) -> Mixture:
     """Mix the training rows of several data sets.
 
     Rows are left out if their image is in another split of any member, or in `tested`. Two rows show the same image if
@@ -94,7 +135,7 @@ def mix(
         keep_leaks: whether the rows that would be left out stay.
 
     Returns:
-        The rows, and for each member what was left out, or would have been without `keep_leaks`.
+        The rows, and for each member how many rows were left out, or would have been without `keep_leaks`.
 
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
@@ -112,21 +153,21 @@ def mix(
         if not len(rows):
             raise ValueError(f"{member.name}, split {member.split!r}, has no rows to train on.")
         leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(member.name, rows)]
-        phrases = sum(len(sentences) for sentences, leaks_out in zip(rows["sentences"], leaking) if leaks_out)
+        phrases = sum(len(sentences) for sentences, is_leaking in zip(rows["sentences"], leaking) if is_leaking)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
-        kept = [index for index, leaks_out in enumerate(leaking) if keep_leaks or not leaks_out]
+        kept = [index for index, is_leaking in enumerate(leaking) if keep_leaks or not is_leaking]
         whole = int(member.weight)
         rest = random.Random(member.name).sample(kept, round((member.weight - whole) * len(kept)))
         chosen = kept * whole + sorted(rest)
         if not chosen:
             raise ValueError(
                 f"No row of {member.name}, split {member.split!r}, is left to train on: {len(kept)} of {len(rows)} "
-                f"have images that are in no split tested on (keep_leaks would keep the others), and its weight is "
+                f"rows remain after removing test images (keep_leaks keeps those too), and the weight is "
                 f"{member.weight:g}."
             )
         repetition = [index // len(kept) for index in range(len(chosen))]
         training.append(rows.select(chosen).add_column("repetition", repetition))
-    return datasets.concatenate_datasets(training), leaks
+    return Mixture(datasets.concatenate_datasets(training), leaks, keep_leaks)
 
 
 def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:

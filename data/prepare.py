@@ -71,7 +71,7 @@ def prepare(
     """Write the rows of `records` to the folder `output`.
 
     Args:
-        records: from `open_records`.
+        records: the data set's records, from `open_records`.
         output: folder to make.
         num_proc: how many processes read.
         strict: whether to stop at the first broken record instead of leaving it out.

@@ -20,7 +20,7 @@ from letterbox_detris import MAX_SIDE
 
 from .images import check_image
 from .masks import MAX_PIXELS, RleMask, checked_bbox, union_of_parts
-from .untrusted import MAX_NAME, checked_text, record_errors_begin_with
+from .untrusted import MAX_FILE_NAME, checked_text, record_errors_begin_with
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Records:
     processes can share the work.
 
     Attributes:
-        name: of the data set, such as `refcoco/unc`.
+        name: the data set's name, such as `refcoco/unc`.
         refs: the file or folder that says which phrases name which object; errors about a record begin with it.
         images: folder of the images.
         fingerprint: changes with the name, the folder of images and the annotation files, but not with images and PNG
@@ -61,7 +61,7 @@ class Records:
         layout: a clause on where its files belong, for errors about missing ones.
     """
 
-    layout: str
+    layout: str = ""
     without_phrases: int = 0
 
     def __init__(self, name: str, refs: Path, images: Path, annotation_files: Iterable[Path]) -> None:
@@ -98,7 +98,7 @@ class Records:
         """
         image = row["image"], tuple(row["mask"]["size"])
         if image not in self._sound_images:
-            with record_errors_begin_with(f"{self.refs}, ref_id {row['ref_id']}"):
+            with record_errors_begin_with(f"{self.refs}, ref_id {row['ref_id']}", self.name):
                 check_image(*image, self.layout)
             self._sound_images.add(image)
 
@@ -179,13 +179,13 @@ def make_row(
         mask = {"size": list(size), "counts": [size[0] * size[1]]}
     rle = union_of_parts(mask, size, f"ann_id {ann_id}")
     row = {
-        "image": checked_text(image, "the image's path", 2 * MAX_NAME),
+        "image": checked_text(image, "the image's path", 2 * MAX_FILE_NAME),
         "mask": rle,
         "sentences": phrases,
         "ref_id": ref_id,
         "ann_id": ann_id,
         "image_id": image_id,
-        "category": checked_text(category, "the category", MAX_NAME),
+        "category": checked_text(category, "the category", MAX_FILE_NAME),
         "bbox": coco_mask.toBbox(rle).tolist() if bbox is None else checked_bbox(bbox, ann_id),
     }
     return split, row

@@ -189,7 +189,7 @@ def read_row(
     `[-1]` stands for no object. Crowds do not count, as in its loader (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
 
     Args:
-        files: of the data set.
+        files: the data set's files.
         index: place of the ref in its file.
         ref: as `read_refs` gives it.
         instances: as `read_instances` gives them.

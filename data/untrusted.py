@@ -11,7 +11,7 @@ import yaml
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, require_regular, short_repr
 
-MAX_NAME = 4_096  # characters of a file name or category
+MAX_FILE_NAME = 4_096  # characters of a file name or category
 MAX_YAML = 100_000  # bytes; the recipes in configs/ have 2,000
 
 
@@ -23,13 +23,13 @@ def file_inside(folder: Path, name: str, *homes: Path) -> str:
 
     Args:
         folder: what the name is relative to.
-        name: of the file, as a stranger wrote it.
+        name: the file's name, as a stranger wrote it.
         homes: further folders that a link on the way may lead into.
 
     Raises:
         ValueError: the name is no relative path below the folder, or a link on the way leads out of folder and homes.
     """
-    parts = Path(checked_text(name, "the file name", MAX_NAME)).parts
+    parts = Path(checked_text(name, "the file name", MAX_FILE_NAME)).parts
     if not parts or os.path.isabs(name) or ".." in parts:
         raise ValueError(f"{short_repr(name)} is not inside {folder}.")
     if "::" in name or "://" in name:  # `datasets` would open only what stands before or behind
@@ -70,7 +70,7 @@ def load_json(path: Path, **options: Any) -> Any:
     """Read a JSON file.
 
     Args:
-        path: of the file.
+        path: the file's path.
         options: arguments of `json.loads`.
 
     Raises:
@@ -137,7 +137,7 @@ def checked_text(value: Any, name: str, limit: int) -> str:
 
 
 @contextmanager
-def record_errors_begin_with(where: str, layout: str = "its layout") -> Iterator[None]:
+def record_errors_begin_with(where: str, layout: str) -> Iterator[None]:
     """Turn whatever a broken record raises inside into a ValueError or OSError that begins with its place.
 
     Args:

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from helpers.rows import SOUND
 
+from data.mixture import Mixture
 from training.collators import EvaluationCollator, TrainingCollator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,12 +45,24 @@ def test_one_phrase_of_an_object_is_drawn_each_epoch_and_all_of_them_over_time()
     assert TrainingCollator(None, seed=4).draw_phrase(rows[0]) in "abc"
 
 
-def test_repeated_rows_draw_phrases_of_their_own():
-    collator, sentences = TrainingCollator(None, seed=3), ["a", "b", "c"]
+def test_repeated_rows_of_a_mixture_draw_phrases_of_their_own():
+    collator, sentences = TrainingCollator(None, seed=3, has_repetitions=True), ["a", "b", "c"]
     rows = [{"ref_id": ref_id, "sentences": sentences, "repetition": 0} for ref_id in range(30)]
     first = [collator.draw_phrase(row) for row in rows]
     assert first == [collator.draw_phrase(row) for row in rows]
-    assert first != [collator.draw_phrase(row | {"repetition": 1}) for row in rows]
+    again = [row | {"repetition": 1} for row in rows]
+    assert first != [collator.draw_phrase(row) for row in again]
+    # Outside a mixture, a column of that name is only the data set's own.
+    alone = TrainingCollator(None, seed=3)
+    assert [alone.draw_phrase(row) for row in rows] == [alone.draw_phrase(row) for row in again]
+
+
+def test_a_trainer_draws_by_repetition_for_a_mixture_only(make_trainer, shapes):
+    rows = shapes["train"].take(4)
+    rows = rows.add_column("repetition", [0] * len(rows))
+    mixture = Mixture(rows, [], leaks_stay=False)
+    assert make_trainer(rows=mixture).data_collator.has_repetitions
+    assert not make_trainer(rows=rows).data_collator.has_repetitions
 
 
 PNG = SOUND["image"]["bytes"]

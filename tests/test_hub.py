@@ -378,8 +378,8 @@ from data.streaming import StreamedBatches
 from train_hf import DataArguments, load_rows
 
 datasets.disable_progress_bars()
-streamed, eval_rows, _ = load_rows(DataArguments(dataset="someone/mine", streaming=True), True, True, False)
-rows, _, _ = load_rows(DataArguments(dataset="someone/mine"), True, False, False)
+_, streamed, eval_rows, _ = load_rows(DataArguments(dataset="someone/mine", streaming=True), True, True, False)
+_, rows, _, _ = load_rows(DataArguments(dataset="someone/mine"), True, False, False)
 expected = {row["ref_id"]: row for row in rows}
 (batch,) = StreamedBatches(streamed, len(streamed), 0, 1, 1, 0)
 for row in batch:

@@ -13,7 +13,7 @@ import torch
 from helpers.runs import in_child, losses
 
 from train_hf import DetrisTrainer
-from training.run_folder import CLEARING, BeginRun, check_unused, find_checkpoint, locked
+from training.run_folder import CLEARING, PrepareFolderOnTrainBegin, check_unused, find_checkpoint, locked
 
 MOMENTS = 10
 REFUSED = 3
@@ -68,7 +68,7 @@ def train(trainer: DetrisTrainer, run: Path, result: Path, resumed: bool = False
         else:
             check_unused(run, True, ())
             broken = []
-        trainer.add_callback(BeginRun(not resumed, broken))
+        trainer.add_callback(PrepareFolderOnTrainBegin(not resumed, broken))
         trainer.train(trainer.args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()

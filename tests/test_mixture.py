@@ -36,18 +36,19 @@ def test_of_750_test_images_exactly_the_283_that_are_trained_on_leave():
         "other": datasets.DatasetDict(train=make_rows(second_train, 10_000), val=make_rows(clean[-200:], 20_000)),
     }
     members = parse_mixture("one + other", "train")
-    rows, leaks = mix(members, splits, tested=[("third", make_rows(tested, 30_000))])
+    mixture = mix(members, splits, tested=[("third", make_rows(tested, 30_000))])
 
     expected = [image for image in first_train if image not in set(tested)]
     expected += [image for image in second_train if image not in set(tested)]
-    assert list(rows["image_id"]) == expected
+    assert list(mixture.rows["image_id"]) == expected and not mixture.leaks_stay
     assert len(set(first_train) & set(tested)) == 283
-    for leak, train in zip(leaks, (first_train, second_train), strict=True):
+    for leak, train in zip(mixture.leaks, (first_train, second_train), strict=True):
         gone = [index for index, image in enumerate(train) if image in set(tested)]
-        assert (leak.objects, leak.of_objects) == (len(gone), len(train))
+        assert (leak.objects, leak.total_objects) == (len(gone), len(train))
         assert leak.phrases == sum(3 if index % 3 == 0 else 2 for index in gone)
-    kept, same = mix(members, splits, tested=[("third", make_rows(tested, 30_000))], keep_leaks=True)
-    assert list(kept["image_id"]) == [*first_train, *second_train] and same == leaks
+    kept = mix(members, splits, tested=[("third", make_rows(tested, 30_000))], keep_leaks=True)
+    assert list(kept.rows["image_id"]) == [*first_train, *second_train]
+    assert kept.leaks == mixture.leaks and kept.leaks_stay
 
 
 def test_with_the_published_splits_the_counts_add_up():
@@ -65,13 +66,13 @@ def test_with_the_published_splits_the_counts_add_up():
             shared.setdefault(split, images)
             parts[split] = make_rows([images[index % len(images)] for index in range(counts.objects)])
         splits[name] = datasets.DatasetDict(parts)
-    rows, leaks = mix(parse_mixture("refcoco/unc + refcoco+/unc + refcocog/umd", "train"), splits)
-    assert len(rows) == sum(leak.of_objects - leak.objects for leak in leaks)
-    assert [leak.of_objects for leak in leaks] == [42404, 42278, 42226]
+    mixture = mix(parse_mixture("refcoco/unc + refcoco+/unc + refcocog/umd", "train"), splits)
+    assert len(mixture) == sum(leak.total_objects - leak.objects for leak in mixture.leaks)
+    assert [leak.total_objects for leak in mixture.leaks] == [42404, 42278, 42226]
     objects = Counter(splits["refcocog/umd"]["train"]["image_id"])
-    assert [leak.objects for leak in leaks] == [0, 0, sum(objects[image] for image in shared["testA"][:283])]
+    assert [leak.objects for leak in mixture.leaks] == [0, 0, sum(objects[image] for image in shared["testA"][:283])]
     tested = {i for parts in splits.values() for split in parts if split != "train" for i in parts[split]["image_id"]}
-    assert not tested & set(rows["image_id"])
+    assert not tested & set(mixture.rows["image_id"])
 
 
 def renamed(rows: datasets.Dataset, name: str) -> datasets.Dataset:
@@ -85,7 +86,7 @@ def test_images_are_told_by_file_by_coco_number_or_within_a_set_by_number():
     members = parse_mixture("ours + theirs", "train")
 
     def leaking(*tested: tuple[str, datasets.Dataset]) -> list[int]:
-        return [leak.objects for leak in mix(members, splits, tested)[1]]
+        return [leak.objects for leak in mix(members, splits, tested).leaks]
 
     assert leaking() == [1, 0]  # of image 4, which is in val too
     same_file = renamed(make_rows([77]), "/ours/5.jpg")
@@ -104,11 +105,11 @@ def test_weights_repeat_rows():
     }
     members = parse_mixture("2.5*one + 0.3*other:train", "train")
     assert members == [Member(2.5, "one", "train"), Member(0.3, "other", "train")]
-    counts = Counter(mix(members, splits)[0]["ref_id"])
+    counts = Counter(mix(members, splits).rows["ref_id"])
     assert sum(counts.values()) == 25 + 3
     assert Counter(counts[ref_id] for ref_id in range(10)) == {2: 5, 3: 5}
     assert sum(counts[ref_id] for ref_id in range(100, 110)) == 3
-    again = mix(members, splits)[0]
+    again = mix(members, splits).rows
     assert Counter(again["ref_id"]) == counts
     for ref_id in range(10):
         repetitions = [row["repetition"] for row in again if row["ref_id"] == ref_id]

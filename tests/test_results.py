@@ -13,10 +13,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_hf
+from data.mixture import Member
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import build_model, main
 from training.arguments import ModelArguments
+from training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +102,8 @@ def test_no_target_phrases_reach_figures_files_table_and_card(
 ):
     """Of a model that segments all of each image, or nothing, the figures are known without it."""
     rows, path, run = generalized["val"], tmp_path / "config.yaml", tmp_path / "run"
-    monkeypatch.setattr(train_hf, "load_rows", lambda *args: (None, rows, {"classic": shapes["val"], "val": rows}))
+    members, tests = [Member(1, "shapes", "train")], {"classic": shapes["val"], "val": rows}
+    monkeypatch.setattr(train_hf, "load_rows", lambda *args: Rows(members, None, rows, tests))
     forward = DetrisForReferringSegmentation.forward
 
     def constant(*args, **kwargs):

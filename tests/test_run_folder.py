@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from train_hf import main, run_as_program
-from training.run_folder import BeginRun, check_unused, clear, locked
+from training.run_folder import PrepareFolderOnTrainBegin, check_unused, clear, locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_sentence_before_the_older_r
 def test_an_older_run_is_deleted_once_though_training_begins_again(tmp_path):
     """With auto_find_batch_size it begins again after it has saved checkpoints of its own."""
     args, state, control = TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl()
-    begin = BeginRun(True, [])
+    begin = PrepareFolderOnTrainBegin(True, [])
     (tmp_path / "checkpoint-1").mkdir()
     begin.on_train_begin(args, state, control)
     assert not (tmp_path / "checkpoint-1").exists()

@@ -118,7 +118,7 @@ def test_a_broken_tokenizer_is_named(model_arguments, tiny_tokenizer, tmp_path, 
     path = folder / "tokenizer.json"
     path.unlink()
     path.write_bytes(content) if content is not None else os.mkfifo(path)
-    with pytest.raises((ValueError, OSError), match="broken cannot be read|tokenizer.json is no regular file"):
+    with pytest.raises((ValueError, OSError), match="broken cannot be read|tokenizer.json is neither a file"):
         build_model(ModelArguments(**model_arguments, model_config=MODEL_CONFIG, tokenizer=str(folder)))
 
 

@@ -15,10 +15,11 @@ from helpers.runs import SIZES
 
 from data import prepare
 from data.decoding import read_image, read_whole_mask
+from data.mixture import Mixture
 from data.sources import open_records
 from data.streaming import StreamedBatches, StreamedRows
 from training.arguments import DataArguments
-from training.rows import Mixture, load_rows, load_splits, select_split
+from training.rows import load_rows, load_splits, select_split
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_a_data_set_is_read_once_and_only_when_it_is_asked_for(two_sets):
     args = DataArguments(
         data_root="unused", test_splits=["refcocog:umd:val", "refcocog:umd:test", "refcocog:umd:train"]
     )
-    train, val, tests = load_rows(args, do_train=False, do_eval=False, do_predict=True)
+    _, train, val, tests = load_rows(args, do_train=False, do_eval=False, do_predict=True)
     assert train is None and val is None and read == ["refcocog"]
     assert [len(tests[name]) for name in args.test_splits] == [
         sum(len(images[letter]) for letter in letters) for letters in ("a", "b", "cdef")
@@ -60,11 +61,11 @@ def test_a_data_set_is_read_once_and_only_when_it_is_asked_for(two_sets):
 def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
     rows, images, _ = two_sets
     arguments = {"dataset": "refcocog/umd", "data_root": "unused", "test_splits": ["val"]}
-    _, val, tests = load_rows(DataArguments(**arguments, eval_first_phrase_only=True), False, True, True)
+    _, _, val, tests = load_rows(DataArguments(**arguments, eval_first_phrase_only=True), False, True, True)
     expected = [rows[index] for index in images["a"]]
     assert val["sentences"] == [row["sentences"][:1] for row in expected]
     assert all(np.array_equal(read_whole_mask(ours), row["mask"]) for ours, row in zip(val, expected, strict=True))
-    for every_phrase in (tests["val"], load_rows(DataArguments(**arguments), False, True, False)[1]):
+    for every_phrase in (tests["val"], load_rows(DataArguments(**arguments), False, True, False).evaluation):
         assert every_phrase["sentences"] == [row["sentences"] for row in expected] != val["sentences"]
 
 
@@ -74,11 +75,11 @@ def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
     images = folder.images.rename(tmp_path / "JPEGImages")
     arguments = {"data_root": str(folder.root), "dataset": "rrsisd/unc", "test_splits": ["testA", "rrsisd:unc:testB"]}
     arguments = DataArguments(**arguments, images=str(images))
-    _, val, tests = load_rows(arguments, False, True, True)
+    _, _, val, tests = load_rows(arguments, False, True, True)
     assert val["ann_id"][:] == [12]
     assert {name: rows["ann_id"][:] for name, rows in tests.items()} == {"testA": [13], "rrsisd:unc:testB": [15]}
     arguments.test_splits = []
-    train, *_ = load_rows(arguments, True, False, False)
+    _, train, *_ = load_rows(arguments, True, False, False)
     assert train["ann_id"][:] == [10, 11, 14, 16]
     assert read_image(train[0]).shape == (30, 40, 3)
     with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'.*`images` says where"):
@@ -108,7 +109,7 @@ def test_a_mixture_of_nothing_or_the_same_is_refused(two_sets, name):
 def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
     rows, images, read = two_sets
     args = DataArguments(dataset="refcoco+/unc + refcocog/umd", data_root="unused", test_splits=["refcocog:umd:test"])
-    train, val, tests = load_rows(args, do_train=True, do_eval=True, do_predict=True)
+    _, train, val, tests = load_rows(args, do_train=True, do_eval=True, do_predict=True)
 
     def ref_ids(letters: str) -> list[int]:
         return [rows[index]["ref_id"] for letter in letters for index in images[letter]]
@@ -126,7 +127,7 @@ def test_a_mixture_trains_on_no_image_of_another_split(two_sets, caplog):
 def test_images_of_a_split_tested_on_leave_a_single_sets_training_too(two_sets, caplog):
     rows, images, _ = two_sets
     args = DataArguments(dataset="refcoco+/unc", data_root="unused", test_splits=["refcocog:umd:val"])
-    train, _, _ = load_rows(args, do_train=True, do_eval=False, do_predict=True)
+    train = load_rows(args, do_train=True, do_eval=False, do_predict=True).train
     assert isinstance(train, Mixture)
     assert list(train.rows["ref_id"]) == [rows[index]["ref_id"] for letter in "bcd" for index in images[letter]]
     assert "leave training" in caplog.text and train.describe_leaks() in caplog.text
@@ -134,17 +135,17 @@ def test_images_of_a_split_tested_on_leave_a_single_sets_training_too(two_sets, 
 
 def test_a_column_called_repetition_makes_no_mixture(tmp_path):
     rows = make_rows(make_row(1), make_row(2)).add_column("repetition", [0, 1])
-    train, _, _ = load_rows(DataArguments(dataset=save(tmp_path / "saved", train=rows)), True, False, False)
+    train = load_rows(DataArguments(dataset=save(tmp_path / "saved", train=rows)), True, False, False).train
     assert isinstance(train, datasets.Dataset) and train["repetition"][:] == [0, 1]
 
 
 def test_folders_may_be_called_like_mixtures_and_tested_on_by_name(prepared, tmp_path):
     for name in ("val + x", "v:1", "2*x"):
         folder = shutil.copytree(prepared, tmp_path / name)
-        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder)), True, False, False)
+        train_rows = load_rows(DataArguments(dataset=str(folder)), True, False, False).train
         assert len(train_rows) == 38
     args = DataArguments(dataset="shapes", shapes_config={"sizes": SIZES}, test_splits=[f"{prepared}:val"])
-    assert len(load_rows(args, False, False, True)[2][f"{prepared}:val"]) == 3
+    assert len(load_rows(args, False, False, True).tests[f"{prepared}:val"]) == 3
 
 
 # --- saved and prepared folders -------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def test_a_damaged_prepared_folder_is_refused(prepared, tmp_path, damage, stream
     missing = "lacks 3 of its 4 files" if damage == "all missing" else "lacks 1 of its 4 files, such as train-00001-of"
     message = missing if "missing" in damage else "cannot be read .*anew"
     with pytest.raises(OSError, match=message):
-        train_rows, _, _ = load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False)
+        train_rows = load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False).train
         list(StreamedBatches(train_rows, 4, 0, 1, 1, 0))  # only then are rows streamed
 
 
@@ -328,13 +329,15 @@ def test_streaming_reads_no_other_training_rows(prepared, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **kwargs: loaded.append(kwargs) or load_dataset(*args, **kwargs)
     )
-    train_rows, eval_rows, test_rows = load_rows(arguments, True, True, True)
+    _, train_rows, eval_rows, test_rows = load_rows(arguments, True, True, True)
     assert [list(options["data_files"]) for options in loaded] == [["val"]]
     assert isinstance(train_rows, StreamedRows) and len(train_rows) == 38 and train_rows.shuffle_buffer_size == 3
     assert len(eval_rows) == len(test_rows["val"]) == 3
     without = load_rows(DataArguments(dataset=str(prepared)), True, True, False)
-    assert len(without[0]) == 38
-    assert without[1]["ref_id"][:] == eval_rows["ref_id"][:] and eval_rows.features == without[1].features
+    assert len(without.train) == 38
+    assert (
+        without.evaluation["ref_id"][:] == eval_rows["ref_id"][:] and eval_rows.features == without.evaluation.features
+    )
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,6 @@ def test_what_cannot_be_streamed_is_refused(prepared, changes, message):
 
 def test_a_streamed_split_without_rows_is_told_as_such(tmp_path):
     name = write_prepared(tmp_path / "prepared", train=make_rows())
-    rows, *_ = load_rows(DataArguments(dataset=name, streaming=True), True, False, False)
+    rows = load_rows(DataArguments(dataset=name, streaming=True), True, False, False).train
     with pytest.raises(ValueError, match="The split to train on has no rows"):
         StreamedBatches(rows, 4, 0, 1, 1, 0)

@@ -5,7 +5,6 @@ What is wrong is refused by name and value, before anything else is read.
 
 import itertools
 import json
-import logging
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -28,8 +27,6 @@ QUANTIZATIONS = {
     "8bit": {"load_in_8bit": True},
 }
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class ModelArguments:
@@ -40,7 +37,10 @@ class ModelArguments:
     text_backbone: str | None = field(default=None, metadata={"help": "CLIP for a new DETRIS."})
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": f"CLIP's: folder or Hub id; else the model's own, or {CLIP_TOKENIZER} for original files."},
+        metadata={
+            "help": "Folder or Hub id of CLIP's tokenizer. Default: the model's own, or "
+            f"{CLIP_TOKENIZER} if the text backbone is an original file."
+        },
     )
     model_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of DetrisConfig for a new DETRIS; JSON on the command line."}
@@ -86,7 +86,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which rows. A row is one referred object with all its phrases (`data/refer.py`)."""
+    """Which rows. A row is one referred object with all its phrases (`data/records.py`)."""
 
     dataset: str = field(
         default="shapes",
@@ -100,7 +100,7 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Read training rows while they are needed from the Parquet files that data.prepare has made or "
-            "pushed; dataloader_drop_last is not read then. To resume takes the same number of processes and workers."
+            "pushed; dataloader_drop_last is ignored. Resuming needs the same number of processes and workers."
         },
     )
     shuffle_buffer_size: int = field(
@@ -112,9 +112,7 @@ class DataArguments:
     data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
     images: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder of the images of all its sets, where it is not the published ones' own: for 'rrsisd/unc'."
-        },
+        metadata={"help": "Image folder for REFER sets that are not published ones, such as 'rrsisd/unc'."},
     )
     shapes_config: dict | str | None = field(
         default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
@@ -122,7 +120,8 @@ class DataArguments:
     train_split: str = "train"
     eval_split: str = field(default="val", metadata={"help": "Split that chooses the best checkpoint."})
     eval_first_phrase_only: bool = field(
-        default=False, metadata={"help": "Choose it as officially, by the first phrase of each object alone."}
+        default=False,
+        metadata={"help": "Choose the best checkpoint by each object's first phrase only, as the official code does."},
     )
     test_splits: list[str] = field(
         default_factory=list,
@@ -169,14 +168,18 @@ class DetrisTrainingArguments(TrainingArguments):
             "per_device_train_batch_size."
         },
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Norm that gradients are clipped to; 0 turns clipping off."}
+    )
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Any other than 'constant' takes the place of the milestones."}
     )
     milestones: list[float] = field(
         default_factory=lambda: [35.0, 55.0], metadata={"help": "Epochs after which the learning rate drops."}
     )
-    milestone_factor: float = field(default=0.1, metadata={"help": "What it is multiplied by there."})
+    milestone_factor: float = field(
+        default=0.1, metadata={"help": "Factor that multiplies the learning rate at each milestone."}
+    )
     adapter_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "The adapters' learning rate as a multiple of the head's."}
     )
@@ -195,8 +198,8 @@ class DetrisTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Delete an older run's checkpoints, model and results in output_dir; not read when the run there "
-            "is gone on with."
+            "help": "Delete an older run's checkpoints, model and results in output_dir; ignored when that run is "
+            "resumed."
         },
     )
     save_adapter_only: bool = field(
@@ -239,7 +242,7 @@ def parse_arguments(
     """Arguments from a YAML or JSON file, if one comes first, and from the command line, which wins.
 
     Args:
-        description: of the program, for `--help`.
+        description: the program's description, for `--help`.
 
     Raises:
         ValueError: an argument is unknown, or its value is invalid.
@@ -294,14 +297,6 @@ def check_fits_model(training_args: DetrisTrainingArguments, config: DetrisConfi
         )
 
 
-def keep_only_batch(args: DetrisTrainingArguments, rows: int) -> None:
-    """Switch `dataloader_drop_last` off if so few rows are a single batch, which it would drop."""
-    batch_size = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and rows < batch_size:
-        logger.warning(f"dataloader_drop_last is off: {rows} objects fill no batch of {batch_size}.")
-        args.dataloader_drop_last = False
-
-
 # --- checks of single values ----------------------------------------------------------------------------------------
 
 
@@ -315,6 +310,7 @@ class Bounds:
     whole: bool = False
 
     def admit(self, value: Any) -> bool:
+        """Return whether the value is a finite number within the bounds, and a whole one if it must be."""
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
         if isinstance(value, int) and abs(value) >= 2**63:  # larger ones do not even fit a float
@@ -327,26 +323,27 @@ class Bounds:
         return f"a {kind} number {least} {self.low}{below}"
 
 
-ANY, POSITIVE, COUNT = Bounds(), Bounds(above=True), Bounds(1, whole=True)
-NATURAL, SEED = Bounds(whole=True), Bounds(0, 2**32, whole=True)  # NumPy takes no larger seed
+NON_NEGATIVE, POSITIVE = Bounds(), Bounds(above=True)
+NON_NEGATIVE_WHOLE, COUNT = Bounds(whole=True), Bounds(1, whole=True)
+SEED = Bounds(0, 2**32, whole=True)  # NumPy takes no larger seed
 NUMBERS = {
-    "learning_rate": ANY,
-    "adapter_learning_rate_multiplier": ANY,
-    "weight_decay": ANY,
+    "learning_rate": NON_NEGATIVE,
+    "adapter_learning_rate_multiplier": NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
     "adam_beta1": Bounds(0, 1),
     "adam_beta2": Bounds(0, 1),
     "adam_epsilon": POSITIVE,
-    "max_grad_norm": ANY,
+    "max_grad_norm": NON_NEGATIVE,
     "milestone_factor": POSITIVE,
     "num_train_epochs": POSITIVE,
-    "warmup_steps": ANY,
+    "warmup_steps": NON_NEGATIVE,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
-    "dataloader_num_workers": NATURAL,
+    "dataloader_num_workers": NON_NEGATIVE_WHOLE,
     "logging_steps": POSITIVE,
     "save_steps": POSITIVE,
-    "eval_delay": ANY,
+    "eval_delay": NON_NEGATIVE,
     "ddp_timeout": COUNT,
     "seed": SEED,
 }

@@ -1,4 +1,4 @@
-"""Trainer's checkpoints: saved whole or not at all, and resumed to the same numbers or refused."""
+"""Trainer's checkpoints: saved whole or not at all, and resumed exactly or refused."""
 
 import itertools
 import shutil

@@ -106,10 +106,10 @@ def check_whole(checkpoint: Path, adapter_only: bool) -> None:
 
 
 def check_fits_run(checkpoint: Path, processes: int, fp16: bool, with_best: bool) -> None:
-    """Refuse a whole checkpoint if this run would go on from it to other numbers than the run that saved it.
+    """Refuse a whole checkpoint if resuming from it would not reproduce the run that saved it.
 
     Args:
-        processes: of this run.
+        processes: the number of this run's processes.
         fp16: whether this run scales its loss.
         with_best: whether the best model so far is loaded at the end, so that its checkpoint must be whole, too.
 
@@ -178,13 +178,10 @@ def check_tensors(checkpoint: Path, model: nn.Module) -> None:
     """Refuse a checkpoint's whole model if a tensor of `model` is missing there, unknown or of another shape."""
     check_model_files(checkpoint, adapter_only=False)
     try:
-        check_shapes(
-            saved_shapes(checkpoint, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)), shapes_of(model.state_dict())
-        )
+        saved = saved_shapes(checkpoint, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        check_shapes(saved, shapes_of(model.state_dict()), "Resume with the arguments that the run began with.")
     except ValueError as error:
-        raise ValueError(
-            f"{checkpoint} is of another model: {error} Or resume with the arguments that the run began with."
-        ) from error
+        raise ValueError(f"{checkpoint} is of another model: {error}") from error
 
 
 def stop_if_not_finite(model: nn.Module, where: str) -> None:

@@ -19,18 +19,20 @@ class TrainingCollator:
 
     Args:
         processor: turns images, phrases and masks into tensors.
-        seed: of the draw.
+        seed: seeds the draw of phrases.
+        has_repetitions: whether the rows are a mixture's, in which each copy of a row has a draw of its own.
     """
 
-    def __init__(self, processor: DetrisProcessor, seed: int):
+    def __init__(self, processor: DetrisProcessor, seed: int, has_repetitions: bool = False):
         self.processor = processor
         self.seed = seed
+        self.has_repetitions = has_repetitions
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def draw_phrase(self, row: dict) -> str:
         """One of the row's phrases; raises ValueError if there are none."""
         draw = [self.seed, int(self.epoch), row["ref_id"]]
-        if "repetition" in row:  # in a mixture, each copy of a row has a draw of its own
+        if self.has_repetitions:
             draw.append(row["repetition"])
         return random.Random("/".join(map(str, draw))).choice(read_phrases(row))
 
@@ -86,8 +88,8 @@ class DecodedOnAccess(Sequence):
     """A part of each row, decoded each time it is taken: the photographs of a batch are never in memory together.
 
     Args:
-        read: decodes the part.
-        rows: of a batch.
+        read: the function that decodes the part.
+        rows: the rows of a batch.
     """
 
     def __init__(self, read: Callable[[dict], Any], rows: list[dict]):

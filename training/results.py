@@ -15,12 +15,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data.decoding import read_whole_mask
-from data.mixture import SEPARATOR, Member
+from data.mixture import Member, public_name
 from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments
-from .rows import Mixture, dataset_and_split, public_name
+from .rows import dataset_and_split
 from .trainer import PADDING, DetrisTrainer
 
 
@@ -140,33 +140,30 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
     return text
 
 
-def write_card(
-    trainer: DetrisTrainer, members: list[Member], mixture: Mixture | None, results: list[dict[str, Any]]
-) -> None:
+def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict[str, Any]]) -> None:
     """Write the model card into the output folder.
 
     Args:
         members: the data sets that were trained on, if anything was.
-        mixture: what they became, if the rows were mixed or searched for images that are tested on.
         results: for each split that was evaluated, `dataset`, `split` and the metrics by `METRIC_NAMES`.
     """
     args = trainer.args
-    origin, dataset = "Evaluated with `train_hf.py`.", ""
+    origin, trained_on = "Evaluated with `train_hf.py`.", []
     if args.do_train:
-        dataset = SEPARATOR.join(
+        trained_on = [
             (f"{member.weight:g}*" if member.weight != 1 else "") + public_name(member.name) for member in members
-        )
+        ]
         origin = (
             f"Trained with `train_hf.py`: {trainer.state.global_step} steps of "
             f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} objects, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}."
         )
-        if mixture is not None:
-            origin += f" {mixture.describe_leaks()}"
+        if trainer.mixture is not None:
+            origin += f" {trainer.mixture.describe_leaks()}"
         elif {result["dataset"] for result in results} - {public_name(members[0].name)}:
             origin += " Its training images were not compared with those of the other data sets it is tested on."
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
-        trainer.model.config, name, origin, dataset, results, args.model_license, args.save_adapter_only
+        trainer.model.config, name, origin, trained_on, results, args.model_license, args.save_adapter_only
     )
     card.save(Path(args.output_dir) / "README.md")

@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 
 from configuration_detris import one_line, raise_if_out_of_memory
-from data.mixture import Leak, Member, mix, parse_mixture
+from data.mixture import Member, Mixture, mix, parse_mixture
 from data.prepare import SUMMARY, require_whole
 from data.records import STORED_FEATURES, lmdb_hint, require_columns, require_rows
 from data.refer import SOURCES, load_refer
@@ -30,39 +30,10 @@ SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` l
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Rows of several data sets to train on, and what is known of images among them that are tested on.
-
-    A single data set is a mixture, too, if it has a weight, or if splits of other data sets are tested on.
-
-    Attributes:
-        rows: of all data sets. The column `repetition` numbers the copies of a row that a weight above 1 repeats.
-        leaks: for each data set, how many of its rows show an image that is in a split tested on.
-        leaks_stay: whether those are among the rows all the same.
-    """
-
-    rows: datasets.Dataset
-    leaks: list[Leak]
-    leaks_stay: bool
-
-    def describe_leaks(self) -> str:
-        """A sentence for each data set with leaks, for the log and the model card."""
-        what = "STAY in training, although" if self.leaks_stay else "leave training, because"
-        return (
-            " ".join(
-                f"{public_name(leak.name)}: {leak.objects} of {leak.of_objects} objects ({leak.phrases} phrases) "
-                f"{what} their images are in a split that is tested on."
-                for leak in self.leaks
-                if leak.objects
-            )
-            or "No image was found, by its file or its number in COCO, in a split that is tested on."
-        )
-
-
 class Rows(NamedTuple):
-    """The rows of a run, as far as they are asked for."""
+    """The rows of a run, as far as they are asked for, and the data sets that `dataset` names."""
 
+    members: list[Member]
     train: datasets.Dataset | Mixture | StreamedRows | None
     evaluation: datasets.Dataset | None  # of the split that the best checkpoint is chosen by
     tests: dict[str, datasets.Dataset]  # by the names of the test splits
@@ -110,7 +81,7 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
     for name in args.test_splits if do_predict else []:
         dataset, split = dataset_and_split(name, first_set)
         tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples)
-    return Rows(train, evaluation, tests)
+    return Rows(members, train, evaluation, tests)
 
 
 def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict], args: DataArguments) -> Mixture:
@@ -120,9 +91,9 @@ def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict]
         dataset, split = dataset_and_split(name, "")
         if dataset:  # images of the members' own splits leave in any case
             tested.append((dataset, select_split(splits_of(dataset), split, None)))
-    rows, leaks = mix(members, splits, tested, args.keep_leaks)
-    rows = rows.take(min(args.max_train_samples or len(rows), len(rows)))
-    mixture = Mixture(rows, leaks, args.keep_leaks)
+    mixture = mix(members, splits, tested, args.keep_leaks)
+    count = min(args.max_train_samples or len(mixture.rows), len(mixture.rows))
+    mixture = replace(mixture, rows=mixture.rows.take(count))
     logger.warning(mixture.describe_leaks())
     return mixture
 
@@ -136,7 +107,9 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
-    with _refusing_missing_set(name):
+    if Path(name).is_dir():
+        require_whole(name)
+    with _hub_errors_name(name):
         files = parquet_files(name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
@@ -166,11 +139,6 @@ def dataset_and_split(name: str, default: str) -> tuple[str, str]:
     """A test split's data set, such as 'refcoco+/unc', and its own name."""
     dataset, _, split = name.rpartition(":")
     return dataset.replace(":", "/") or default, split
-
-
-def public_name(dataset: str) -> str:
-    """A data set's name without the path of a folder on this machine, for logs and model cards."""
-    return Path(dataset).name if Path(dataset).is_dir() else dataset
 
 
 def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
@@ -232,7 +200,9 @@ def _is_prepared(name: str, args: DataArguments) -> bool:
 
 def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
-    with _refusing_missing_set(name):
+    if Path(name).is_dir():
+        require_whole(name)
+    with _hub_errors_name(name):
         try:
             return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
@@ -246,10 +216,8 @@ def _load_prepared(name: str, files: dict[str, list[str]] | None = None) -> data
 
 
 @contextmanager
-def _refusing_missing_set(name: str) -> Iterator[None]:
-    """Refuse a prepared folder that is not whole; within, tell plainly that the Hub has no data set of that name."""
-    if Path(name).is_dir():
-        require_whole(name)
+def _hub_errors_name(name: str) -> Iterator[None]:
+    """Turn the error that the Hub has no such data set, or is out of reach, into an OSError that says so plainly."""
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:

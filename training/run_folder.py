@@ -24,9 +24,9 @@ from .processes import in_all_processes
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole
-CLEARING = ".clearing"  # a file that is there while an older run is deleted: what is left of it counts as no run
+CLEARING = ".clearing"  # marks a deletion in progress; `locked` finishes it
 BROKEN = "broken-"  # before the name of a checkpoint that is set aside
-OF_A_RUN = (
+RUN_FILES = (
     "checkpoint-*",
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -35,22 +35,24 @@ OF_A_RUN = (
     "trainer_state.json",
     "all_results.json",
 )
-ALSO_DELETED = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
+RESULT_FILES = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
 
 logger = logging.getLogger(__name__)
 
 
-def claim(args: DetrisTrainingArguments, sources: Iterable[str | None], stack: ExitStack) -> "BeginRun":
-    """Hold the folder of a run for it, and find the checkpoint that it goes on from.
+def lock_run_folder(
+    args: DetrisTrainingArguments, sources: Iterable[str | None], stack: ExitStack
+) -> "PrepareFolderOnTrainBegin":
+    """Lock the output folder for this run and find the checkpoint to resume from.
 
     Afterwards `args.resume_from_checkpoint` is the path of the checkpoint, if there is one.
 
     Args:
-        sources: what the model is made from.
-        stack: holds the folder until it is closed.
+        sources: the folders, files and Hub ids that the model is made from; they may not be deleted.
+        stack: closing it releases the folder.
 
     Returns:
-        What is left to do when training begins.
+        The callback that prepares the folder when training begins.
 
     Raises:
         ValueError: another run is at work there, an older one is in the way, or the checkpoint does not fit.
@@ -65,7 +67,7 @@ def claim(args: DetrisTrainingArguments, sources: Iterable[str | None], stack: E
     goes_on = bool(checkpoint) and lies_in(checkpoint, output_dir)
     if args.do_train and not goes_on:
         in_all_processes(lambda: check_unused(output_dir, args.overwrite_output_dir, (*sources, checkpoint)))
-    return BeginRun(args.overwrite_output_dir and not goes_on, broken)
+    return PrepareFolderOnTrainBegin(args.overwrite_output_dir and not goes_on, broken)
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
     Raises:
         ValueError: names the folder and what to do.
     """
-    older = _in_folder(folder, OF_A_RUN)
+    older = _in_folder(folder, RUN_FILES)
     if not older:
         return
     if not overwrite:
@@ -131,7 +133,7 @@ def check_unused(folder: Path, overwrite: bool, sources: Iterable[str | None]) -
 def clear(folder: Path) -> None:
     """Delete an older run's files from the folder, and no others."""
     (folder / CLEARING).touch()
-    for path in _in_folder(folder, (*OF_A_RUN, *ALSO_DELETED)):
+    for path in _in_folder(folder, (*RUN_FILES, *RESULT_FILES)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CLEARING).unlink()
 
@@ -180,14 +182,14 @@ def set_aside(checkpoints: list[Path]) -> None:
         logger.warning(f"{checkpoint} is not whole and is called {target.name} now.")
 
 
-class BeginRun(TrainerCallback):
-    """Deletes an older run and sets broken checkpoints aside when nothing refuses the new run any more.
+class PrepareFolderOnTrainBegin(TrainerCallback):
+    """Deletes an older run's files and sets broken checkpoints aside.
 
-    That is when training begins: just before, Trainer compares model and optimizer with the checkpoint.
+    Runs in `on_train_begin`: by then Trainer has accepted the checkpoint, so nothing can refuse the run.
 
     Args:
-        clears: whether there may be an older run.
-        broken: newer checkpoints than the one to go on from.
+        clears: whether to delete an older run's files.
+        broken: broken checkpoints that are newer than the one to resume from.
     """
 
     def __init__(self, clears: bool, broken: list[Path]):
@@ -216,4 +218,5 @@ def put_in_place(written: Path, target: Path) -> None:
 
 
 def lies_in(path: str | Path, folder: Path) -> bool:
+    """Return whether the path, with links followed, is directly inside the folder."""
     return Path(path).resolve().parent == folder.resolve()

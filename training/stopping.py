@@ -84,12 +84,14 @@ class StopAtSignal(TrainerCallback):
 
 
 def leave_signals_to_main_process(worker: int, also: Callable[[int], None] | None = None) -> None:
-    """A loader's `worker_init_fn`: a worker outlives a signal to all processes, because the main one still needs it.
+    """Make a loader worker ignore signals sent to the whole process group. The main process ends it.
 
-    It ends when the main process tells it to, which also sends SIGTERM for that.
+    This is a loader's `worker_init_fn`. The main process needs its workers until its own step or evaluation ends; then
+    it sends each of them SIGTERM, which the worker tells from others by its sender.
 
     Args:
-        also: is called first, with the worker's number.
+        worker: the worker's number.
+        also: a function to call first, with the worker's number.
     """
     if also is not None:
         also(worker)
@@ -107,9 +109,10 @@ def _end_when_parent_signals() -> None:
 
 
 def how_to_go_on(number: int, args: TrainingArguments, state: TrainerState, in_training: bool) -> str:
-    """What a person who reads the log of a run that signal `number` has stopped needs to know.
+    """Return the log message that says how to resume a run that a signal stopped.
 
     Args:
+        number: the signal's number.
         in_training: False if training has ended and the model is saved.
     """
     name = signal.Signals(number).name
@@ -118,7 +121,7 @@ def how_to_go_on(number: int, args: TrainingArguments, state: TrainerState, in_t
     if not in_training:
         return (
             f"{name} has stopped the evaluation; the trained model is in {args.output_dir}: evaluate it with "
-            f"--model_name_or_path {args.output_dir} in the place of --do_train and of what the model was made from."
+            f"--model_name_or_path {args.output_dir} instead of --do_train and the arguments that named the model."
         )
     checkpoints = checkpoints_in(Path(args.output_dir))
     where = f"{name} has stopped the training at step {state.global_step} of {state.max_steps}"

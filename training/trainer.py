@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
-from pycocotools import mask as coco_mask
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from data.masks import RleMask
+from data.masks import RleMask, encode_mask
+from data.mixture import Mixture
 from data.streaming import StreamedBatches, StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
@@ -44,10 +44,11 @@ class DetrisTrainer(CheckpointingTrainer):
         processor: fits the model's configuration.
         train_dataset: rows to train on; None if nothing is trained.
         eval_dataset: rows that `evaluate` runs over.
-        callbacks: further ones.
+        callbacks: callbacks besides this trainer's own.
 
     Attributes:
         metric: counts pixels, and turns counts into IoU.
+        mixture: what `train_dataset` is, if it is a mixture.
         predicted_masks: for each object that `predict` ran over, a COCO RLE for each phrase. None unless `save_masks`.
     """
 
@@ -56,11 +57,14 @@ class DetrisTrainer(CheckpointingTrainer):
         model: DetrisForReferringSegmentation,
         args: DetrisTrainingArguments,
         processor: DetrisProcessor,
-        train_dataset: datasets.Dataset | StreamedRows | None = None,
+        train_dataset: datasets.Dataset | Mixture | StreamedRows | None = None,
         eval_dataset: datasets.Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        collator = TrainingCollator(processor, args.seed)
+        self.mixture = train_dataset if isinstance(train_dataset, Mixture) else None
+        collator = TrainingCollator(processor, args.seed, has_repetitions=self.mixture is not None)
+        if self.mixture is not None:
+            train_dataset = self.mixture.rows
         if isinstance(train_dataset, datasets.Dataset):  # the collator decodes masks, and only their boxes
             train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
         self.evaluation_collator = EvaluationCollator(processor)
@@ -240,7 +244,7 @@ class DetrisTrainer(CheckpointingTrainer):
                 counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
                 seen[number] += 1
                 if self.predicted_masks is not None:
-                    encoded[number].append(_encode(prediction))
+                    encoded[number].append(encode_mask(prediction.cpu().numpy()))
         if self.predicted_masks is not None:
             self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
         return None, counts, ref_ids
@@ -316,8 +320,3 @@ def _in_one_array(counts: np.ndarray | list[np.ndarray]) -> np.ndarray:
     phrases = max(batch.shape[1] for batch in counts)
     padding = [((0, 0), (0, phrases - batch.shape[1]), (0, 0)) for batch in counts]
     return np.concatenate([np.pad(batch, pad, constant_values=PADDING) for batch, pad in zip(counts, padding)])
-
-
-def _encode(mask: torch.Tensor) -> dict:
-    """A boolean mask (H, W) as COCO's RLE."""
-    return coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
