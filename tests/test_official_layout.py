@@ -203,3 +203,9 @@ def test_names_are_compared_before_a_model_is_built():
     row = ("neck.txt_proj.bias", ["neck.sentence_projection.bias"], "same")
     with pytest.raises(ValueError, match=r"^It is no DETRIS: 1 tensor is missing and 1 is unexpected, such as neck"):
         official_to_ours({"x": torch.ones(1)}, None, None, [row], "It is no DETRIS", "Get it again.")
+
+
+def test_clips_temperature_among_our_tensors_is_ignored(converted):
+    expected = convert_to_official(converted, official_config())
+    back = convert_to_official(converted | {"txt_backbone.logit_scale": torch.ones(())}, official_config())
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in expected)
