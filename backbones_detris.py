@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -25,7 +24,7 @@ try:
     from .checkpoint_files import (
         WEIGHT_FILES,
         check_finite,
-        check_shapes,
+        copy_out_of_file,
         read_tensors,
         refuse_pipes,
         require_plain_tensors,
@@ -49,7 +48,7 @@ except ImportError:
     from checkpoint_files import (
         WEIGHT_FILES,
         check_finite,
-        check_shapes,
+        copy_out_of_file,
         read_tensors,
         refuse_pipes,
         require_plain_tensors,
@@ -128,9 +127,9 @@ class FromBackbones:
         )
         config_fields |= {
             **cls._backbone_configs(vision_model, text_model),
-            "vision_backbone": place_of(vision),
+            "vision_backbone": absolute_if_local(vision),
             "vision_backbone_revision": commit_of(vision, vision_revision),
-            "text_backbone": place_of(text),
+            "text_backbone": absolute_if_local(text),
             "text_backbone_revision": commit_of(text, text_revision),
         }
         config = DetrisConfig(**config_fields)
@@ -161,9 +160,9 @@ class FromBackbones:
     def _read_backbone(cls, source: str, part: str, quantization_config=None, **hub_kwargs) -> PreTrainedModel:
         """Read one backbone, which is the `part` "vision" or "text", and refuse weights that are NaN or infinite."""
         if os.path.exists(source) and not os.path.isdir(source):
-            model = align(read_dinov2(source) if part == "vision" else read_clip_text(source))
+            model = copy_out_of_file(read_dinov2(source) if part == "vision" else read_clip_text(source))
         else:
-            require_folder(source)
+            refuse_file(source)
             config = DetrisConfig.get_config_dict(source, **hub_kwargs)[0]
             if config.get("model_type") == DetrisConfig.model_type:
                 return cls._backbone_of_whole(source, part, hub_kwargs)
@@ -213,7 +212,7 @@ def _read_saved_backbone(
             check_count("num_hidden_layers", backbone_config.num_hidden_layers, len(shapes))
             asked = sum(map(math.prod, shapes_of(skeleton(model_class, backbone_config).state_dict()).values()))
             held = sum(map(math.prod, shapes.values()))
-            if asked > 2 * held:  # where less is missing, transformers tells the names, below
+            if asked > 2 * held:  # smaller gaps are reported by name after loading
                 raise ValueError(
                     f"its configuration asks for {asked:,} numbers, but {held:,} are saved: download it again."
                 )
@@ -222,11 +221,13 @@ def _read_saved_backbone(
     model, info = model_class.from_pretrained(
         source, config=backbone_config, dtype=torch.float32, output_loading_info=True, **hub_kwargs, **quantized
     )
-    shapes = shapes_of(model.state_dict())
-    missing = {name: shapes.get(name, ()) for name in info["missing_keys"]}  # which transformers filled with noise
-    with errors_begin_with(source):
-        check_shapes({}, missing, "Give a DINOv2 model for vision and a CLIP model for text.")
-    return model if quantized else align(model)
+    missing = info["missing_keys"]  # transformers has filled these tensors with noise
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors of its backbone, such as {min(missing)}: give a DINOv2 model for "
+            "vision and a CLIP model for text."
+        )
+    return model if quantized else copy_out_of_file(model)
 
 
 # --- original files ------------------------------------------------------------------------------------------------
@@ -285,28 +286,17 @@ def _build_from_original(
         config = read_config(tensors)
     except ValueError as error:
         raise ValueError(f"{error_prefix}: {error} {remedy}") from None
-    _, model_class = BACKBONE_CLASSES[part][config.model_type]
+    # Not `TextTower`, because a backbone that is saved names its class, which transformers must know.
+    model_class = CLIPTextModelWithProjection if part == "text" else BACKBONE_CLASSES[part][config.model_type][1]
     table = [  # with our names as they are in a backbone that stands alone
         (name, [our_name.removeprefix("vision_model.") for our_name in our_names], kind)
         for name, our_names, kind in make_table(config)
     ]
-    with errors_begin_with(error_prefix):
-        weights = official_to_ours(tensors, model_class, config, table, remedy)
+    weights = official_to_ours(tensors, model_class, config, table, error_prefix, remedy)
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
 
 
-# --- places and memory ---------------------------------------------------------------------------------------------
-
-
-def align(model: nn.Module) -> nn.Module:
-    """Copy a loaded model's tensors out of the mapped file, and return the model.
-
-    In the file a tensor may begin at any byte. From an address that is not aligned, matrix products round differently,
-    so that the loaded model would not compute exactly what the saved one did.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
+# --- places --------------------------------------------------------------------------------------------------------
 
 
 def commit_of(source: str, revision: str | None) -> str | None:
@@ -316,12 +306,12 @@ def commit_of(source: str, revision: str | None) -> str | None:
     return getattr(resolve_revision(source, revision), "resolved", revision)
 
 
-def place_of(source: str | os.PathLike) -> str:
+def absolute_if_local(source: str | os.PathLike) -> str:
     """Return the absolute path of a file or folder, so that it is found from any working folder; a Hub id as it is."""
     return os.path.abspath(source) if os.path.exists(source) else os.fspath(source)
 
 
-def require_folder(source: str | os.PathLike | None) -> None:
+def refuse_file(source: str | os.PathLike | None) -> None:
     """Refuse a file with a ValueError, and a folder that holds pipes or devices with an OSError.
 
     None and what does not exist pass, because it may be a Hub id.
@@ -333,4 +323,4 @@ def require_folder(source: str | os.PathLike | None) -> None:
             f"{source} is a file: give a folder or a Hub id. A checkpoint of the official code is converted first, by "
             f"`python convert_detris_checkpoint.py {source} <folder>`."
         )
-    refuse_pipes(source)
+    refuse_pipes(source, broken_links=True)

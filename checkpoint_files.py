@@ -36,10 +36,10 @@ from transformers.utils import (
 )
 
 try:
-    from .configuration_detris import as_value_error, one_line, short_repr
+    from .configuration_detris import as_value_error, errors_begin_with, one_line, short_repr
     from .untrusted_pickles import (
-        MAX_NAME,
         MAX_PICKLE,
+        MAX_TENSOR_NAME,
         ForbiddenGlobal,
         Placeholder,
         ScriptObject,
@@ -49,10 +49,10 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import as_value_error, one_line, short_repr
+    from configuration_detris import as_value_error, errors_begin_with, one_line, short_repr
     from untrusted_pickles import (
-        MAX_NAME,
         MAX_PICKLE,
+        MAX_TENSOR_NAME,
         ForbiddenGlobal,
         Placeholder,
         ScriptObject,
@@ -78,6 +78,7 @@ STORED_AS = {
     torch.int64: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 }
 SAVE_AGAIN = "Save or download it again."
+MISFIT = "what is saved does not fit the configuration"
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
@@ -98,7 +99,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     require_file(path, "give the path of a checkpoint")
     with _BoundedFile(io.FileIO(path)) as file:
         size = os.fstat(file.fileno()).st_size
-        with _errors_about(path):
+        with _file_errors(path):
             is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
             file.seek(0)
             checkpoint = (_ZipCheckpoint if is_zip else _LegacyCheckpoint)(file)
@@ -106,14 +107,14 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             if isinstance(content, ScriptObject):
                 content = _script_state_dict(content, checkpoint.source_of)
         records = _records_of_weights(path, content)
-        with _errors_about(path):
+        with _file_errors(path):
             places = checkpoint.find_storages({record.storage.key for record in records.values()}, size)
     _check_claims(path, records, places, size)
     whole = torch.UntypedStorage.from_file(os.fspath(path), False, size)
     storages = {}
     for key, (begin, end) in places.items():
         storages[key] = whole[begin:end] if begin % ALIGNMENT == 0 else whole[begin:end].clone()
-    with _errors_about(path):  # torch refuses tensors without numbers whose other sides are too long
+    with _file_errors(path):  # torch refuses tensors without numbers whose other sides are too long
         return {name: _make_tensor(record, storages[record.storage.key]) for name, record in records.items()}
 
 
@@ -160,7 +161,7 @@ def _make_tensor(record: TensorRecord, storage: torch.UntypedStorage) -> torch.T
 
 
 @contextmanager
-def _errors_about(path: str | os.PathLike) -> Iterator[None]:
+def _file_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turn the errors that a broken or hostile file causes into one sentence that names the file and a remedy."""
     try:
         yield
@@ -218,17 +219,18 @@ def require_file(path: str | os.PathLike, remedy: str) -> None:
         raise OSError(f"{path} is no regular file: {remedy}.")
 
 
-def refuse_pipes(source: str | os.PathLike) -> None:
+def refuse_pipes(source: str | os.PathLike, broken_links: bool = False) -> None:
     """Refuse a pipe or device, or a folder that holds one, with an OSError; whoever reads it would wait for ever.
 
-    What does not exist passes, because it may be a Hub id.
+    With `broken_links`, links to nothing are refused too. What does not exist passes: it may be a Hub id.
     """
+    exists = os.path.lexists if broken_links else os.path.exists
     if os.path.isdir(source):
         paths, remedy = Path(source).iterdir(), f"save or download {source} again"
     else:
         paths, remedy = [Path(source)], "give the path of a file or folder"
     for path in paths:
-        if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        if exists(path) and not (path.is_file() or path.is_dir()):
             raise OSError(f"{path} is neither a file nor a folder: {remedy}.")
 
 
@@ -378,7 +380,7 @@ def _script_state_dict(root: ScriptObject, source_of: Callable[[str], str]) -> d
         if count > MAX_ATTRIBUTES:
             raise ValueError("its modules have too many attributes")
         for key, value in module.state.items():
-            if type(key) is not str or len(prefix) + len(key) > MAX_NAME:
+            if type(key) is not str or len(prefix) + len(key) > MAX_TENSOR_NAME:
                 raise ValueError(f"an attribute of a module is named {short_repr(key)}, which is too long or no text")
             if isinstance(value, ScriptObject):
                 modules.append((f"{prefix}{key}.", value, depth + 1))
@@ -390,7 +392,7 @@ def _script_state_dict(root: ScriptObject, source_of: Callable[[str], str]) -> d
 # --- saved tensors against what is expected ------------------------------------------------------------------------
 
 
-def check_shapes(given: Shapes, expected: Shapes, remedy: str = SAVE_AGAIN) -> None:
+def check_shapes(given: Shapes, expected: Shapes, remedy: str = SAVE_AGAIN, what: str = MISFIT) -> None:
     """
     Refuse saved tensors whose names and shapes are not exactly those that a configuration asks for.
 
@@ -398,24 +400,33 @@ def check_shapes(given: Shapes, expected: Shapes, remedy: str = SAVE_AGAIN) -> N
         given: the shapes of what is saved.
         expected: the shapes that the configuration asks for.
         remedy: the last sentence of the error.
+        what: how the error begins.
 
     Raises:
-        ValueError: if a tensor is missing, too many or of another shape; counts them, and names one of each kind.
+        ValueError: if a tensor is missing, unexpected or of another shape; counts them, and names one of each kind.
     """
-    missing, too_many = expected.keys() - given.keys(), given.keys() - expected.keys()
     misshapen = {name for name in given.keys() & expected.keys() if given[name] != expected[name]}
-    kinds = (missing, too_many, misshapen)
-    if any(kinds):
-        total, counts = sum(map(len, kinds)), f"{len(missing)}, {len(too_many)} and {len(misshapen)}"
-        examples = ", ".join(
-            f"{one_line(name, MAX_SHOWN_NAME)} (saved: {given.get(name, 'nothing')}, expected: "
-            f"{expected.get(name, 'nothing')})"
-            for name in (min(names) for names in kinds if names)
-        )
-        raise ValueError(
-            f"what is saved does not fit the configuration: {total} tensors are missing, too many or of another shape "
-            f"than it says ({counts} of them), such as {examples}. {remedy}"
-        )
+    kinds = (
+        (expected.keys() - given.keys(), "is missing", "are missing"),
+        (given.keys() - expected.keys(), "is unexpected", "are unexpected"),
+        (misshapen, "has another shape", "have another shape"),
+    )
+    counts, examples = [], []
+    for names, singular, plural in kinds:
+        if names:
+            noun = "" if counts else "tensor " if len(names) == 1 else "tensors "
+            counts.append(f"{len(names)} {noun}{singular if len(names) == 1 else plural}")
+            name = min(names)
+            saved, wanted = given.get(name, "nothing"), expected.get(name, "nothing")
+            examples.append(f"{one_line(name, MAX_SHOWN_NAME)} (saved: {saved}, expected: {wanted})")
+    if counts:
+        told = " and ".join([", ".join(counts[:-1]), counts[-1]] if counts[1:] else counts)
+        raise ValueError(f"{what}: {told}, such as {', '.join(examples)}. {remedy}")
+
+
+def check_names(given: Iterable[str], expected: Iterable[str], remedy: str = SAVE_AGAIN, what: str = MISFIT) -> None:
+    """Refuse saved tensors as [`check_shapes`] does, but by their names alone, before shapes to expect are known."""
+    check_shapes(dict.fromkeys(given, "a tensor"), dict.fromkeys(expected, "a tensor"), remedy, what)
 
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -456,7 +467,10 @@ def require_plain_tensors(tensors: Mapping[str, Any]) -> None:
 
 
 def tensors_for_model(
-    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], remedy: str = SAVE_AGAIN
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    remedy: str = SAVE_AGAIN,
+    what: str = MISFIT,
 ) -> dict[str, torch.Tensor]:
     """
     Check saved tensors against those of a model, and convert them to the model's types.
@@ -465,6 +479,7 @@ def tensors_for_model(
         tensors: what is saved, by name.
         expected: the model's tensors by the same names; only their shapes and types are used.
         remedy: the last sentence of an error.
+        what: how an error begins.
 
     Returns:
         `dict` from name to tensor, in the order of `expected`. No two tensors share memory; those that need no change
@@ -474,25 +489,37 @@ def tensors_for_model(
         ValueError: if names or shapes are others, a type cannot be converted without loss of meaning, or a number is
             NaN or infinite.
     """
-    check_shapes(shapes_of(tensors), shapes_of(expected), remedy)
+    check_shapes(shapes_of(tensors), shapes_of(expected), remedy, what)
     converted, storages = {}, set()
     for name, model_tensor in expected.items():
         tensor, dtype = tensors[name], model_tensor.dtype
         if tensor.dtype not in STORED_AS[dtype]:
-            raise ValueError(f"{name} has numbers of type {tensor.dtype} instead of {dtype}. {remedy}")
+            raise ValueError(f"{what}: {name} has numbers of type {tensor.dtype} instead of {dtype}. {remedy}")
         tensor = tensor.to(dtype).contiguous()
+        with errors_begin_with(what):
+            check_finite({name: tensor}, remedy)
         if not tensor.is_meta:
             storage = tensor.untyped_storage().data_ptr()
             tensor = tensor.clone() if storage in storages else tensor
             storages.add(storage)
         converted[name] = tensor
-    check_finite(converted, remedy)
     return converted
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     """Return the shapes of tensors by their names."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def hub_kwargs_of(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where on the Hub, and how, files are looked for."""
+    return {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+
+
+def weight_files(variant: str | None) -> list[str]:
+    """Names of the files that may hold the weights of a saved model, of a variant if one is given."""
+    names = [name for name in WEIGHT_FILES if name.endswith(".safetensors") or "safetensors.index" in name]
+    return [f".{variant}.".join(name.rsplit(".", 1)) for name in names] if variant else names
 
 
 def saved_shapes(source: str | os.PathLike, names: Iterable[str], **hub_kwargs: Any) -> Shapes:
@@ -551,3 +578,14 @@ def skeleton(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Modul
     """
     with as_value_error("No model can be built from its configuration"), torch.device("meta"):
         return model_class(config)
+
+
+def copy_out_of_file(model: nn.Module) -> nn.Module:
+    """Copy a loaded model's tensors out of the mapped file, and return the model.
+
+    In the file a tensor may begin at any byte. From an address that is not aligned, matrix products round differently,
+    so that the loaded model would not compute exactly what the saved one did.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model

@@ -263,14 +263,19 @@ class DetrisConfig(PreTrainedConfig):
             types = " or ".join(map(repr, MODEL_TYPES[name]))
             raise ValueError(f"{name}.model_type is {model_type!r}: give a config of {types}.")
 
-    def check_counts(self, tensors: int) -> None:
+    @property
+    def depths(self) -> dict[str, int]:
+        """The numbers of layers of the backbones and the decoder, by the names of their fields."""
+        return {
+            "vision_config.num_hidden_layers": self.vision_config.num_hidden_layers,
+            "text_config.num_hidden_layers": self.text_config.num_hidden_layers,
+            "decoder_layers": self.decoder_layers,
+        }
+
+    def check_depths(self, tensors: int) -> None:
         """Raise ValueError if there are more layers than saved `tensors`, before a model with so many is built."""
-        for name, count in (
-            ("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers),
-            ("text_config.num_hidden_layers", self.text_config.num_hidden_layers),
-            ("decoder_layers", self.decoder_layers),
-        ):
-            check_count(name, count, tensors)
+        for name, depth in self.depths.items():
+            check_count(name, depth, tensors)
 
 
 # --- How all files refuse wrong input ------------------------------------------------------------------------------
@@ -301,12 +306,12 @@ def as_value_error(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def errors_begin_with(source: str | os.PathLike | None) -> Iterator[None]:
-    """Put the name of a folder or file in front of the message of a ValueError that is raised inside."""
+def errors_begin_with(prefix: str | os.PathLike | None) -> Iterator[None]:
+    """Put `prefix` and a colon in front of the message of a ValueError raised inside."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{prefix}: {error}") from error
 
 
 def raise_if_out_of_memory(error: BaseException | None) -> None:

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from checkpoint_files import (
     bare_state_dict,
+    check_names,
     read_tensors,
     refuse_pipes,
     require_file,
@@ -89,8 +90,9 @@ def convert_state_dict(official: Mapping[str, Any], config: DetrisConfig) -> dic
     _require_official_kind(config)
     official = _official_tensors(official)
     _check_depths(config)
+    what = "The official checkpoint does not fit the configuration"
     remedy = "Get the file again, or give the configuration (--recipe) that it was trained with."
-    return official_to_ours(official, DetrisForReferringSegmentation, config, name_table(config), remedy)
+    return official_to_ours(official, DetrisForReferringSegmentation, config, name_table(config), what, remedy)
 
 
 def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisConfig) -> dict[str, torch.Tensor]:
@@ -118,9 +120,12 @@ def convert_to_official(state_dict: Mapping[str, torch.Tensor], config: DetrisCo
         )
     _check_depths(config)
     require_plain_tensors(state_dict)
-    table = name_table(config)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if name != UNUSED_TENSOR}
+    table, what = name_table(config), "The weights do not fit the configuration"
+    check_names(state_dict, [our_name for _, our_names, _ in table for our_name in our_names], what=what)
     expected = expected_tensors(DetrisForReferringSegmentation, config, table)
-    return tensors_to_official(tensors_for_model(state_dict, expected), table) | {UNUSED_TENSOR: torch.tensor(0.0)}
+    weights = tensors_for_model(state_dict, expected, what=what)
+    return tensors_to_official(weights, table) | {UNUSED_TENSOR: torch.tensor(0.0)}
 
 
 def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -135,11 +140,7 @@ def _official_tensors(official: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _check_depths(config: DetrisConfig) -> None:
     """Refuse more layers than any model has with a ValueError, because listing and building each one takes time."""
-    for field, depth in (
-        ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers),
-        ("text_config.num_hidden_layers", config.text_config.num_hidden_layers),
-        ("decoder_layers", config.decoder_layers),
-    ):
+    for field, depth in config.depths.items():
         if depth > MAX_LAYERS:
             raise ValueError(f"{field} is {short_repr(depth)}: no DETRIS has more than {MAX_LAYERS}.")
 

@@ -96,7 +96,7 @@ class _GateLinear(nn.Linear):
 
 
 class DetrisSentenceGate(nn.Module):
-    """Factor for a feature map, which the sentence sets; `(N, d)` to `(N, d, 1, 1)`.
+    """Per-channel factor for a feature map, computed from the sentence; `(N, d)` to `(N, d, 1, 1)`.
 
     In the official code this is an attention of the map to the sentence (`CrossAttn`). The softmax over its only key
     is 1 everywhere, so the weights of query and key have no effect and are left out.
@@ -193,7 +193,7 @@ class DetrisDecoderLayer(nn.Module):
         word_positions: torch.Tensor,
         padding: torch.Tensor,
     ) -> torch.Tensor:
-        """Patches `(N, g², d)`, words `(N, L, C)` and `padding` `(N, L)`, true for padding, to patches as given."""
+        """Patches `(N, g², d)`, words `(N, L, C)` and `padding` `(N, L)`, true where padded, to `(N, g², d)`."""
         normed = self.self_attention_norm(patches)
         query = normed + patch_positions
         attended = self.self_attention(query, query, normed)
@@ -346,8 +346,8 @@ class DetrisForReferringSegmentation(
         ]
 
     def _embed_patches(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        # As the backbone's own embeddings do, except that positions are resampled in the official way. The pretrained
-        # table itself is not changed, so each image size is resampled from the original.
+        # Repeats the backbone's own embeddings, except that positions are resampled in the official way. The
+        # pretrained table itself is not changed, so each image size is resampled from the original.
         embeddings = self.vision_model.embeddings
         patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
         class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 try:
-    from .checkpoint_files import skeleton, tensors_for_model
+    from .checkpoint_files import check_names, skeleton, tensors_for_model
     from .configuration_detris import DetrisConfig
 except ImportError:
     if __package__:
         raise
-    from checkpoint_files import skeleton, tensors_for_model
+    from checkpoint_files import check_names, skeleton, tensors_for_model
     from configuration_detris import DetrisConfig
 
 WEIGHT_AND_BIAS = ("weight", "bias")
@@ -221,6 +221,7 @@ def official_to_ours(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     table: list[Row],
+    what: str,
     remedy: str,
 ) -> dict[str, torch.Tensor]:
     """
@@ -229,6 +230,7 @@ def official_to_ours(
     Args:
         official: by their official names.
         table: the rows of all tensors that the model has.
+        what: how an error about the tensors begins.
         remedy: the last sentence of an error about the tensors.
 
     Returns:
@@ -238,9 +240,10 @@ def official_to_ours(
     Raises:
         ValueError: as [`expected_tensors`] and [`tensors_for_model`].
     """
-    expected = tensors_to_official(expected_tensors(model_class, config, table), table)
     official = {name: tensor for name, tensor in official.items() if name != UNUSED_TENSOR}
-    return tensors_to_ours(tensors_for_model(official, expected, remedy), table)
+    check_names(official, [name for name, _, _ in table], remedy, what)  # building the model below takes time
+    expected = tensors_to_official(expected_tensors(model_class, config, table), table)
+    return tensors_to_ours(tensors_for_model(official, expected, remedy, what), table)
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------

@@ -31,13 +31,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:
     from .adapters_detris import DenseAligner, TextAdapter
-    from .checkpoint_files import HUB_KWARGS, Shapes, check_finite, check_shapes, saved_shapes, shapes_of, skeleton
+    from .checkpoint_files import Shapes, check_finite, check_shapes, hub_kwargs_of, saved_shapes, shapes_of, skeleton
     from .configuration_detris import DetrisConfig, as_value_error, check_count, check_values
 except ImportError:
     if __package__:
         raise
     from adapters_detris import DenseAligner, TextAdapter
-    from checkpoint_files import HUB_KWARGS, Shapes, check_finite, check_shapes, saved_shapes, shapes_of, skeleton
+    from checkpoint_files import Shapes, check_finite, check_shapes, hub_kwargs_of, saved_shapes, shapes_of, skeleton
     from configuration_detris import DetrisConfig, as_value_error, check_count, check_values
 
 BACKBONE_MODULES = ("vision_model.", "text_model.", "text_projection.")
@@ -45,6 +45,7 @@ HEAD_MODULES = ("neck", "decoder", "mask_head")
 # Fields of DetrisConfig that trained adapters and heads depend on, though not all change the shapes of tensors.
 MODEL_FIELDS = ("feature_layers", "image_size", "decoder_dim", "decoder_layers", "decoder_heads", "decoder_ffn_dim")
 ADAPTER_PARAMETER = re.compile(r"\.(detris_adapter|lora_\w+)\.")
+PEFT_PREFIX = "base_model.model."  # begins the names of tensors that PEFT saves
 BUILT_IN_ADAPTER = "default"  # PEFT's name for a model's first adapter
 CANNOT_BE_MERGED = "DETRIS adapters are not linear, so they cannot be merged into their layers: keep them apart."
 
@@ -59,7 +60,7 @@ class PeftMethod(StrEnum):
 
 
 class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
-    """A layer of a backbone with adapters, by name, of which the active one takes part.
+    """Wraps a backbone layer, holds adapters by name and applies the active one.
 
     Gradient checkpointing acts on this layer, not on the one inside, so that the activations of adapters are not kept
     in memory either.
@@ -225,7 +226,7 @@ class DetrisAdapterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftMethod.DETRIS
-        # Of the tensors beside the adapter_config.json that this was read from, until they have been checked.
+        # Shapes of the tensors saved beside the adapter_config.json; None once they are checked.
         self.saved_shapes: Shapes | None = None
 
     @classmethod
@@ -247,10 +248,10 @@ class DetrisAdapterConfig(PeftConfig):
             check_values({field.name: getattr(config, field.name) for field in fields(config)})
         if config.peft_type != PeftMethod.DETRIS:
             return config
-        hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
-        shapes = saved_shapes(source, [SAFETENSORS_WEIGHTS_NAME], subfolder=subfolder or "", **hub_kwargs)
+        hub_kwargs = hub_kwargs_of(kwargs | {"subfolder": subfolder or ""})
+        shapes = saved_shapes(source, [SAFETENSORS_WEIGHTS_NAME], **hub_kwargs)
         if shapes:  # if the file is missing, the caller that loads the tensors says so
-            config.saved_shapes = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
+            config.saved_shapes = {name.removeprefix(PEFT_PREFIX): shape for name, shape in shapes.items()}
         return config
 
     @property
@@ -316,13 +317,14 @@ class DetrisAdapterConfig(PeftConfig):
             )
         elif digest != self.backbone_digest:
             raise ValueError(
-                f"The adapters were trained in other backbones: theirs have the digest {self.backbone_digest}, these "
-                f"{digest}. Load them onto the backbones that they were trained in."
+                f"The adapters were trained in other backbones: their digest is {self.backbone_digest}, the model's "
+                f"is {digest}. Load them onto the backbones that they were trained in."
             )
 
 
-# The fields that describe adapters in both configurations, by the same names.
-ADAPTER_FIELDS = tuple(name for name in DetrisAdapterConfig.__annotations__ if name in DetrisConfig.__annotations__)
+# The fields that describe adapters, which `DetrisConfig` has too, by the same names.
+OTHER_FIELDS = ("modules_to_save", "model_fields", "backbone_digest")
+ADAPTER_FIELDS = tuple(name for name in DetrisAdapterConfig.__annotations__ if name not in OTHER_FIELDS)
 
 
 def fields_of(config: PreTrainedConfig | PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:
@@ -351,7 +353,7 @@ class DetrisTuner(BaseTuner):
         try:
             super().__init__(model, *args, **kwargs)
             (name,) = self.active_adapters
-            # PEFT would leave the head of the adapters that were active before.
+            # PEFT would leave the previously active head active.
             activate_adapters(model, [name], frozen=self.peft_config[name].inference_mode)
         except Exception:
             model.peft_config = present  # PEFT enters a configuration before it checks it
@@ -531,7 +533,8 @@ def activate_adapters(model: PreTrainedModel, names: list[str], frozen: bool = F
 
 
 def discard_adapters(model: PreTrainedModel, names: list[str], active: list[str]) -> list[str]:
-    """Delete adapters with their heads. The others of the `active` ones stay active, or else the last one left.
+    """Delete adapters with their heads. Adapters in `active` that are not deleted stay active; if none is left, the
+    last remaining adapter becomes active.
 
     Returns:
         `list[str]`: the names of the adapters that are active now.
@@ -576,7 +579,7 @@ def backbone_digest(model: nn.Module) -> str | None:
         do not tell which weights they were made from.
     """
     weights = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
         # DINOv2 uses its mask token only in its own pretraining.
         if not ADAPTER_PARAMETER.search(name) and not name.endswith(".mask_token")

@@ -9,7 +9,8 @@ import html
 import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import ftfy
@@ -29,12 +30,12 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, as_value_error, short_repr
+    from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
     from .letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, as_value_error, short_repr
+    from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
     from letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,6 @@ MIN_STD = 1 / 255  # one grey level
 CLASS_FIELDS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
 # One can iterate over these too, but not to get phrases.
 NO_PHRASES = (bytes, bytearray, Mapping, Set, np.ndarray, torch.Tensor)
-CONFIGURATION_IS_BROKEN = "The processor's configuration in {} is no JSON object of fields, so save or get it again"
 BYTE_SYMBOLS = 512  # each of the 256 bytes, inside a word and at the end of one
 
 
@@ -78,16 +78,12 @@ class DetrisImageProcessor(BaseImageProcessor):
     ):
         size = DetrisConfig.image_size if size is None else size
         side = size.get("height") if isinstance(size, Mapping) else size
-        if (
-            type(side) is not int
-            or not 1 <= side <= MAX_IMAGE_SIZE
-            or size not in (side, {"height": side, "width": side})
-        ):
+        self.size = {"height": side, "width": side}
+        if type(side) is not int or not 1 <= side <= MAX_IMAGE_SIZE or size not in (side, self.size):
             raise ValueError(
                 f"size is {short_repr(size)}, but DETRIS sees squares: give {{'height': side, 'width': side}} in "
                 f"pixels, at most {MAX_IMAGE_SIZE:,}."
             )
-        self.size = {"height": side, "width": side}
         self.image_mean = _checked_channels(OPENAI_CLIP_MEAN if image_mean is None else image_mean, "image_mean", 0)
         self.image_std = _checked_channels(OPENAI_CLIP_STD if image_std is None else image_std, "image_std", MIN_STD)
         class_fields = {name: kwargs.pop(name) for name in CLASS_FIELDS if name in kwargs}
@@ -95,8 +91,9 @@ class DetrisImageProcessor(BaseImageProcessor):
         super().__init__(**class_fields)
 
     @classmethod
-    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with as_value_error(CONFIGURATION_IS_BROKEN.format(pretrained_model_name_or_path)):
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """transformers calls this to read a saved configuration; raises ValueError if the file holds none."""
+        with _configuration_errors(pretrained_model_name_or_path):
             fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
@@ -222,17 +219,17 @@ class DetrisProcessor(ProcessorMixin):
         """Pickle what decides the results alone: by its hash `datasets` knows whether it has mapped rows before."""
         tokenizer = copy.copy(self.tokenizer)
         tokenizer._set_processor_class(None)
-        tokenizer.init_kwargs = {
-            name: value for name, value in tokenizer.init_kwargs.items() if name not in CLASS_FIELDS
-        }
+        kept = tokenizer.init_kwargs.keys() - {*CLASS_FIELDS}
+        tokenizer.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name in kept}
         images = self.image_processor
         image_arguments = images.size, images.image_mean, images.image_std
         arguments = tokenizer, self.max_text_length, self.mask_threshold
         return _make_processor, (type(self), type(images), image_arguments, *arguments)
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        with as_value_error(CONFIGURATION_IS_BROKEN.format(pretrained_model_name_or_path)):
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """transformers calls this to read a saved configuration; raises ValueError if the file holds none."""
+        with _configuration_errors(pretrained_model_name_or_path):
             fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
 
@@ -546,6 +543,18 @@ def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str
 
 
 # --- arguments and saved fields --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _configuration_errors(source: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors that a saved configuration causes into a ValueError with the place, the cause and a remedy."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"The processor's configuration in {source} is no JSON object of fields ({one_line(error)}): save or "
+            "download it again."
+        ) from error
 
 
 def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:

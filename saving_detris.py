@@ -19,30 +19,30 @@ from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 try:
-    from .backbones_detris import align
     from .checkpoint_files import (
-        HUB_KWARGS,
-        WEIGHT_FILES,
         check_finite,
         check_shapes,
+        copy_out_of_file,
+        hub_kwargs_of,
         saved_shapes,
         shapes_of,
         skeleton,
+        weight_files,
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
 except ImportError:
     if __package__:
         raise
-    from backbones_detris import align
     from checkpoint_files import (
-        HUB_KWARGS,
-        WEIGHT_FILES,
         check_finite,
         check_shapes,
+        copy_out_of_file,
+        hub_kwargs_of,
         saved_shapes,
         shapes_of,
         skeleton,
+        weight_files,
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
@@ -169,14 +169,14 @@ class WholeModelSaving:
         if shapes:  # else transformers says which file is missing
             with errors_begin_with(source):
                 # Before memory is taken for the sizes that the configuration names.
-                config.check_counts(len(shapes))
+                config.check_depths(len(shapes))
                 check_shapes(shapes, shapes_of(skeleton(cls, config).state_dict()))
         with errors_begin_with(source), as_value_error("it cannot be loaded"):
             model = super().from_pretrained(source, *args, config=config, **kwargs)
         refuse_several_devices(getattr(model, "hf_device_map", None))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(f"{source}: max_memory is too little for the model, which is not divided: leave it out.")
-        align(model)
+        copy_out_of_file(model)
         with errors_begin_with(source):
             check_finite(model.state_dict())
         model._set_trainable()  # transformers has made every parameter trainable
@@ -201,17 +201,6 @@ class WholeModelSaving:
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with errors_begin_with(source), as_value_error("its configuration cannot be used"):
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
-
-
-def hub_kwargs_of(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where on the Hub, and how, files are looked for."""
-    return {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
-
-
-def weight_files(variant: str | None) -> list[str]:
-    """Names of the files that may hold the weights of a saved model, of a variant if one is given."""
-    names = [name for name in WEIGHT_FILES if name.endswith(".safetensors") or "safetensors.index" in name]
-    return [f".{variant}.".join(name.rsplit(".", 1)) for name in names] if variant else names
 
 
 def refuse_several_devices(device_map: Any) -> None:

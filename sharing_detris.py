@@ -24,41 +24,44 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 try:
-    from .backbones_detris import place_of, require_folder
-    from .checkpoint_files import HUB_KWARGS, check_finite
+    from .backbones_detris import absolute_if_local, refuse_file
+    from .checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import (
         ADAPTER_FIELDS,
         BUILT_IN_ADAPTER,
         HEAD_MODULES,
+        PEFT_PREFIX,
         DetrisAdapterConfig,
         PeftMethod,
         activate_adapters,
         discard_adapters,
         fields_of,
     )
-    from .saving_detris import WEIGHT_PATTERNS, hub_kwargs_of, replacing_files, single_device
+    from .saving_detris import WEIGHT_PATTERNS, replacing_files, single_device
 except ImportError:
     if __package__:
         raise
-    from backbones_detris import place_of, require_folder
-    from checkpoint_files import HUB_KWARGS, check_finite
+    from backbones_detris import absolute_if_local, refuse_file
+    from checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import (
         ADAPTER_FIELDS,
         BUILT_IN_ADAPTER,
         HEAD_MODULES,
+        PEFT_PREFIX,
         DetrisAdapterConfig,
         PeftMethod,
         activate_adapters,
         discard_adapters,
         fields_of,
     )
-    from saving_detris import WEIGHT_PATTERNS, hub_kwargs_of, replacing_files, single_device
+    from saving_detris import WEIGHT_PATTERNS, replacing_files, single_device
 
 NO_ADAPTER = "__base__"  # PEFT's name for the bare backbones in `adapter_names`
 # Arguments of `from_pretrained` without effect on adapters: hints, and what `AutoModel` adds.
-NO_EFFECT = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only", "_commit_hash", "_from_auto")
+HINTS = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only")
+IGNORED_KWARGS = (*HINTS, "_commit_hash", "_from_auto")
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +86,7 @@ class AdapterSwitching:
     def _insert_built_in_adapters(self) -> None:
         """Put the adapters that the model's own configuration describes into its backbones, and activate them."""
         adapter_config = DetrisAdapterConfig(**fields_of(self.config, ADAPTER_FIELDS))
-        adapter_config.modules_to_save = None  # the model's own head is theirs
+        adapter_config.modules_to_save = None  # the built-in adapters use the model's own head
         inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
         self._hf_peft_config_loaded = True  # transformers reads here whether a model has adapters
 
@@ -130,7 +133,7 @@ class AdapterSwitching:
         raise ValueError("Hotswapping needs no preparation here: load_adapter replaces an adapter of the same name.")
 
     def active_adapters(self) -> list[str]:
-        """Return the names of the active adapters. Without adapters in the backbones, the name is the head's."""
+        """Return the active adapters' names. Without adapters, `["default"]`, which names the model's own head."""
         for module in self.modules():
             if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
                 return module.active_adapters or [BUILT_IN_ADAPTER]
@@ -199,9 +202,8 @@ class AdapterSwitching:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
         phrases, logits = [], []
         for name in dict.fromkeys(adapter_names):
-            chosen = torch.tensor(
-                [n for n, other in enumerate(adapter_names) if other == name], device=input_ids.device
-            )
+            positions = [n for n, other in enumerate(adapter_names) if other == name]
+            chosen = torch.tensor(positions, device=input_ids.device)
             images, index = image_index[chosen].unique(return_inverse=True)
             with self._activated(name):
                 logits.append(self._segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
@@ -231,19 +233,19 @@ class AdapterSwitching:
 
 
 class AdapterConfigs(dict):
-    """The configurations of a model's adapters, by name. PEFT enters those of the adapters that it adds.
+    """The configurations of a model's adapters, by name. PEFT writes that of each adapter it adds into this dict.
 
-    Raises:
-        ValueError: if adapters of PEFT's other methods are to stand beside those of DETRIS. PEFT would train both and
-            save only its own.
+    Assigning raises ValueError if adapters of DETRIS and of another method of PEFT would stand side by side. PEFT
+    would train both and save only its own.
     """
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         for other in self.values():
             if other.peft_type != config.peft_type and not describes_no_adapters(other):
+                old, new = other.peft_type.value, config.peft_type.value
                 raise ValueError(
-                    f"The model has adapters of type {other.peft_type}, so none of type {config.peft_type} can be "
-                    "added: build it with peft_method='detris+lora' to train both, or delete_adapter first."
+                    f"The model has adapters of type {old}, so none of type {new} can be added: build it with "
+                    "peft_method='detris+lora' to train both, or delete_adapter first."
                 )
         super().__setitem__(name, config)
 
@@ -258,7 +260,7 @@ def describes_no_adapters(config: PeftConfig) -> bool:
 
 
 class AdapterSharing:
-    """Adapters saved and loaded, with their heads. It calls methods of [`AdapterSwitching`] and `WholeModelSaving`."""
+    """Adapters saved and loaded, with heads. Calls `AdapterSwitching`, `WholeModelSaving` and `FromBackbones`."""
 
     def save_adapter(
         self,
@@ -287,7 +289,7 @@ class AdapterSharing:
         self.check_adapter_target(save_directory)
         if self.peft_config[adapter_name].peft_type != PeftMethod.DETRIS:
             raise ValueError(
-                f"{adapter_name!r} is of type {self.peft_config[adapter_name].peft_type}: save it by PeftModel."
+                f"{adapter_name!r} is of type {self.peft_config[adapter_name].peft_type.value}: save it by PeftModel."
             )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype is {dtype!r}: give a floating-point type such as torch.bfloat16.")
@@ -300,9 +302,7 @@ class AdapterSharing:
             )
         tensors = self.get_adapter_state_dict(adapter_name)
         if dtype is not None:
-            tensors = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
-            }
+            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         with errors_begin_with("The adapters cannot be saved"):
             check_finite(tensors)
         adapter_config = copy.copy(self.peft_config[adapter_name])
@@ -310,10 +310,9 @@ class AdapterSharing:
         adapter_config.base_model_name_or_path = repo_id  # AutoModel looks there for configuration and code
         self._enter_auto_map()
         config = self._config_with_adapter(adapter_config, repo_id)
-
         with replacing_files(Path(save_directory), [name.format("") for name in WEIGHT_PATTERNS]) as folder:
             save_file(
-                {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+                {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()},
                 folder / SAFETENSORS_WEIGHTS_NAME,
                 metadata={"format": "pt"},
             )
@@ -367,7 +366,7 @@ class AdapterSharing:
         for name in ("vision_backbone", "text_backbone"):
             if getattr(config, name) is None and self.name_or_path:
                 # The backbones inside a whole DETRIS, such as one converted from an official checkpoint.
-                setattr(config, name, place_of(self.name_or_path))
+                setattr(config, name, absolute_if_local(self.name_or_path))
             if repo_id is not None and os.path.exists(getattr(config, name) or ""):
                 logger.warning(
                     f"{name} is {getattr(config, name)}, which others do not have, so it is left out. Whoever loads "
@@ -397,9 +396,9 @@ class AdapterSharing:
                 if adapters were trained in other backbones.
         """
         source = pretrained_model_name_or_path
-        require_folder(source)
+        refuse_file(source)
         if kwargs.get("subfolder") and source is not None:
-            require_folder(os.path.join(source, kwargs["subfolder"]))
+            refuse_file(os.path.join(source, kwargs["subfolder"]))
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         # PEFT saves adapters without a config.json. Given such a folder, AutoModel calls this with the model that
         # adapter_config.json names, and with the folder under this key.
@@ -412,21 +411,16 @@ class AdapterSharing:
             model = cls._from_adapter(source, kwargs)
         else:
             model = super().from_pretrained(source, *args, **kwargs)
-        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-        return (model, nothing) if output_loading_info else model
+        loading_info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, loading_info) if output_loading_info else model
 
     @classmethod
     def _from_adapter(cls, source: str | os.PathLike, kwargs: dict[str, Any]) -> Self:
         """Build a model around the backbones that saved adapters name, and load the adapters into it.
 
-        Args:
-            source: folder or Hub id of the adapters.
-            kwargs: arguments of [`from_pretrained`].
+        `source` is the adapters' folder or Hub id, and `kwargs` are arguments of [`from_pretrained`].
         """
-        hub_kwargs = hub_kwargs_of(kwargs)
-        with errors_begin_with(source):
-            adapter_config = _read_adapter_config(source, hub_kwargs)
-            _refuse_changes(adapter_config, kwargs)
+        hub_kwargs, given = hub_kwargs_of(kwargs), dict(kwargs)
         for part in ("vision", "text"):
             if f"{part}_backbone" in kwargs:  # the saved revision belongs to another repository
                 kwargs.setdefault(f"{part}_backbone_revision", None)
@@ -437,15 +431,17 @@ class AdapterSharing:
         device = single_device(kwargs.pop("device_map", None))
         attention = kwargs.pop("attn_implementation", None)
         quantization_config = kwargs.pop("quantization_config", None)
-        unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *NO_EFFECT}
+        unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *IGNORED_KWARGS}
         if unknown:
             raise TypeError(
                 f"from_pretrained takes no {', '.join(sorted(unknown))} for {source}, which holds adapters: leave it "
                 "out, or load a whole model."
             )
         vision_model, text_model = cls._read_named_backbones(source, config, quantization_config, hub_kwargs)
+        adapter_config = _read_adapter_config(source, hub_kwargs)
         with errors_begin_with(source):
             config = cls.config_class(**config.to_dict() | cls._backbone_configs(vision_model, text_model))
+            _refuse_changes(adapter_config, given)
             # Before memory is taken for the sizes that the configurations name.
             config = adapter_config.applied_to(config)
             adapter_config.check_saved_shapes(cls, config)
@@ -528,7 +524,7 @@ class AdapterSharing:
         if hotswap != "auto" and bool(hotswap) != (present is not None):
             there = "already has" if present else "does not have"
             raise ValueError(f"hotswap is {hotswap}, but the model {there} an adapter {adapter_name!r}.")
-        require_folder(peft_model_id)
+        refuse_file(peft_model_id)
         adapter_config = _read_adapter_config(peft_model_id, hub_kwargs)
         self._load_adapter(peft_model_id, adapter_config, adapter_name, is_trainable, hub_kwargs)
 
@@ -543,7 +539,7 @@ class AdapterSharing:
         present, active = self.peft_config.get(adapter_name), self.active_adapters()
         # Never from PEFT's older file, which is a pickle.
         tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
-        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
         try:
             check_finite(tensors)  # `DetrisTuner` checks them only after the adapters have been added
             adapter_config.modules_to_save = list(HEAD_MODULES)  # else the head would replace the model's own
@@ -567,9 +563,10 @@ class AdapterSharing:
 
 
 def _read_adapter_config(source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> DetrisAdapterConfig:
-    config = DetrisAdapterConfig.from_pretrained(source, **hub_kwargs)
+    with errors_begin_with(source):
+        config = DetrisAdapterConfig.from_pretrained(source, **hub_kwargs)
     if config.peft_type != PeftMethod.DETRIS:
-        raise ValueError(f"{source} holds adapters of type {config.peft_type}: load them by PeftModel.")
+        raise ValueError(f"{source} holds adapters of type {config.peft_type.value}: load them by PeftModel.")
     return config
 
 

@@ -23,7 +23,7 @@ except ImportError:
     from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
 MAX_PICKLE = 2**21  # bytes; the pickle of a large DETRIS with an optimizer for every tensor has 820,000
-MAX_NAME = 1_000  # characters in the full name of a tensor or a class
+MAX_TENSOR_NAME = 1_000  # characters in the full name of a tensor or a class
 MAX_ARGUMENTS = 8  # of a call in a pickle; the call that rebuilds a tensor of torch has the most
 MAX_DIMENSIONS = 64  # torch allows no more
 KEY_TYPES = (str, int, float, bool, type(None))  # that a dictionary may have
@@ -288,8 +288,8 @@ class TensorUnpickler(PlainUnpickler):
         self.items_given = 0  # items of lists and tuples among the arguments of all calls so far
 
     def find_class(self, module: str, name: str) -> Any:
-        if len(module) + len(name) > MAX_NAME:
-            raise ForbiddenGlobal(f"{module[:MAX_NAME]}…")
+        if len(module) + len(name) > MAX_TENSOR_NAME:
+            raise ForbiddenGlobal(f"{module[:MAX_TENSOR_NAME]}…")
         if module.partition(".")[0] == "__torch__":
             return ScriptClass(module, name)
         full_name = f"{module}.{name}"

@@ -18,6 +18,7 @@ from backbones_detris import read_clip_text
 from checkpoint_files import (
     bare_state_dict,
     check_finite,
+    check_names,
     check_shapes,
     first_not_finite,
     read_tensors,
@@ -536,10 +537,15 @@ def test_tensors_that_do_not_fit_are_counted_and_one_of_each_kind_is_named():
     with pytest.raises(ValueError) as caught:
         check_shapes({"b": (2, 3), "c": (1,), "d": (4, 1), "x" * 1000: (5,)}, expected, "Get it again.")
     assert str(caught.value) == (
-        "what is saved does not fit the configuration: 4 tensors are missing, too many or of another shape than it "
-        "says (1, 1 and 2 of them), such as a (saved: nothing, expected: (1,)), " + "x" * 150 + " … (saved: (5,), "
-        "expected: nothing), c (saved: (1,), expected: ()). Get it again."
+        "what is saved does not fit the configuration: 1 tensor is missing, 1 is unexpected and 2 have another shape, "
+        "such as a (saved: nothing, expected: (1,)), "
+        + "x" * 150
+        + " … (saved: (5,), expected: nothing), c (saved: (1,), expected: ()). Get it again."
     )
+    with pytest.raises(
+        ValueError, match=r"^It is wrong: 2 tensors are missing, such as c \(.* a tensor\)\. Get it\.$"
+    ):
+        check_names(["a", "b"], expected, "Get it.", "It is wrong")
 
 
 @pytest.mark.parametrize(
@@ -582,6 +588,11 @@ def test_folders_with_pipes_are_refused_and_hub_ids_are_not(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "config.json").touch()
     refuse_pipes(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    refuse_pipes(tmp_path)
+    with pytest.raises(OSError, match="tokenizer.json is neither a file nor a folder: save or download"):
+        refuse_pipes(tmp_path, broken_links=True)
+    (tmp_path / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "weights")
     with pytest.raises(OSError, match=f"weights is neither a file nor a folder: save or download {tmp_path} again"):
         refuse_pipes(tmp_path)

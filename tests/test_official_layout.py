@@ -17,6 +17,7 @@ from official_layout import (
     expected_tensors,
     name_table,
     numbers_in,
+    official_to_ours,
     read_text_config,
     read_vision_config,
     shape_of,
@@ -176,17 +177,13 @@ def test_layers_are_counted_before_any_is_built(official, in_time, modules):
     many = official | {f"{modules}.{index}.{leaf}": one for index in range(20_000)}
     with pytest.raises(ValueError, match=f"There are 20000 {re.escape(modules)}, but at most 256"):
         recognize_config(many)
-    with pytest.raises(
-        ValueError, match=rf"too many .*\(0, 199\d\d and \d of them\), such as {re.escape(modules)}\.10\."
-    ):
+    with pytest.raises(ValueError, match=rf": 199\d\d tensors are unexpected, such as {re.escape(modules)}\.10\."):
         convert_state_dict(many, official_config())
     for number in ("999999", "9" * 5000, "007", "\u0664"):
         with pytest.raises(ValueError, match=f"{re.escape(modules)} are not numbered from 0 to"):
             recognize_config(official | {f"{modules}.{number}.{leaf}": one})
     for number in ("999999", "9" * 5000):
-        with pytest.raises(
-            ValueError, match=rf"too many .*\(0, 1 and 0 of them\), such as {re.escape(modules)}\.9999"
-        ):
+        with pytest.raises(ValueError, match=rf": 1 tensor is unexpected, such as {re.escape(modules)}\.9999"):
             convert_state_dict(official | {f"{modules}.{number}.{leaf}": one}, official_config())
 
 
@@ -200,3 +197,15 @@ def test_a_configuration_of_more_layers_than_any_model_has_is_refused(official, 
     for convert, tensors in ((convert_state_dict, official), (convert_to_official, converted)):
         with pytest.raises(ValueError, match=f"{field}.* is 1000000000: no DETRIS has more than 256"):
             convert(tensors, config)
+
+
+def test_names_are_compared_before_a_model_is_built():
+    row = ("neck.txt_proj.bias", ["neck.sentence_projection.bias"], "same")
+    with pytest.raises(ValueError, match=r"^It is no DETRIS: 1 tensor is missing and 1 is unexpected, such as neck"):
+        official_to_ours({"x": torch.ones(1)}, None, None, [row], "It is no DETRIS", "Get it again.")
+
+
+def test_clips_temperature_among_our_tensors_is_ignored(converted):
+    expected = convert_to_official(converted, official_config())
+    back = convert_to_official(converted | {"txt_backbone.logit_scale": torch.ones(())}, official_config())
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in expected)

@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn import functional as F
 from transformers import CLIPTextModel, Dinov2Model, Dinov2WithRegistersModel
 
+from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 from peft_detris import (
     ADAPTER_FIELDS,
@@ -349,7 +350,7 @@ def test_checkpointing_gives_the_same_gradients(fields, reentrant):
         ),
         ({"peft_method": "lora", "lora_target_modules": ["mlp"]}, r"names \['mlp'\], .* name linear modules"),
         ({"model_fields": {"decoder_dim": 64}}, "trained with decoder_dim 64, but the model has 32: build it with"),
-        ({"backbone_digest": "0" * 64}, "other backbones: theirs have the digest 0{64}, these [0-9a-f]{64}"),
+        ({"backbone_digest": "0" * 64}, "other backbones: their digest is 0{64}, the model's is [0-9a-f]{64}"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_changed(fields, message):
@@ -456,3 +457,9 @@ def test_rounded_weights_have_no_digest():
     model.text_model.encoder.layers[0].mlp.bfloat16()
     assert backbone_digest(model) is None
     assert backbone_digest(model.float().to("meta")) is None
+
+
+def test_no_field_that_describes_adapters_is_left_out():
+    others = {"modules_to_save", "model_fields", "backbone_digest"}
+    assert {*ADAPTER_FIELDS} == DetrisAdapterConfig.__annotations__.keys() - others
+    assert {*ADAPTER_FIELDS} <= DetrisConfig.__annotations__.keys()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -205,6 +206,19 @@ def test_files_that_are_no_json_give_one_sentence(tmp_path, file, content):
     with a_gibibyte(), pytest.raises((ValueError, TypeError, OSError)) as error:
         load_both(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"size"', "null"])
+def test_a_broken_configuration_is_named_with_its_cause_and_a_remedy(tmp_path, content):
+    for file, read in (
+        ("preprocessor_config.json", DetrisImageProcessor.get_image_processor_dict),
+        ("processor_config.json", DetrisProcessor.get_processor_dict),
+    ):
+        (tmp_path / file).write_text(content)
+        with pytest.raises((ValueError, OSError), match=rf"{tmp_path}.*") as error:
+            read(tmp_path)
+        if type(error.value) is ValueError:
+            assert re.fullmatch(r"The processor's .* no JSON object of fields \(.+\): save or d.*", str(error.value))
 
 
 def load_both(folder):

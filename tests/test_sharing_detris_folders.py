@@ -322,7 +322,7 @@ def test_other_backbones_are_refused_with_both_digests(trained, other_backbones,
     }[way]
     theirs, ours = backbone_digest(trained.whole["bare"]), backbone_digest(other)
     assert theirs != ours
-    with pytest.raises(ValueError, match=f"other backbones: theirs have the digest {theirs}, these {ours}"):
+    with pytest.raises(ValueError, match=f"other backbones: their digest is {theirs}, the model's is {ours}"):
         refuse()
     assert state_of(model) == before
 
@@ -387,7 +387,7 @@ def pickled_plainly(folder: Path) -> None:
 
 PREFIX = "base_model.model"
 DENSE = f"{PREFIX}.text_model.encoder.layers.0.detris_adapter.dense.branch1.norm"
-TENSORS_WRONG = "1 tensors are missing, too many or of another shape .*such as "
+TENSORS_WRONG = "1 (tensor is missing|tensor is unexpected|tensor has another shape).*such as "
 DAMAGES = {
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
@@ -464,7 +464,7 @@ DAMAGES = {
         changed_fields(vision_adapter_dim=160),
         ValueError,
         r"vision_adapter_dim 160, but those .* replace have 32"
-        r"|72 tensors .*another shape .*dense.branch1.conv.bias .saved: \(16,\), expected: \(80,\)",
+        r"|72 tensors have another shape, .*dense.branch1.conv.bias .saved: \(16,\), expected: \(80,\)",
     ),
     "width that is no number": (changed_fields(text_adapter_dim="wide"), ValueError, "text_adapter_dim.*expected int"),
     "unknown peft_method": (changed_fields(peft_method="prompt"), ValueError, "peft_method is 'prompt'"),
@@ -568,3 +568,17 @@ def test_an_adapter_brings_its_head_whatever_its_configuration_says(trained, dam
     assert torch.equal(logits_of(model), trained.logits["photos"])
     model.set_adapter("default")
     assert torch.equal(logits_of(model), trained.logits["bare"])
+
+
+def test_what_is_told_first_if_several_things_are_wrong(trained, damaged):
+    folder = damaged(lambda folder: None)
+    with pytest.raises(TypeError, match="takes no foo"):
+        DetrisForReferringSegmentation.from_pretrained(folder, lora_rank=4, foo=1)
+    with pytest.raises(OSError, match="The backbones of .* cannot be read"):
+        DetrisForReferringSegmentation.from_pretrained(folder, lora_rank=4, vision_backbone=str(folder / "nowhere"))
+    with pytest.raises(ValueError, match="lora_rank cannot be changed on loading"):
+        DetrisForReferringSegmentation.from_pretrained(folder, lora_rank=4)
+    DAMAGES["another method of PEFT"][0](folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(OSError, match="config.json is missing"):
+        DetrisForReferringSegmentation.from_pretrained(folder)
