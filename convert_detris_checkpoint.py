@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+# Code that the release of 2026-11-26 saved with adapters imports the two readers from here.
+from backbones_detris import read_clip_text, read_dinov2  # noqa: F401
 from checkpoint_files import (
     bare_state_dict,
     check_names,

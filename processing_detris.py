@@ -87,7 +87,7 @@ class DetrisImageProcessor(BaseImageProcessor):
         self.image_mean = _checked_channels(OPENAI_CLIP_MEAN if image_mean is None else image_mean, "image_mean", 0)
         self.image_std = _checked_channels(OPENAI_CLIP_STD if image_std is None else image_std, "image_std", MIN_STD)
         class_fields = {name: kwargs.pop(name) for name in CLASS_FIELDS if name in kwargs}
-        _refuse_contradictions(kwargs, self._fixed_arguments())
+        _refuse_contradictions(kwargs, _fixed_image_arguments(self))
         super().__init__(**class_fields)
 
     @classmethod
@@ -96,18 +96,6 @@ class DetrisImageProcessor(BaseImageProcessor):
         with _configuration_errors(pretrained_model_name_or_path):
             fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
             return {**fields}, kwargs
-
-    def _fixed_arguments(self) -> dict[str, tuple]:
-        """Return the arguments that other image processors take, each with the values that change nothing here."""
-        done = ("resize", "rescale", "normalize", "convert_rgb", "pad")
-        return {f"do_{what}": (True,) for what in done} | {
-            "do_center_crop": (False,),
-            "rescale_factor": (1 / 255,),
-            "data_format": ("channels_first", ChannelDimension.FIRST),
-            "size": (self.size, self.size["height"]),
-            "image_mean": (self.image_mean,),
-            "image_std": (self.image_std,),
-        }
 
     def preprocess(
         self,
@@ -139,7 +127,7 @@ class DetrisImageProcessor(BaseImageProcessor):
             ValueError: if there is no image, an image or a map cannot be read as one, there are neither as many maps
                 as phrases nor as many as images, or a map is not as large as its image.
         """
-        _refuse_contradictions(fixed, self._fixed_arguments())
+        _refuse_contradictions(fixed, _fixed_image_arguments(self))
         images = _as_sequence(images, (4,), "images")
         side, sizes = self.size["height"], []
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
@@ -268,7 +256,7 @@ class DetrisProcessor(ProcessorMixin):
             ValueError: if there is nothing to prepare, a phrase has no words, it is unclear which image a phrase
                 speaks of, or images and maps do not fit.
         """
-        _refuse_contradictions(fixed, self._fixed_text_arguments() | self.image_processor._fixed_arguments())
+        _refuse_contradictions(fixed, self._fixed_text_arguments() | _fixed_image_arguments(self.image_processor))
         if _holds_text(images) and text is not None and not _holds_text(text):
             raise TypeError("images holds text and text does not: they are swapped, give images=…, text=….")
         if images is None and (text is None or segmentation_maps is not None):
@@ -555,6 +543,19 @@ def _configuration_errors(source: str | os.PathLike) -> Iterator[None]:
             f"The processor's configuration in {source} is no JSON object of fields ({one_line(error)}): save or "
             "download it again."
         ) from error
+
+
+def _fixed_image_arguments(processor: DetrisImageProcessor) -> dict[str, tuple]:
+    """Return the arguments that other image processors take, each with the values that change nothing here."""
+    done = ("resize", "rescale", "normalize", "convert_rgb", "pad")
+    return {f"do_{what}": (True,) for what in done} | {
+        "do_center_crop": (False,),
+        "rescale_factor": (1 / 255,),
+        "data_format": ("channels_first", ChannelDimension.FIRST),
+        "size": (processor.size, processor.size["height"]),
+        "image_mean": (processor.image_mean,),
+        "image_std": (processor.image_std,),
+    }
 
 
 def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:

@@ -43,6 +43,7 @@ def assert_one_model(folder, text_file, **fields):
 SMALL_FIELDS = {"vision_adapter_layers": [1], "text_adapter_layers": [1], "feature_layers": [0, 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registers", [True, False])
 @pytest.mark.parametrize("text_file", ["ViT-B-16.pt", "clip.pth"])
 def test_original_backbone_files_give_the_model_of_hugging_faces_folders(tmp_path, registers, text_file):
@@ -156,6 +157,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_original_files_are_read_where_only_the_models_code_is(tmp_path, one_thread):
     save_originals(tmp_path, 64, 2, 128, 2)
     originals = str(tmp_path / "dinov2_pretrain.pth"), str(tmp_path / "ViT-B-16.pt")

@@ -347,6 +347,7 @@ NAMES = "".join(f'"{name}", ' for name in ["p", *PARAMETERS])
 SOURCE = f"class M(Module):\n  __parameters__ = [{NAMES}]\n  __buffers__ = []\nclass N:\n  p : Tensor\n"
 
 
+@pytest.mark.slow
 def test_hostile_claims_get_one_sentence_soon_and_with_little_memory(tmp_path):
     cases = [(name, content, said, {}) for name, (content, said) in CLAIMS.items()]
     cases += [(name, content, said, {"a/code/__torch__.py": SOURCE}) for name, (content, said) in TORCHSCRIPT.items()]
@@ -485,6 +486,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*nested tensors|.*Sparse CSR:UserWarning")
 def test_files_that_are_no_whole_checkpoints_get_one_sentence_too(tmp_path):
     (tmp_path / "files").mkdir()

@@ -253,6 +253,7 @@ def with_figures(trainer, figures: list[float]):
 EPOCHS = {"rows": 8, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_found_after_its_folder_has_moved(make_trainer, tmp_path):
     straight = with_figures(
         make_trainer(num_train_epochs=3, output_dir=str(tmp_path / "a"), **EPOCHS), [0.5, 0.2, 0.4]
@@ -273,6 +274,7 @@ def test_the_best_checkpoint_is_found_after_its_folder_has_moved(make_trainer, t
         check_fits_run(checkpoint, processes=1, fp16=False, with_best=True)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_resuming_by_another_spelling(make_trainer, tmp_path, monkeypatch):
     options = EPOCHS | {"save_total_limit": 2}
     with_figures(make_trainer(num_train_epochs=2, **options), [0.5, 0.2]).train()
@@ -282,6 +284,7 @@ def test_the_best_checkpoint_outlives_resuming_by_another_spelling(make_trainer,
     assert {path.name for path in Path("run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-10"}
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on_when_resumed(make_trainer, tmp_path):
     """Without a better figure for three evaluations the run stops, whether or not it was broken off between them."""
 
@@ -372,6 +375,7 @@ def test_statistics_that_are_not_finite_are_named():
 # --- resuming by the command line ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter_only", [False, True])
 def test_last_is_the_newest_whole_checkpoint(config_file, tmp_path, adapter_only, caplog):
     arguments = [config_file, "--do_train", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1"]

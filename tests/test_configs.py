@@ -136,6 +136,7 @@ def narrow_backbones(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MINI.exists(), reason="needs shared/refer_mini beside the repository")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_with_other_backbones_from_the_command_line(recipe, narrow_backbones, tmp_path):

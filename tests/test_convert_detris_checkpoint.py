@@ -273,6 +273,7 @@ def convert_tiny(official, tmp_path):
     return convert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_training_checkpoint_becomes_a_folder_and_goes_back(official, convert_tiny, tmp_path, legacy):
     folder = convert_tiny(training_checkpoint(official), _use_new_zipfile_serialization=not legacy)

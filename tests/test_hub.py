@@ -140,6 +140,7 @@ save_file(results, "../results.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_pushed_model_and_processor_load_elsewhere(pushed, tmp_path, one_thread):
     image = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
     np.save(tmp_path / "image.npy", image)
@@ -192,6 +193,7 @@ assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_di
 """
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_cut_leaves_nothing_and_can_be_repeated(server, tiny_backbones, tmp_path):
     tiny_model(tiny_backbones).save_pretrained(tmp_path / "trained")
     server.fail_uploads_after = 0
@@ -280,6 +282,7 @@ def trained(tiny_backbones, tmp_path_factory):
         yield SimpleNamespace(server=server, folder=folder)
 
 
+@pytest.mark.slow
 def test_what_was_trained_and_pushed_loads_elsewhere(trained, tiny_backbones, tmp_path, one_thread):
     (tmp_path / "empty").mkdir()
     run_client(f"PHRASES = {PHRASES}\n{LOAD_BOTH}", trained.server, tmp_path / "empty")
@@ -348,6 +351,7 @@ datasets.load_dataset("someone/shapes").save_to_disk("../loaded")
 """
 
 
+@pytest.mark.slow
 def test_pushed_rows_come_back(server, tmp_path):
     splits = load_shapes(seed=3, sizes={"train": 3, "val": 2, "testA": 1, "testB": 1, "unseen": 1}, image_size=48)
     splits.save_to_disk(tmp_path / "splits")
@@ -389,6 +393,7 @@ print(json.dumps([sorted(row["ref_id"] for row in batch), eval_rows["ref_id"][:]
 """
 
 
+@pytest.mark.slow
 def test_prepared_rows_are_pushed_and_streamed_back(server, tmp_path):
     refer = ReferFolder(tmp_path / "refer")
     refer.write()

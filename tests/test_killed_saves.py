@@ -75,6 +75,7 @@ def train(trainer: DetrisTrainer, run: Path, result: Path, resumed: bool = False
     torch.save({"losses": losses(trainer), "weights": trainer.model.state_dict()}, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("adapter_only", [False, True], ids=["whole", "adapter only"])
 def test_a_killed_save_leads_to_the_straight_runs_numbers_or_a_refusal(make_trainer, tmp_path, adapter_only, used):

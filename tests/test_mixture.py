@@ -51,6 +51,7 @@ def test_of_750_test_images_exactly_the_283_that_are_trained_on_leave():
     assert kept.leaks == mixture.leaks and kept.leaks_stay
 
 
+@pytest.mark.slow
 def test_with_the_published_splits_the_counts_add_up():
     """Images as numbers: RefCOCO+ has those of RefCOCO, RefCOCOg (umd) trains on some that RefCOCO tests on."""
     splits, shared, next_image = {}, {}, 0

@@ -92,6 +92,7 @@ def test_a_training_step_has_the_official_loss_and_gradients(official):
     assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_steps_of_adam_are_the_official_ones(official):
     figures, tensors, _ = official
     model = official_model(official).train()

@@ -188,6 +188,7 @@ def reads(monkeypatch, tmp_path):
     os.close(log)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path, monkeypatch, reads):
     records = large_set(tmp_path / "refer", 200)
     expected = prepare.prepare(records, tmp_path / "uninterrupted")
@@ -262,6 +263,7 @@ def test_killed_while_the_files_are_written(tmp_path, monkeypatch, reads):
     assert reads() == [] and entries(tmp_path / "out") == entries(tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["annotations", "chunks"])
 def test_the_work_of_another_job_is_thrown_away(tmp_path, monkeypatch, reads, changed):
     records = large_set(tmp_path / "refer", 60)
@@ -282,6 +284,7 @@ def test_the_work_of_another_job_is_thrown_away(tmp_path, monkeypatch, reads, ch
     assert sorted(reads()) == list(range(len(records)))
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     large_set(tmp_path / "refer", 300)
     process = start_slow(tmp_path, chunk=1000, pause=0.02)

@@ -189,6 +189,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_folders(tmp_path, canary):
     root = tmp_path / "mine"
     names = traps(root, tmp_path)
@@ -245,6 +246,7 @@ REF_PARTS = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_refer_sets(tmp_path, canary):
     folder = ReferFolder(tmp_path / "refer")
     names = traps(folder.images, tmp_path)

@@ -207,6 +207,7 @@ def test_metrics_loaded_at_once_do_not_mix(tmp_path):
     assert first.compute()["overall_iou"] == 0.5
 
 
+@pytest.mark.slow
 def test_offline_in_another_process_at_the_same_time(metric, tmp_path):
     metric.add(prediction=FULL, reference=FULL)
     code = f"""

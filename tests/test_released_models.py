@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import backbones_detris
+import convert_detris_checkpoint
 from modeling_detris import DetrisForReferringSegmentation
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +112,9 @@ def test_the_auto_classes_without_the_repository(tmp_path):
         check=True,
         timeout=300,
     )
+
+
+def test_the_converter_still_has_what_released_code_imports_from_it():
+    # In a folder of adapters, `modeling_detris.py` of the last release reads original files of the backbones by these.
+    assert convert_detris_checkpoint.read_dinov2 is backbones_detris.read_dinov2
+    assert convert_detris_checkpoint.read_clip_text is backbones_detris.read_clip_text

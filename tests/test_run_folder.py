@@ -58,6 +58,7 @@ def test_a_folder_with_an_older_run_is_refused_before_anything_is_loaded(argumen
     assert "\n" not in str(no.value) and (run / left).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_may_overwrite_gives_what_it_gives_in_a_fresh_folder(arguments, tmp_path):
     """The older run's best checkpoint, of step 1, had a better figure than any of the newer one's."""
     run, fresh = tmp_path / "run", tmp_path / "fresh"
@@ -107,6 +108,7 @@ def test_a_start_that_fails_deletes_nothing(arguments, tmp_path):
     assert (run / "checkpoint-7").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["model", "optimizer"])
 def test_a_checkpoint_of_another_run_is_refused_in_a_sentence_before_the_older_run_is_deleted(
     arguments, tmp_path, monkeypatch, capsys, other

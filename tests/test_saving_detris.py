@@ -98,6 +98,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_saved_model_loads_elsewhere_without_this_repository(tmp_path):
     model, inputs = small_model(), small_inputs(3)
     inputs["image_index"] = torch.tensor([0, 2, 1])
@@ -382,6 +383,7 @@ def test_what_is_saved_over_another_kind_of_folder_is_what_is_loaded(saved, tmp_
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, "whole", "shards", "adapter"])
 @pytest.mark.parametrize("after", ["whole", "shards", "adapter"])
 def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved, tmp_path, before, after):

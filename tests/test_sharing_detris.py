@@ -68,6 +68,7 @@ def saved(tmp_path_factory) -> Path:
 # --- One model for all -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_adapter_gives_what_its_own_checkpoint_gives(trained, way, grad):

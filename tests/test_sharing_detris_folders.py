@@ -92,6 +92,7 @@ save_file(logits, "logits.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_loads_elsewhere_without_this_repository(trained, tmp_path):
     save_file(INPUTS, tmp_path / "inputs.safetensors")
     names = ["drawings", "maps"]

@@ -77,6 +77,7 @@ def stopped(arguments: list[str], number: int, capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, step, checkpoint",
     [

@@ -72,6 +72,7 @@ def test_another_schedule_of_transformers_takes_the_place_of_milestones(make_tra
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, batch_size", [(32, 4), (40, 8)], ids=["within an epoch", "between epochs"])
 @pytest.mark.parametrize("adapter_only", [False, True])
 def test_resuming_repeats_an_uninterrupted_run_bit_for_bit(make_trainer, tmp_path, rows, batch_size, adapter_only):

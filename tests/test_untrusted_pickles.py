@@ -219,6 +219,7 @@ HOSTILE = {  # what is written, and what is said
 }
 
 
+@pytest.mark.slow
 def test_hostile_pickles_get_one_sentence_soon_and_with_little_memory(tmp_path):
     paths = [tmp_path / f"{index}.pth" for index in range(len(HOSTILE))]
     for path, (content, _) in zip(paths, HOSTILE.values()):
