@@ -160,6 +160,7 @@ def test_pushed_model_and_processor_load_elsewhere(pushed, tmp_path, one_thread)
         assert torch.equal(results[name], logits), name
 
 
+@pytest.mark.slow
 def test_pushed_repository_holds_what_is_needed_and_nothing_else(pushed):
     files = pushed.server.files("someone/detris-tiny")
     of_the_model = {"config.json", "model.safetensors"}
@@ -299,6 +300,7 @@ def test_what_was_trained_and_pushed_loads_elsewhere(trained, tiny_backbones, tm
             assert torch.equal(model(**results).logits, expected[name]), name
 
 
+@pytest.mark.slow
 def test_pushed_adapters_name_their_backbones_and_bring_nothing_else(trained):
     files = trained.server.files("someone/detris-adapter")
     of_the_adapter = {"adapter_config.json", "adapter_model.safetensors", "config.json"}

@@ -23,6 +23,7 @@ from training.rows import Rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_training_leaves_the_best_model_its_processor_metrics_and_predictions(config_file, tmp_path):
     metrics = main(
         [config_file, "--do_train", "--do_predict", "--test_splits", "testA", "--num_train_epochs", "2"]

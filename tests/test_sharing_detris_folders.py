@@ -57,6 +57,7 @@ def test_an_adapter_of_several_is_saved_and_loaded_by_itself(trained, tmp_path, 
         assert torch.equal(logits_of(by_peft), trained.logits[name])
 
 
+@pytest.mark.slow
 def test_what_peft_has_saved_is_loaded(trained, tmp_path):
     sharing(trained, "PeftModel").save_pretrained(tmp_path)
     for name in ADAPTERS:

@@ -124,6 +124,7 @@ def test_the_only_checkpoint_is_kept_beside_the_best(arguments, tmp_path, send, 
     assert (tmp_path / "run" / "checkpoint-6").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_at_its_next_batch(arguments, config_file, tmp_path, send, monkeypatch, capsys):
     """In training the last checkpoint is what remains, afterwards the model."""
     run, batches = tmp_path / "run", 2  # of val

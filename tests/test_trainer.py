@@ -110,6 +110,7 @@ def test_worker_processes_that_live_on_draw_the_same_phrases(make_trainer):
     assert losses(helped) == losses(alone)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_with_the_best_mean_iou_is_kept(make_trainer):
     trainer = make_trainer(
         rows=8, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
@@ -177,6 +178,7 @@ def test_an_empty_mask_is_trained_on_as_zeros(make_trainer, generalized):
 # --- streamed rows --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_training_resumes_bit_for_bit(make_trainer, prepared, tmp_path, workers):
     files = parquet_files(str(prepared))["train"]
@@ -217,6 +219,7 @@ def test_streamed_batches_hold_each_row_once_an_epoch(make_trainer, prepared):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_not_resumed_by_another_number_of_workers(make_trainer, prepared, tmp_path):
     options = {"rows": StreamedRows(parquet_files(str(prepared))["train"]), "save_strategy": "steps", "save_steps": 2}
     make_trainer(max_steps=2, **options).train()
@@ -288,6 +291,7 @@ def test_phrases_go_through_in_chunks_to_the_same_counts_and_masks(make_trainer,
     assert len(segmented) == phrases and len(set(segmented.tolist())) > 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}],
