@@ -42,6 +42,7 @@ RESTRICTED = {
     "metrics": (),
     "data": ("data", "configuration_detris", "untrusted_pickles", "letterbox_detris"),
 }
+LEFT_BEHIND = r"\.git|\.venv.*|\.(pytest|ruff)_cache|\.hypothesis|__pycache__|runs"
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
     Makefile pyproject.toml requirements.txt requirements.lock requirements-dev.txt requirements-dev.lock
@@ -77,12 +78,13 @@ class Module:
 
 
 def files_of(root: Path) -> list[Path]:
-    """List the files that git tracks, or all of them where there is no git."""
-    paths = root.rglob("*")
-    if (root / ".git").exists():
-        listing = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
-        paths = [root / path for path in listing.stdout.split("\0") if path]
-    return sorted(path.relative_to(root) for path in paths if path.is_file())
+    """List the files that git tracks; where git knows none, all but those that running the project leaves behind."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    paths = [Path(path) for path in listing.stdout.split("\0") if path]
+    if not paths:
+        paths = [path.relative_to(root) for path in root.rglob("*")]
+        paths = [path for path in paths if not any(re.fullmatch(LEFT_BEHIND, part) for part in path.parts)]
+    return sorted(path for path in paths if (root / path).is_file())
 
 
 @cache
