@@ -85,6 +85,33 @@ def refer(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def official():
+    """The checkpoint of the tiny official model: its tensors by their official names."""
+    from helpers.models import official_figures, official_weights
+
+    return official_weights(official_figures()[0]["shapes"])
+
+
+@pytest.fixture(scope="module")
+def converted(official):
+    """The same checkpoint by our names."""
+    from helpers.models import official_config
+
+    from convert_detris_checkpoint import convert_state_dict
+
+    return convert_state_dict(official, official_config())
+
+
+@pytest.fixture
+def in_time():
+    """Whatever takes over ten seconds fails, also what waits for a pipe."""
+    from helpers.refer_folder import not_waiting
+
+    with not_waiting():
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_thread():
     """Small products are slower on several threads, most of all when something else keeps the processor busy."""
     import torch

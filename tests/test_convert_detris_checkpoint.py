@@ -12,9 +12,8 @@ import pytest
 import torch
 import yaml
 from helpers.elsewhere import run_elsewhere
-from helpers.models import official_config, official_figures, official_inputs, official_weights
+from helpers.models import official_config, official_figures, official_inputs
 from helpers.original_backbones import Holder
-from helpers.refer_folder import not_waiting
 from helpers.released_checkpoints import CONFORMANCE, RELEASED, RELEASED_RECIPES
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -34,23 +33,6 @@ from modeling_detris import DetrisForReferringSegmentation
 from official_layout import name_table
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def official():
-    return official_weights(official_figures()[0]["shapes"])
-
-
-@pytest.fixture(scope="module")
-def converted(official):
-    return convert_state_dict(official, official_config())
-
-
-@pytest.fixture
-def in_time():
-    """Whatever takes over ten seconds fails, also what waits for a pipe."""
-    with not_waiting():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers.models import official_config, official_figures, official_weights
-from helpers.refer_folder import not_waiting
+from helpers.models import official_config
 from helpers.released_checkpoints import RELEASED, RELEASED_RECIPES
 
 from configuration_detris import DetrisConfig
@@ -24,23 +23,6 @@ from official_layout import (
     tensors_to_official,
     tensors_to_ours,
 )
-
-
-@pytest.fixture(scope="module")
-def official():
-    return official_weights(official_figures()[0]["shapes"])
-
-
-@pytest.fixture(scope="module")
-def converted(official):
-    return convert_state_dict(official, official_config())
-
-
-@pytest.fixture
-def in_time():
-    """Whatever takes over ten seconds fails, also what waits for a pipe."""
-    with not_waiting():
-        yield
 
 
 def test_each_name_stands_in_the_table_once(official):
