@@ -4,9 +4,9 @@
     python quickstart.py --methods detris lora dora detris+lora none --output_dir runs/methods
 
 Several methods are trained one after the other and compared. All runs follow `configs/quickstart.yaml`; arguments of
-`train_hf.py` may be given, too, and hold for all runs. Afterwards `runs/quickstart/` holds the model and the predictions
-of the first run, a folder for each further run, the metrics of all runs in `metrics.json`, `gallery.png`, and in
-`examples/` a few pictures with phrases, as a data set of one's own would lie in a folder.
+`train_hf.py` may be given, too, and hold for all runs. Afterwards `runs/quickstart/` holds the model and the
+predictions of the first run, a folder for each further run, the metrics of all runs in `metrics.json`, `gallery.png`,
+and in `examples/` a few pictures with phrases and masks, laid out as a data set of one's own can be.
 """
 
 import json
