@@ -1,7 +1,7 @@
 """Readers of further layouts; `open_records` opens a data set in any layout, REFER's among them.
 
 The further layouts are the folders of JSON and PNG of CRIS, ETRIS and DETRIS, the Hub's tables of annotations without
-pixels, and a folder of one's own images with a `metadata.jsonl`. data/README.md shows each of them.
+pixels, and a folder of one's own images with a `metadata.jsonl`. docs/data.md shows each of them.
 """
 
 import json

@@ -193,7 +193,7 @@ def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
 def test_columns_of_other_types_are_refused(tmp_path, column, values):
     table = pa.table({name: pa.array([value]) for name, value in SOUND.items()} | {column: pa.array(values)})
     datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what data/README.md"):
+    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what docs/data.md"):
         load_splits(str(tmp_path / "saved"), DataArguments())
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(OSError, match="train.parquet cannot be read"):

@@ -240,7 +240,7 @@ def _as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
                     rows = rows.cast_column(column, feature)
                 except (pa.ArrowException, TypeError, ValueError) as error:
                     raise ValueError(
-                        f"Column {column!r} in split {split!r} of {name} is not what data/README.md describes "
+                        f"Column {column!r} in split {split!r} of {name} is not what docs/data.md describes "
                         f"({one_line(error)}): prepare the data set anew."
                     ) from error
         require_rows(where, rows)
