@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from transformers import CLIPTokenizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
-from transformers.utils.hub import resolve_revision
 
 from backbones_detris import refuse_file
 from configuration_detris import DetrisConfig, as_value_error, errors_begin_with, read_regular, short_repr
@@ -22,6 +21,7 @@ from processing_detris import DetrisImageProcessor, DetrisProcessor
 from repository_files import (
     OFFICIAL_SUFFIX,
     conversion_command,
+    find_commit,
     find_file,
     refuse_official_checkpoints,
     require_repository_id,
@@ -62,7 +62,10 @@ def load_pipeline(
     source = _path_or_id(model, "model")
     device, dtype = find_device(device), find_dtype(dtype)
     adapters = _check_adapter_names(adapters)
-    revision = _resolve_revision(source, revision)
+    if not os.path.isdir(source):
+        revision = find_commit(source, revision)
+    elif revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {source} is a folder, which has none: leave it out.")
     has_adapters = _require_model(source, revision)
     for adapter in adapters.values():
         _require_adapters(adapter)
@@ -86,8 +89,8 @@ def load_processor(source: str, revision: str | None = None) -> DetrisProcessor:
     """
     Load the processor that lies beside a model.
 
-    `DetrisProcessor.from_pretrained` would load its parts by transformers' Auto classes, which ask whether they may run
-    the code beside them.
+    `DetrisProcessor.from_pretrained` would load its parts by transformers' Auto classes, which ask to run the code
+    beside them.
 
     Args:
         source: folder or Hub id.
@@ -145,13 +148,6 @@ def _path_or_id(source: str | os.PathLike, what: str) -> str:
     else:
         refuse_file(source)
     return source
-
-
-def _resolve_revision(source: str, revision: str | None) -> str | None:
-    """Find the commit of a repository, so that model and processor come from one even if it changes meanwhile."""
-    if revision is not None and os.path.isdir(source):
-        raise ValueError(f"revision is {revision!r}, but {source} is a folder, which has none: leave it out.")
-    return resolve_revision(source, revision)
 
 
 def _require_model(source: str, revision: str | None) -> bool:
