@@ -14,7 +14,7 @@ import torch
 from helpers.hub_client import run_client
 from helpers.hub_server import HubServer
 from helpers.pictures import picture
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from load_detris import find_device, find_dtype, load_pipeline, load_processor
 from modeling_detris import DetrisForReferringSegmentation
@@ -103,14 +103,24 @@ def test_the_pipeline_gives_what_model_and_processor_give_by_hand():
             assert list(result["mask"].tobytes()) == (mask.flatten().int() * 255).tolist()
 
 
+@pytest.mark.filterwarnings("error:The backbones are not in float32")
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_numbers_of_another_width(figures, adapter, dtype):
     for pipe in (
+        load_pipeline(WHOLE, None, "cpu", dtype),
         load_pipeline(WHOLE, {"second": ADAPTER}, "cpu", dtype),
         load_pipeline(adapter, None, "cpu", dtype, **BACKBONES),
     ):
         widths = {p.dtype for p in (*pipe.model.parameters(), *pipe.model.buffers()) if p.is_floating_point()}
-        assert widths == {find_dtype(dtype)}
+        assert widths == {find_dtype(dtype)} and pipe.model.config.dtype == find_dtype(dtype)
+
+
+def test_adapters_of_other_backbones_are_refused_in_every_width(whole):
+    weights = load_file(whole / "model.safetensors")
+    weights["vision_model.layernorm.bias"] += 1
+    save_file(weights, whole / "model.safetensors", {"format": "pt"})
+    for dtype in (None, "bfloat16"):
+        refused(ValueError, "The adapters were trained in other backbones", whole, {"x": ADAPTER}, dtype=dtype)
 
 
 def test_a_model_saved_in_bfloat16_stays_so(whole):
@@ -271,7 +281,7 @@ import os
 from pathlib import Path
 
 import huggingface_hub as hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 for name in ("whole", "official", "empty", "gated"):
     hub.create_repo(f"someone/{name}")
@@ -317,12 +327,29 @@ print(json.dumps([thresholds, messages]))
 """
 
 
+WITHOUT_A_SERVER = """
+import json
+import time
+from load_detris import load_pipeline
+
+time.sleep = lambda seconds: None  # as the client does between two attempts
+messages = []
+for model in ("someone/other", "runs/quickstart"):
+    try:
+        load_pipeline(model)
+    except OSError as error:
+        messages.append(str(error))
+print(json.dumps([load_pipeline("someone/whole", device="cpu").processor.mask_threshold, messages]))
+"""
+
+
 @pytest.mark.slow
 def test_models_on_the_hub(tmp_path):
     code = f"WHOLE, FIGURES = {str(WHOLE)!r}, {str(RELEASED / 'figures.safetensors')!r}\n{ON_THE_HUB}"
     with HubServer() as server:
         server.gated.add("someone/gated")
-        thresholds, messages = json.loads(run_client(code, server, tmp_path, isolated=False).splitlines()[-1])
+        options = {"server": server, "folder": tmp_path, "isolated": False, "cache": tmp_path / "cache"}
+        thresholds, messages = json.loads(run_client(code, **options).splitlines()[-1])
     assert thresholds == [0.75, 0.75, 0.25, 0.75]
     command = "python convert_detris_checkpoint.py someone/official --file detris_b.pth{} out/ --dataset refcoco/unc"
     listed = "someone/official holds official checkpoints and no config.json (detris_b.pth, large/detris_l.pth): "
@@ -340,3 +367,10 @@ def test_models_on_the_hub(tmp_path):
         "someone/whole has no revision v9: give a branch, a tag or a whole commit id of it.",
         f"someone/whole has no revision {'0' * 40}: give a branch, a tag or a whole commit id of it.",
     ]
+    threshold, messages = json.loads(run_client(WITHOUT_A_SERVER, **options).splitlines()[-1])
+    assert threshold == 0.75
+    for name, message in zip(("someone/other", "runs/quickstart"), messages, strict=True):
+        said = (
+            rf"{name} is not on this machine, and the Hub cannot be reached \(.*refused\): check the network and try.*"
+        )
+        assert re.fullmatch(said, message)
