@@ -24,7 +24,8 @@ try:
     from .configuration_detris import DetrisConfig
     from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
     from .saving_detris import WholeModelSaving
-    from .sharing_detris import AdapterSharing, AdapterSwitching
+    from .sharing_detris import AdapterSharing
+    from .switching_detris import AdapterSwitching
 except ImportError:
     if __package__:
         raise
@@ -33,7 +34,8 @@ except ImportError:
     from configuration_detris import DetrisConfig
     from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
     from saving_detris import WholeModelSaving
-    from sharing_detris import AdapterSharing, AdapterSwitching
+    from sharing_detris import AdapterSharing
+    from switching_detris import AdapterSwitching
 
 
 # Added to the side of the new grid when positions are resampled, so that rounding does not lose a row (official
@@ -382,6 +384,7 @@ class DetrisForReferringSegmentation(
         labels: torch.FloatTensor | None = None,
         adapter_names: list[str] | None = None,
         return_dict: bool | None = None,
+        original_sizes: torch.LongTensor | None = None,
     ) -> DetrisOutput | tuple:
         r"""
         Segment what phrases name in images.
@@ -403,6 +406,9 @@ class DetrisForReferringSegmentation(
                 active one.
             return_dict (`bool`, *optional*):
                 Whether to return a [`DetrisOutput`] and not a tuple. By default the configuration says so.
+            original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
+                Not read. The processor returns the images' sizes, which its post-processing needs, together with the
+                model's inputs.
 
         Returns:
             [`DetrisOutput`] or a tuple of its values.
@@ -424,7 +430,6 @@ class DetrisForReferringSegmentation(
         >>> image = Image.open("photo.jpg")
         >>> phrases = ["left cat", "the remote"]
         >>> inputs = processor(images=image, text=phrases, return_tensors="pt")
-        >>> original_sizes = inputs.pop("original_sizes")
 
         >>> with torch.inference_mode():
         ...     outputs = model(**inputs)
@@ -432,7 +437,7 @@ class DetrisForReferringSegmentation(
         torch.Size([2, 128, 128])
 
         >>> masks = processor.post_process_referring_segmentation(
-        ...     outputs, original_sizes, image_index=inputs["image_index"]
+        ...     outputs, target_sizes=inputs["original_sizes"], image_index=inputs["image_index"]
         ... )
         >>> masks[0].shape == (image.height, image.width)  # true where the left cat is
         True

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 try:
     from .checkpoint_files import (
@@ -31,6 +31,8 @@ try:
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
+    from .pipeline_detris import CUSTOM_PIPELINES
+    from .repository_files import refuse_official_checkpoints
 except ImportError:
     if __package__:
         raise
@@ -46,6 +48,8 @@ except ImportError:
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
+    from pipeline_detris import CUSTOM_PIPELINES
+    from repository_files import refuse_official_checkpoints
 
 # Fields of the configuration that say where the backbones came from.
 BACKBONE_SOURCES = ("vision_backbone", "vision_backbone_revision", "text_backbone", "text_backbone_revision")
@@ -125,7 +129,7 @@ class WholeModelSaving:
     @contextmanager
     def _published_as_whole(self) -> Iterator[None]:
         """Let transformers save the whole model, and name only backbones that others can get."""
-        self._enter_auto_map()
+        self._enter_code()
         kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
         has_adapters, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False
         for name, value in kept.items():
@@ -139,11 +143,12 @@ class WholeModelSaving:
             for name, value in kept.items():
                 setattr(self.config, name, value)
 
-    def _enter_auto_map(self) -> None:
-        """Enter the model's class in its configuration, where `AutoModel` looks for the code of a saved model."""
+    def _enter_code(self) -> None:
+        """Enter the model's class and its pipeline in the configuration, where `AutoModel` and `pipeline` look."""
         # transformers would name the auto class that the model was registered for last.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModel": f"modeling_detris.{type(self).__name__}"}
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers changes what it reads
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Self:
@@ -193,10 +198,11 @@ class WholeModelSaving:
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
             return copy.deepcopy(config)
-        if config is None and source is not None and os.path.isdir(source):
-            path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
-            if not os.path.isfile(path):  # transformers would take the defaults
-                raise OSError(f"{path} is missing: save or download {source} again.")
+        if config is None and source is not None:
+            if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
+                refuse_official_checkpoints(source, hub_kwargs.get("revision"), hub_kwargs.get("token"))
+                path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
+                raise OSError(f"{path} is missing: save or download {source} again.")  # else all has its default
         names = {field.name for field in fields(cls.config_class)} - {"dtype"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with errors_begin_with(source), as_value_error("its configuration cannot be used"):

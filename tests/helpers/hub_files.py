@@ -8,8 +8,12 @@ MODEL_CODE = [
     "official_layout.py",
     "peft_detris.py",
     "backbones_detris.py",
+    "switching_detris.py",
+    "pipeline_detris.py",
+    "repository_files.py",
     "saving_detris.py",
     "sharing_detris.py",
     "modeling_detris.py",
 ]
-PROCESSOR_CODE = ["letterbox_detris.py", "processing_detris.py"]  # and files that it shares with the model
+# Those of the processor, and files that it shares with the model.
+PROCESSOR_CODE = ["letterbox_detris.py", "images_detris.py", "processing_detris.py"]
