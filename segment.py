@@ -48,6 +48,7 @@ from segment_inputs import (
     read_bytes,
 )
 from segment_results import (
+    OVERLAY,
     RESULT,
     RESULTS,
     assign_folders,
@@ -117,7 +118,7 @@ class Run:
             raise FileExistsError(f"{results} is in the way and holds no results: name another --output.")
         results.unlink(missing_ok=True)
         for other in others:
-            print(f"{other}, which are replaced.", file=sys.stderr)
+            print(f"{other}, which this run replaces.", file=sys.stderr)
 
     def segment(self, scratch: Path) -> None:
         """Segment all pictures that are not finished.
@@ -140,7 +141,8 @@ class Run:
                 digests.append(hashlib.sha256(content).hexdigest())
                 read.append(picture)
             except (OSError, ValueError) as error:
-                self._fail(picture, error)
+                if picture.folder not in self.finished:
+                    self._fail(picture, error)
         started = time.perf_counter()
         found = self._find(read, images)
         seconds = (time.perf_counter() - started) / max(len(read), 1)
@@ -168,7 +170,7 @@ class Run:
             for picture, image in zip(pictures, images)
         ]
         try:
-            return self.pipe(items, batch_size=self.batch_size) if items else []
+            return self.pipe(items, threshold=self.settings["threshold"], batch_size=self.batch_size) if items else []
         except (OSError, ValueError) as error:
             raise_if_out_of_memory(error)
             if len(items) == 1:
@@ -189,9 +191,9 @@ class Run:
             del result["settings"]
             pictures.append(result | {"image": picture.source, "folder": picture.folder})
             rows += [
-                {"picture": picture.source, "phrase": entry["label"], "score": entry["score"]}
+                {"picture": picture.folder, "phrase": entry["label"], "score": entry["score"]}
                 | (entry["box"] or dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), "-"))
-                | {"mask": f"{picture.folder}/{entry['mask']}"}
+                | {"mask": entry["mask"]}
                 for entry in result["results"]
             ]
         failed = [{"image": source, "error": reason} for source, reason in self.failed.items()]
@@ -209,7 +211,7 @@ def describe_settings(pipe: ReferringImageSegmentationPipeline, options: argpars
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     threshold = pipe.processor.mask_threshold if options.threshold is None else options.threshold
     return {
-        "model": options.model,
+        "model": os.path.normpath(options.model) if os.path.isdir(options.model) else options.model,
         "revision": getattr(pipe.model.config, "_commit_hash", None),
         "adapters": options.adapter,
         "weights": weights.hexdigest(),
@@ -361,7 +363,9 @@ def run(options: argparse.Namespace) -> int:
         table = segmenting.write_results(scratch, time.perf_counter() - started)
     if len(table):
         print(format_table(table))
-        print(f"Masks, overlays and {RESULTS} are in {output}.")
+        place = output / pictures[0].folder if len(pictures) == 1 else output
+        overlays = OVERLAY if len(pictures) == 1 else "overlays"
+        print(one_line(f"Masks and {overlays} are in {place}, all results in {output / RESULTS}."))
     for source, reason in islice(segmenting.failed.items(), MAX_LISTED):
         print(f"Not segmented: {reason if source in reason else f'{source}: {reason}'}", file=sys.stderr)
     if len(segmenting.failed) > MAX_LISTED:

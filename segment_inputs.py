@@ -57,7 +57,7 @@ def find_pictures(source: str, output: Path) -> dict[str, str]:
 
     Args:
         source: a path, a folder, a pattern, an address or `STANDARD_INPUT`.
-        output: nothing below this folder counts, because earlier results lie there.
+        output: if this folder lies among the pictures, nothing below it counts, because earlier results lie there.
 
     Returns:
         The name of each picture by its source, sorted: its path below the folder, or below the part of the pattern
@@ -85,8 +85,9 @@ def find_pictures(source: str, output: Path) -> dict[str, str]:
         root = os.path.join(*fixed) if fixed else "."
         paths = [path for path in glob(source, recursive=True) if not os.path.isdir(path)]
         wanted = f"No file is called as the pattern {source} says: correct it."
-    inside = os.path.realpath(output) + os.sep
-    paths = [path for path in paths if not os.path.realpath(path).startswith(inside)]
+    results = os.path.realpath(output) + os.sep
+    if results.startswith(os.path.realpath(root) + os.sep) and results != os.path.realpath(root) + os.sep:
+        paths = [path for path in paths if not os.path.realpath(path).startswith(results)]
     if not paths:
         raise FileNotFoundError(wanted)
     return {path: os.path.relpath(path, root) for path in sorted(paths)}
@@ -105,7 +106,11 @@ def is_address(source: str) -> bool:
 
 
 def _name_in_address(address: str) -> str:
-    name = re.sub(r"[^\w.-]+", "-", unquote(urlsplit(address).path.rpartition("/")[2]), flags=re.ASCII).strip(".-")
+    try:
+        name = unquote(urlsplit(address).path.rpartition("/")[2])
+    except ValueError:  # it is no address, which is said when its turn comes
+        name = ""
+    name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip(".-")
     return name[:MAX_FOLDER_NAME] or "picture"
 
 

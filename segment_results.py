@@ -24,7 +24,7 @@ from segment_inputs import MAX_FOLDER_NAME, Phrase, Picture, is_address, read_by
 RESULT, RESULTS, OVERLAY, LOCK, UNFINISHED = "result.json", "results.json", "overlay.jpg", ".lock", ".unfinished"
 OWN_FILES = re.compile(r"\d+(_[a-z0-9-]+)?\.png|overlay\.jpg|result\.json")  # of a picture's folder
 MAX_SLUG = 40  # characters of a phrase in a file's name
-MAX_TABLE_ROWS, MAX_TABLE_TEXT = 40, 50
+MAX_TABLE_ROWS, MAX_TABLE_TEXT = 20, 50
 JPEG_QUALITY = 92
 
 
@@ -95,7 +95,7 @@ def find_difference(folder: Path, picture: Picture, settings: dict[str, Any]) ->
     """Say in what the results in a picture's folder differ from those that this run would come to.
 
     Returns:
-        Empty if they do not differ; None if there are none.
+        Empty if they do not differ; None if there are no whole ones.
 
     Raises:
         FileExistsError: the folder holds something else, which must not be overwritten.
@@ -109,7 +109,7 @@ def find_difference(folder: Path, picture: Picture, settings: dict[str, Any]) ->
         return None
     for name, value in settings.items():
         if result["settings"].get(name) != value:
-            return f"another {name}"
+            return f"other {name}" if name.endswith("s") else f"another {name}"
     try:
         phrases = [Phrase(entry["label"], entry["adapter_name"]) for entry in result["results"]]
         files = [OVERLAY, *(entry["mask"] for entry in result["results"])]
