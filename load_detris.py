@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from transformers import CLIPTokenizer
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME, find_adapter_config_file
 
 from backbones_detris import refuse_file
 from configuration_detris import DetrisConfig, as_value_error, errors_begin_with, read_regular, short_repr
@@ -75,12 +75,14 @@ def load_pipeline(
         raise ValueError(f"{source} is a whole model with backbones of its own: leave {' and '.join(backbones)} out.")
 
     processor = load_processor(source, revision)
-    options = backbones if dtype is None else backbones | {"dtype": dtype}
+    options = backbones if dtype is None or adapters else backbones | {"dtype": dtype}
     detris = DetrisForReferringSegmentation.from_pretrained(source, revision=revision, **options)
     for name, adapter in adapters.items():
         detris.load_adapter(adapter, adapter_name=name)
     if adapters:
         detris.set_adapter(BUILT_IN_ADAPTER)
+        detris.to(dtype or detris.dtype)  # only now, because adapters know their backbones by numbers in float32
+        detris.config.dtype = detris.dtype
     _check_processor(processor, detris.config, source)
     return ReferringImageSegmentationPipeline(model=detris.eval(), processor=processor, device=device)
 
@@ -158,7 +160,7 @@ def _require_model(source: str, revision: str | None) -> bool:
     kind = DetrisConfig.get_config_dict(source, revision=revision)[0].get("model_type")
     if kind != DetrisConfig.model_type:
         raise ValueError(f"{source} holds a model of type {short_repr(kind)}, not a DETRIS: name the place of one.")
-    return find_file(source, ADAPTER_CONFIG_NAME, revision) is not None
+    return find_adapter_config_file(source, revision=revision) is not None  # as the model's own loader decides
 
 
 def _require_adapters(source: str) -> None:

@@ -135,7 +135,9 @@ def find_file(source: str, name: str, revision: str | None = None) -> str | None
         return None
 
 
-def official_checkpoints(source: str, revision: str | None = None) -> dict[str, int | None]:
+def official_checkpoints(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, int | None]:
     """
     List the `.pth` files in a folder or a repository on the Hub.
 
@@ -151,8 +153,8 @@ def official_checkpoints(source: str, revision: str | None = None) -> dict[str, 
     require_repository_id(source)
     commit = getattr(revision, "resolved", revision)
     with hub_errors(source, revision):
-        siblings = huggingface_hub.model_info(source, revision=commit, files_metadata=True).siblings or []
-    return {file.rfilename: file.size for file in siblings if file.rfilename.endswith(OFFICIAL_SUFFIX)}
+        info = huggingface_hub.model_info(source, revision=commit, files_metadata=True, token=token)
+    return {file.rfilename: file.size for file in info.siblings or [] if file.rfilename.endswith(OFFICIAL_SUFFIX)}
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -172,12 +174,17 @@ def conversion_command(source: str, name: str | None = None, revision: str | Non
     return f"python convert_detris_checkpoint.py {shlex.join(words)} out/ --dataset refcoco/unc"
 
 
-def refuse_official_checkpoints(source: str, revision: str | None = None) -> None:
+def refuse_official_checkpoints(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> None:
     """Raise OSError with the command to run if a folder or repository without `config.json` holds `.pth` files."""
-    names = list(official_checkpoints(source, revision))
+    try:
+        names = list(official_checkpoints(source, revision, token))
+    except OSError:  # such as no network: then the caller says what is missing
+        return
     if names:
         asked = getattr(revision, "initial", revision)  # not the commit that it was at
-        command = one_line(conversion_command(source, names[0], asked))
+        command = one_line(conversion_command(os.fspath(source), names[0], asked))
         raise OSError(
             f"{source} holds official checkpoints and no config.json ({list_names(names)}): convert one of them by "
             f"`{command}` and load what it writes."

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from convert_detris_checkpoint import main
 
+pytestmark = pytest.mark.slow
 REPOSITORY = "someone/official"
 UPLOAD = """
 import huggingface_hub as hub
@@ -73,7 +74,6 @@ def assert_same_model(ours: Path, theirs: Path):
     assert configs[0] == configs[1]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_on_the_hub_becomes_the_same_folder_as_the_file_and_is_fetched_once(hub, tmp_path):
     before = len(hub.server.downloads)
     run = convert(hub, tmp_path, REPOSITORY, "--file", "tiny_refcoco.pth", "out/", *hub.arguments)
@@ -93,7 +93,6 @@ def test_a_checkpoint_on_the_hub_becomes_the_same_folder_as_the_file_and_is_fetc
     assert hub.server.downloads[before:] == fetched
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", ["tiny_refcoco.pth", "old runs/tiny.pth"])
 def test_an_older_revision_and_a_file_in_a_folder_are_converted(hub, tmp_path, file):
     run = convert(hub, tmp_path, "--revision", hub.early, REPOSITORY, "--file", file, tmp_path / "out", *hub.arguments)

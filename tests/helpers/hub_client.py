@@ -33,14 +33,17 @@ def client_environment(server: HubServer, cache: str | Path, **settings: str) ->
     return environment | settings
 
 
-def run_client(code: str, server: HubServer, folder: Path, isolated: bool = True) -> str:
-    """Run Python code in `folder` as a user of `server` with a token and an empty cache; return what it prints.
+def run_client(
+    code: str, server: HubServer, folder: Path, isolated: bool = True, cache: Path | None = None, **settings: str
+) -> str:
+    """Run Python code in `folder` as a user of `server` with a token; return what it prints.
 
-    `isolated` code cannot import the repository's modules. An AssertionError is raised if the code fails.
+    `isolated` code cannot import the repository's modules. The cache is empty, unless one of an earlier run is given.
+    An AssertionError is raised if the code fails.
     """
     command = [sys.executable, *(["-I"] if isolated else []), "-c", code]
-    with tempfile.TemporaryDirectory() as cache:
-        environment = client_environment(server, cache)
+    with tempfile.TemporaryDirectory() as empty:
+        environment = client_environment(server, cache or empty, **settings)
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=CLIENT_TIMEOUT)
     assert run.returncode == 0, run.stderr.decode()
     return run.stdout.decode()

@@ -27,11 +27,11 @@ ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
 
 
 class Refusal(Exception):
-    """An answer that reports an error: its HTTP status, its `X-Error-Code` and its JSON."""
+    """An answer that reports an error: its HTTP status, its headers, of which one is `X-Error-Code`, and its JSON."""
 
     def __init__(self, status: int, code: str, **answer: str):
         super().__init__(status, code, answer)
-        self.status, self.code, self.answer = status, code, answer
+        self.status, self.headers, self.answer = status, {"X-Error-Code": code}, answer
 
 
 def route(method: str, address: str) -> Callable:
@@ -159,7 +159,9 @@ class HubServer:
         if name in self.gated:
             raise Refusal(403, "GatedRepo")
         if path not in files:
-            raise Refusal(404, "EntryNotFound")
+            refusal = Refusal(404, "EntryNotFound")
+            refusal.headers["X-Repo-Commit"] = sha  # clients remember that this commit has no such file
+            raise refusal
         return files[path], {"X-Repo-Commit": sha, "ETag": f'"{content_id(path, files[path])}"'}
 
     @route("POST", "/api/validate-yaml")
@@ -228,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = self.hub.answer(self.command.replace("HEAD", "GET"), self.path, body)
         except Refusal as refusal:
-            status, headers, answer = refusal.status, {"X-Error-Code": refusal.code}, refusal.answer
+            status, headers, answer = refusal.status, refusal.headers, refusal.answer
         content, headers = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), headers)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:
