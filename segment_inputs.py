@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -71,33 +72,34 @@ def find_pictures(source: str, output: Path) -> dict[str, str]:
     if is_address(source):
         return {source: _name_in_address(source)}
     if os.path.isdir(source):
-        root = source
-        paths = [os.path.join(folder, name) for folder, names in _walk(source) for name in names]
+        root, paths = source, _files_below(source)
         paths = [path for path in paths if path.lower().endswith(SUFFIXES)]
-        wanted = f"The folder {source} holds no picture ({' '.join(SUFFIXES[:6])} …): name another."
-    elif os.path.lexists(source) or not has_magic(source):
-        if not os.path.lexists(source):
-            raise FileNotFoundError(f"There is no picture or folder {source}: correct the first argument.")
+        missing = f"The folder {source} holds no picture ({' '.join(SUFFIXES[:6])} …): name another."
+    elif os.path.lexists(source):
         return {source: os.path.basename(source)}
-    else:
-        fixed = [part for part in Path(source).parts[:-1]]
-        fixed = fixed[: next((index for index, part in enumerate(fixed) if has_magic(part)), len(fixed))]
-        root = os.path.join(*fixed) if fixed else "."
+    elif has_magic(source):
+        root = os.path.join(".", *takewhile(lambda part: not has_magic(part), Path(source).parts[:-1]))
         paths = [path for path in glob(source, recursive=True) if not os.path.isdir(path)]
-        wanted = f"No file is called as the pattern {source} says: correct it."
-    results = os.path.realpath(output) + os.sep
-    if results.startswith(os.path.realpath(root) + os.sep) and results != os.path.realpath(root) + os.sep:
-        paths = [path for path in paths if not os.path.realpath(path).startswith(results)]
+        missing = f"No file is called as the pattern {source} says: correct it."
+    else:
+        raise FileNotFoundError(f"There is no picture or folder {source}: correct the first argument.")
+    results, base = Path(output).resolve(), Path(root).resolve()
+    if results != base and results.is_relative_to(base):
+        paths = [path for path in paths if not Path(path).resolve().is_relative_to(results)]
     if not paths:
-        raise FileNotFoundError(wanted)
+        raise FileNotFoundError(missing)
     return {path: os.path.relpath(path, root) for path in sorted(paths)}
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """The folders below one, hidden ones left out, and their files."""
-    for path, folders, names in os.walk(folder):
+def _files_below(folder: str) -> Iterator[str]:
+    """The paths of all files below a folder, hidden ones left out. Raises OSError if a folder cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise OSError(f"The folder {error.filename} cannot be read ({error.strerror}): name others.") from error
+
+    for path, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield path, [name for name in names if not name.startswith(".")]
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
 
 
 def is_address(source: str) -> bool:

@@ -113,7 +113,23 @@ def test_pictures_of_a_folder_and_of_a_pattern(tmp_path, monkeypatch):
     assert find_pictures("p/s/c*", Path("out")) == {"p/s/c.webp": "c.webp"}
     assert find_pictures("p/x[1].png", Path("out")) == {"p/x[1].png": "x[1].png"}  # is no pattern if it is a file
     assert len(find_pictures("p", Path("."))) == 6  # results in the folder above are not among them
+    assert find_pictures(os.path.abspath("p/s/*.webp"), Path("out")) == {os.path.abspath("p/s/c.webp"): "c.webp"}
     assert find_pictures("-", Path("out")) == {"-": "standard-input"}
+
+
+def test_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):  # the superuser, who may run the tests, can read everything
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(OSError, match="closed cannot be read \\(Permission denied\\)"):
+        find_pictures(str(tmp_path), tmp_path / "out")
 
 
 # --- phrases from a file, pictures from elsewhere -----------------------------------------------------------------
