@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import httpx
+from huggingface_hub.utils import httpx  # the client that it and transformers use, httpx or its successor
 from PIL import Image
 
 from configuration_detris import errors_begin_with, one_line, read_regular, short_repr
