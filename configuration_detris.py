@@ -29,6 +29,8 @@ PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
 MAX_IMAGE_SIZE = 4096  # pixels; the cost of DINOv2's attention grows with its fourth power
 MAX_LORA_ALPHA = 1_000_000
 TASK = "referring-image-segmentation"  # what `transformers.pipeline` calls what DETRIS does
+# What people may take for it; the first is what a model's card says, because the Hub does not know ours.
+SIMILAR_TASKS = ("image-segmentation", "mask-generation", "object-detection", "zero-shot-object-detection")
 
 
 @strict
@@ -162,6 +164,7 @@ class DetrisConfig(PreTrainedConfig):
             if isinstance(values, dict) and "model_type" in values:
                 self._check_model_type(name, values["model_type"])
         check_values(kwargs)
+        _check_custom_pipelines(kwargs.get("custom_pipelines", {}))
         super().__post_init__(**kwargs)
         self.check_fields()
 
@@ -169,7 +172,17 @@ class DetrisConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `config.json` as `PreTrainedConfig` does; raise ValueError if it holds no configuration."""
+        """Read `config.json` as `PreTrainedConfig` does.
+
+        Raises:
+            ValueError: if it holds no configuration, or is read by `transformers.pipeline` for another task.
+        """
+        task = kwargs.get("_from_pipeline")
+        if task in SIMILAR_TASKS:
+            raise ValueError(
+                f'The task is "{task}", but DETRIS segments what phrases name: use pipeline("{TASK}", '
+                f'model="{pretrained_model_name_or_path}", trust_remote_code=True) and give it an image and phrases.'
+            )
         with as_value_error(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
@@ -277,6 +290,19 @@ class DetrisConfig(PreTrainedConfig):
         """Raise ValueError if there are more layers than saved `tensors`, before a model with so many is built."""
         for name, depth in self.depths.items():
             check_count(name, depth, tensors)
+
+
+def _check_custom_pipelines(tasks: Any) -> None:
+    """Raise ValueError if `custom_pipelines` of a saved configuration is not what `transformers.pipeline` reads."""
+    entries = tasks.values() if isinstance(tasks, dict) else [None]
+    for entry in entries:
+        names = entry.get("pt", ()) if isinstance(entry, dict) else None
+        named = isinstance(names, (list, tuple)) and all(str(name).startswith("AutoModel") for name in names)
+        if not named or not re.fullmatch(r"([\w./-]+--)?\w+\.\w+", str(entry.get("impl"))):
+            raise ValueError(
+                f"custom_pipelines is {short_repr(tasks)}: for each task it must name its class under impl, as "
+                '"file.Class", and auto classes under pt, so leave it out or save the model again.'
+            )
 
 
 # --- How all files refuse wrong input ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ try:
         weight_files,
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from .handler import EndpointHandler  # so that it is saved with every model, like all that is imported here
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from .pipeline_detris import CUSTOM_PIPELINES
 except ImportError:
@@ -46,6 +47,7 @@ except ImportError:
         weight_files,
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from handler import EndpointHandler  # noqa: F401
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from pipeline_detris import CUSTOM_PIPELINES
 

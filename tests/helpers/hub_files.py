@@ -10,6 +10,7 @@ MODEL_CODE = [
     "backbones_detris.py",
     "switching_detris.py",
     "pipeline_detris.py",
+    "handler.py",
     "saving_detris.py",
     "sharing_detris.py",
     "modeling_detris.py",
