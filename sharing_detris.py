@@ -7,7 +7,7 @@ is active at a time. Saved adapters name the backbones that they were trained in
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from peft.functional import get_peft_model_state_dict, inject_adapter_in_model, 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 from transformers import CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, find_adapter_config_file, logging
@@ -184,13 +185,14 @@ class AdapterSwitching:
 
     def _segment_by_adapter(
         self,
+        segment: Callable[..., dict[str, Any]],
         adapter_names: list[str],
         pixel_values: torch.Tensor,
         input_ids: torch.Tensor,
         padding: torch.Tensor,
         image_index: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Segment each phrase with the adapter named for it; what [`forward`] does if it gets `adapter_names`."""
+    ) -> dict[str, Any]:
+        """Let `segment`, which takes the other arguments, segment each phrase with the adapter named for it."""
         if self.training:
             raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time.")
         if isinstance(adapter_names, str) or len(adapter_names) != len(input_ids):
@@ -200,15 +202,16 @@ class AdapterSwitching:
         self._check_known(set(adapter_names) - {NO_ADAPTER})
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
-        phrases, logits = [], []
+        phrases, outputs = [], []
         for name in dict.fromkeys(adapter_names):
             positions = [n for n, other in enumerate(adapter_names) if other == name]
             chosen = torch.tensor(positions, device=input_ids.device)
             images, index = image_index[chosen].unique(return_inverse=True)
             with self._activated(name):
-                logits.append(self._segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
+                outputs.append(segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
             phrases.append(chosen)
-        return torch.cat(logits)[torch.cat(phrases).argsort()]
+        order = torch.cat(phrases).argsort()
+        return tree_map(lambda *parts: torch.cat(parts)[order], *outputs)
 
     @contextmanager
     def _activated(self, adapter_name: str) -> Iterator[None]:
