@@ -483,7 +483,7 @@ class DetrisForReferringSegmentation(
         check_inputs(self.config, pixel_values, input_ids, attention_mask, image_index, labels, self.training)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
         segment = self._segment
-        hidden_states, attentions = wanted_outputs(self.config, output_hidden_states, output_attentions)
+        hidden_states, attentions = wanted_outputs(self, output_hidden_states, output_attentions)
         if hidden_states or attentions:
             segment = partial(segment_and_record, self, hidden_states, attentions)
         if adapter_names is not None:

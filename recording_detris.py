@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 try:
     from .adapters_detris import BatchFirstAttention
@@ -28,9 +28,9 @@ _recorded_here: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("_
 
 
 def wanted_outputs(
-    config: PreTrainedConfig, output_hidden_states: bool | None, output_attentions: bool | None
+    model: PreTrainedModel, output_hidden_states: bool | None, output_attentions: bool | None
 ) -> tuple[bool, bool]:
-    """Tell whether hidden states and attentions are wanted; by default the configuration says so.
+    """Tell whether hidden states and attentions are wanted; by default the model's configuration says so.
 
     Raises:
         ValueError: if attentions are wanted of backbones whose attention does not return its weights, or if an
@@ -40,10 +40,10 @@ def wanted_outputs(
     for name, given in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
         if given is not None and not isinstance(given, bool):
             raise ValueError(f"{name} is {given!r}: give True for those of all layers, or False.")
-        wanted.append(bool(getattr(config, name) if given is None else given))
+        wanted.append(bool(getattr(model.config, name) if given is None else given))
     if wanted[1]:
-        for part in ("vision", "text"):
-            attention = getattr(config, f"{part}_config")._attn_implementation
+        for part, backbone in (("vision", model.vision_model), ("text", model.text_model)):
+            attention = backbone.config._attn_implementation
             if attention != "eager":
                 raise ValueError(
                     f"output_attentions is True, but {attention} attention, which the {part} backbone uses, returns "
@@ -67,7 +67,8 @@ def segment_and_record(
     image_index = inputs[-1]
     if image_index is not None:
         shared = count_shared_layers(model.vision_model.encoder.layer)
-        for name, count in (("vision_hidden_states", shared + 1), ("vision_attentions", shared)):
+        # Besides the outputs of the shared layers, the input of the first one.
+        for name, count in (("vision_attentions", shared), ("vision_hidden_states", shared + 1 if shared else 0)):
             values = recorded.get(name, [])
             values[:count] = [value[image_index] for value in values[:count]]
     return outputs | {name: tuple(values) for name, values in recorded.items()}
