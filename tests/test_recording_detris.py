@@ -228,6 +228,7 @@ def test_all_methods_of_peft_have_them(method):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_peft_model_has_them():
     model = get_peft_model(eager_model(peft_method="none"), DetrisAdapterConfig(vision_adapter_layers=[1]))
     model.eval()
@@ -301,6 +302,7 @@ def test_threads_that_share_a_model_have_their_own():
             assert all(torch.equal(*pair) for pair in zip(*values, strict=True)), name
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_flow_through_them_and_stay_what_they_are(checkpointing):
     def step(**options):
