@@ -202,7 +202,7 @@ class WholeModelSaving:
             path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
             if not os.path.isfile(path):  # transformers would take the defaults
                 raise OSError(f"{path} is missing: save or download {source} again.")
-        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+        names = {field.name for field in fields(cls.config_class)} - {"dtype"} | {"output_attentions"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with errors_begin_with(source), as_value_error("its configuration cannot be used"):
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)

@@ -13,6 +13,8 @@ MODEL_CODE = [
     "handler.py",
     "saving_detris.py",
     "sharing_detris.py",
+    "input_checks_detris.py",
+    "recording_detris.py",
     "modeling_detris.py",
 ]
 # Those of the processor, and files that it shares with the model.
