@@ -4,6 +4,7 @@ A DETRIS has two frozen backbones, adapters inside them and a head behind them. 
 """
 
 import math
+import numbers
 import os
 import re
 import reprlib
@@ -382,6 +383,13 @@ def check_count(name: str, count: int, tensors: int) -> None:
     """Raise ValueError if the `count` of layers called `name` is larger than the number of saved `tensors`."""
     if count > tensors:
         raise ValueError(f"{name} is {count}, but only {tensors} tensors are saved: get the files again.")
+
+
+def checked_threshold(threshold: Any, name: str) -> float:
+    """Return a threshold of probabilities; refuse anything else with a ValueError."""
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+        raise ValueError(f"{name} is {short_repr(threshold)}: it is a probability, give a number from 0 to 1.")
+    return threshold
 
 
 def short_repr(value: Any) -> str:

@@ -62,7 +62,7 @@ class EndpointHandler:
             if text is not None and inputs.get("text") is not None:
                 raise ValueError("text is given twice, in inputs and in parameters: leave one of them out.")
             image, text = inputs.get("image"), inputs.get("text") if text is None else text
-        phrases, threshold = _checked_phrases(text), _checked_threshold(parameters.get("threshold"))
+        phrases, threshold = _checked_phrases(text), _as_number(parameters.get("threshold"))
         image = _checked_image(image)
         answer = []
         with self.lock:
@@ -96,14 +96,12 @@ def _checked_phrases(text: Any) -> list[str]:
     return phrases
 
 
-def _checked_threshold(threshold: Any) -> float | None:
+def _as_number(threshold: Any) -> Any:
+    """Return a threshold that came in the address of a request, as text; the pipeline checks it."""
     try:
-        number = None if threshold is None else float(threshold)  # in the address of a request it is a string
-    except (TypeError, ValueError, OverflowError):
-        number = -1.0
-    if isinstance(threshold, bool) or (number is not None and not 0 <= number <= 1):
-        raise ValueError("threshold is no probability: give a number from 0 to 1.")
-    return number
+        return float(threshold) if isinstance(threshold, str) else threshold
+    except ValueError as error:
+        raise ValueError("threshold is no number: give a probability from 0 to 1.") from error
 
 
 def _checked_image(image: Any) -> Image.Image:
