@@ -20,7 +20,7 @@ MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 # Each module imports only modules that stand above it. The first paragraph is saved with a model or its processor.
 ORDER = """
     configuration_detris adapters_detris untrusted_pickles checkpoint_files official_layout peft_detris
-    backbones_detris switching_detris pipeline_detris handler saving_detris sharing_detris
+    backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
     input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
@@ -31,7 +31,7 @@ ORDER = """
     data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare
 
-    model_card gallery convert_detris_checkpoint
+    model_card gallery load_detris convert_detris_checkpoint
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
     training.run_folder training.stopping training.checkpointing_trainer training.trainer training.results

@@ -11,6 +11,7 @@ MODEL_CODE = [
     "switching_detris.py",
     "pipeline_detris.py",
     "handler.py",
+    "repository_files.py",
     "saving_detris.py",
     "sharing_detris.py",
     "input_checks_detris.py",
