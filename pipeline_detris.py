@@ -19,11 +19,25 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 try:
-    from .configuration_detris import TASK, errors_begin_with, one_line, raise_if_out_of_memory, short_repr
+    from .configuration_detris import (
+        TASK,
+        checked_threshold,
+        errors_begin_with,
+        one_line,
+        raise_if_out_of_memory,
+        short_repr,
+    )
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import TASK, errors_begin_with, one_line, raise_if_out_of_memory, short_repr
+    from configuration_detris import (
+        TASK,
+        checked_threshold,
+        errors_begin_with,
+        one_line,
+        raise_if_out_of_memory,
+        short_repr,
+    )
 
 PHRASES_AT_ONCE = 8  # so many at least go through the model together, however small the batch of images is
 ITEM_KEYS = ("image", "text", "adapter_name")
@@ -155,6 +169,8 @@ class ReferringImageSegmentationPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise TypeError(f"The pipeline takes no {', '.join(sorted(unknown))}: leave it out.")
+        if threshold is not None:
+            checked_threshold(threshold, "threshold")
         postprocessing = {"threshold": threshold, "return_probabilities": return_probabilities}
         postprocessing = {name: value for name, value in postprocessing.items() if value is not None}
         return {} if timeout is None else {"timeout": timeout}, {}, postprocessing

@@ -30,6 +30,7 @@ try:
         weight_files,
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from .handler import EndpointHandler  # so that it is saved with every model, like all that is imported here
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from .pipeline_detris import CUSTOM_PIPELINES
     from .repository_files import refuse_official_checkpoints
@@ -47,6 +48,7 @@ except ImportError:
         weight_files,
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from handler import EndpointHandler  # noqa: F401
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from pipeline_detris import CUSTOM_PIPELINES
     from repository_files import refuse_official_checkpoints
@@ -203,7 +205,7 @@ class WholeModelSaving:
                 refuse_official_checkpoints(source, hub_kwargs.get("revision"), hub_kwargs.get("token"))
                 path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
                 raise OSError(f"{path} is missing: save or download {source} again.")  # else all has its default
-        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+        names = {field.name for field in fields(cls.config_class)} - {"dtype"} | {"output_attentions"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with errors_begin_with(source), as_value_error("its configuration cannot be used"):
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
