@@ -140,7 +140,7 @@ def show_phrase(split: SplitResults, number: int, segment: Callable[[dict], np.n
     sentence, iou = row["sentences"][0], float(split.ious[number])
     prediction, truth = segment(row), RleMask().decode_example(row["mask"])
     image = row["image"] if isinstance(row["image"], Image.Image) else datasets.Image().decode_example(row["image"])
-    picture = _thumbnail(Sample(image, sentence, truth, prediction, iou))
+    picture = _thumbnail(Sample(image, "", truth, prediction, iou))
     note = "" if truth.any() else "It names nothing in the image. "
     note += "" if prediction.any() else "Nothing is predicted."
     if len(sentence) > MAX_CAPTION:
@@ -208,9 +208,8 @@ def plot_curves(history: Sequence[dict[str, Any]], eval_split: str) -> list[Plot
         axes.set_ylabel("loss" if name == "loss" else "mIoU")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         first, last = points[0], points[-1]
-        summary = (
-            f"{len(points):,} values, from {first[1]:.3f} at step {first[0]:.0f} to {last[1]:.3f} at {last[0]:.0f}"
-        )
+        count = f"{len(points):,} value" + "s" * (len(points) > 1)
+        summary = f"{count}, from {first[1]:.3f} at step {first[0]:.0f} to {last[1]:.3f} at step {last[0]:.0f}"
         if name != "loss":
             highest = points[points[:, 1].argmax()]
             summary += f"; the highest is {highest[1]:.3f} at step {highest[0]:.0f}"
