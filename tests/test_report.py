@@ -13,7 +13,8 @@ import evaluate
 import numpy as np
 import pytest
 import yaml
-from helpers.rows import make_row, make_rows
+from helpers.rows import make_row
+from helpers.rows import make_rows as make_decoded_rows
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -23,6 +24,7 @@ from gallery import PREDICTION_COLOR, TRUTH_COLOR
 from train_hf import main
 from training.report import choose_phrases, curve, split_results, write_page
 from training.rows import Rows
+from training.run_folder import clear
 
 ROOT = Path(__file__).parents[1]
 MEGABYTES = 1_000_000
@@ -193,13 +195,13 @@ def test_figures_are_those_of_the_phrases(config, shapes, generalized, tmp_path,
                 assert cell.split(" ") == [*value.split(" "), str(len(ious))]
             assert not expected  # each of them has its place on the page
     assert len({cell for line in page.tables["Mean IoU by mask size"] for cell in line}) > 10
-    assert page.images["Best"] and "It names nothing in the image." in page.text
+    assert page.images["Best"] and "a phrase that names nothing has an IoU of 1 if nothing is predicted" in page.text
 
 
 def test_a_resumed_run_has_the_whole_curve(config_file, tmp_path):
     arguments = [config_file, "--do_train", "--do_eval", "--max_eval_samples", "2", "--logging_steps", "1"]
     arguments += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
-    arguments += ["--load_best_model_at_end", "false"]
+    arguments += ["--load_best_model_at_end", "false", "--learning_rate", "1e-2"]
     run = tmp_path / "run"
     main([*arguments, "--max_steps", "2"])
     assert len(drawn_curve(read(run / "report.html"), "Loss")) == 2
@@ -223,6 +225,12 @@ def test_a_resumed_run_has_the_whole_curve(config_file, tmp_path):
         page = read(folder / "report.html")
         assert ("Loss" in page.images) == (folder == run)
         assert page.tables["Results"][1][0] == "val" and page.images["Best"]
+
+
+def test_a_new_run_deletes_the_page_of_the_older_one(tmp_path):
+    write_page(tmp_path, [], "val", [], [], None)
+    clear(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_that_fails_loses_nothing_else(config_file, tmp_path, monkeypatch, caplog):
@@ -253,6 +261,11 @@ def test_what_is_segmented_for_the_page_is_what_was_counted(make_trainer, shapes
 @pytest.fixture(scope="module")
 def metric():
     return evaluate.load(str(ROOT / "metrics" / "referring_iou"), keep_in_memory=True)
+
+
+def make_rows(*rows: dict) -> datasets.Dataset:
+    """Rows as runs have them: images as they are stored."""
+    return make_decoded_rows(*rows).cast_column("image", datasets.Image(decode=False))
 
 
 def noise(path: Path, width: int, height: int) -> str:
@@ -324,7 +337,6 @@ def test_of_a_large_photograph_only_those_in_the_gallery_are_decoded(metric, tmp
     image, mask = noise(tmp_path / "large.jpg", 2000, 1200), np.zeros((1200, 2000), np.uint8)
     mask[300:900, 200:800] = 1
     rows = make_rows(*(make_row(number, (1200, 2000), image=image, mask=mask) for number in range(30)))
-    rows = rows.cast_column("image", datasets.Image(decode=False))
     decoded = []
     decode = datasets.Image.decode_example
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *args: decoded.append(1) or decode(*args))
@@ -366,8 +378,12 @@ def test_the_gallery_has_the_best_the_middle_and_the_worst_each_of_another_objec
     chosen = {kind: texts[numbers].tolist() for kind, numbers in choose_phrases(split, 2).items()}
     assert chosen == {"best": ["a", "d"], "middle": ["i", "h"], "worst": ["j", "e"]}
     assert {kind: len(numbers) for kind, numbers in choose_phrases(split, 100).items()} == dict.fromkeys(chosen, 3)
-    one = split._replace(places=split.places[:1], ious=split.ious[:1])
+    one = split._replace(places=split.places[:1], ious=split.ious[:1], mask_sizes=split.mask_sizes[:1])
     assert choose_phrases(one, 4) == {"best": [0]}
+    # Of two phrases that name nothing, the one for which nothing was predicted has no picture.
+    none = split_results("val", rows.take(2), np.array([[[0, 0, 0]], [[0, 9, 0]]]), metric)
+    assert none.ious.tolist() == [1, 0] and choose_phrases(none, 4) == {"best": [1]}
+    assert choose_phrases(split_results("val", rows.take(2), np.zeros((2, 1, 3), int), metric), 4) == {}
 
 
 def test_pages_without_training_phrases_or_figures(tmp_path):

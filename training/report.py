@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import datasets
 import evaluate
 import jinja2
-import matplotlib
 import numpy as np
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from data.decoding import read_whole_mask
 from data.masks import RleMask
 from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample
 
@@ -30,7 +32,7 @@ from .trainer import PADDING
 REPORT = "report.html"
 MAX_POINTS = 500  # of a curve
 MAX_LINES = 8  # splits in one plot
-COLORS = [matplotlib.colors.to_hex(color) for color in matplotlib.color_sequences["petroff10"]]
+COLORS = [to_hex(color) for color in color_sequences["petroff10"]]
 KINDS = ("best", "middle", "worst")
 MAX_SHOWN, MAX_SHOWN_OF_KIND = 72, 4  # phrases with a picture in the whole page, and of a kind in one split
 MAX_PICTURE = 30_000  # bytes, to which the quality of a picture is lowered; 72 of them are 2.9 MB as text
@@ -107,10 +109,13 @@ def split_results(name: str, rows: datasets.Dataset, counts: np.ndarray, metric:
 def choose_phrases(split: SplitResults, most: int) -> dict[str, list[int]]:
     """The phrases with the highest, middle and lowest IoU: at most `most` of each, and one of an object in each.
 
+    Those that name nothing and for which nothing is predicted are left out: there is nothing to see.
+
     Returns:
         For each kind that has any, the numbers of its phrases.
     """
-    order = np.argsort(-split.ious, kind="stable").tolist()
+    empty = (split.mask_sizes == 0) & (split.ious == 1)
+    order = [phrase for phrase in np.argsort(-split.ious, kind="stable").tolist() if not empty[phrase]]
     most = min(most, max(1, len(order) // len(KINDS)))
     middle = (len(order) - 1) / 2
     from_middle = [order[place] for place in sorted(range(len(order)), key=lambda place: abs(place - middle))]
@@ -138,8 +143,7 @@ def show_phrase(split: SplitResults, number: int, segment: Callable[[dict], np.n
     row = split.rows[index]
     row |= {"sentences": [row["sentences"][phrase]]}
     sentence, iou = row["sentences"][0], float(split.ious[number])
-    prediction, truth = segment(row), RleMask().decode_example(row["mask"])
-    image = row["image"] if isinstance(row["image"], Image.Image) else datasets.Image().decode_example(row["image"])
+    prediction, truth, image = segment(row), read_whole_mask(row), datasets.Image().decode_example(row["image"])
     picture = _thumbnail(Sample(image, "", truth, prediction, iou))
     note = "" if truth.any() else "It names nothing in the image. "
     note += "" if prediction.any() else "Nothing is predicted."
@@ -228,8 +232,6 @@ def plot_results(splits: Sequence[SplitResults]) -> list[Plot]:
         sizes.append(NO_TARGET)
         size_bins = [np.where(split.mask_sizes == 0, len(MASK_SIZES), bins) for split, bins in zip(splits, size_bins)]
     how_to_read = "The mean IoU of the phrases whose true mask covers so much of the image. Small objects are harder."
-    if NO_TARGET in sizes:
-        how_to_read += " A phrase that names nothing counts 1 if nothing is predicted, and 0 otherwise."
     plots.append(_plot_means("Mean IoU by mask size", how_to_read, splits, size_bins, sizes, shown))
     lengths, length_bins = list(PHRASE_LENGTHS), [_bin(split.words, PHRASE_LENGTHS) for split in splits]
     how_to_read = "The mean IoU of the phrases with that many words."
@@ -373,11 +375,12 @@ def write_page(
         heads=list(dict.fromkeys(head for line in table for head in line)),
         table=table,
         plots=plot_results(splits),
+        no_target=any((split.mask_sizes == 0).any() for split in splits),
         max_lines=MAX_LINES,
         splits=len(splits),
         galleries=galleries,
-        prediction_color=matplotlib.colors.to_hex(np.divide(PREDICTION_COLOR, 255)),
-        truth_color=matplotlib.colors.to_hex(np.divide(TRUTH_COLOR, 255)),
+        prediction_color=to_hex(np.divide(PREDICTION_COLOR, 255)),
+        truth_color=to_hex(np.divide(TRUTH_COLOR, 255)),
     )
     path, scratch = folder / REPORT, folder / f".{REPORT}"
     try:
