@@ -201,9 +201,9 @@ class ReferringImageSegmentationPipeline(Pipeline):
         return _Results(results, len(inputs)) if isinstance(inputs, Dataset) else results
 
     def preprocess(self, item: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """Read the image of an item `{"image", "text", "adapter_name", "index"}` and prepare its `n` phrases."""
-        with _errors_name_image(item["index"]):
-            text = item["text"]
+        """Read the image of an item `{"image", "text", "adapter_name", "index"}` and prepare its phrases."""
+        with _errors_name_image(item.get("index")):
+            text = item.get("text")
             if text is None:
                 raise ValueError("text is missing: say what to segment, by a phrase or a list of phrases.")
             phrases = [text] if isinstance(text, str) else list(text)
@@ -212,7 +212,7 @@ class ReferringImageSegmentationPipeline(Pipeline):
                     raise TypeError(
                         f"phrase {n} of text is {short_repr(phrase)}, of type {type(phrase).__name__}: give a string."
                     )
-            names = self._adapter_of_each(item["adapter_name"], len(phrases))
+            names = self._adapter_of_each(item.get("adapter_name"), len(phrases))
             image = _read_image(item["image"], timeout)
             inputs = self.processor(images=[image], text=phrases, return_tensors="pt")
         return {**inputs, "labels": phrases, "adapter_names": names}

@@ -24,6 +24,7 @@ from model_card import EXAMPLE_PHRASE, make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from pipeline_detris import CUSTOM_PIPELINES
 
+ROOT = Path(__file__).parents[1]
 PHRASES = ["the bed", "a", "the thing that is red"]
 CODE = {*MODEL_CODE, *PROCESSOR_CODE}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +158,7 @@ for name in ("whole", "adapter"):
     keep(f"{name} float32", pipe("photo.png", PHRASES))
 pipe = pipeline(model="someone/whole", revision=REVISION, trust_remote_code=True)
 keep("earlier float32", pipe("photo.png", PHRASES))
+pipe.push_to_hub("someone/piped")
 """
 )
 
@@ -171,6 +173,9 @@ def test_models_on_the_hub_bring_their_pipeline(folder, tiny_backbones, tmp_path
             assert CODE <= files.keys() and json.loads(files["config.json"])["custom_pipelines"] == CUSTOM_PIPELINES
         *_, earlier, _ = server.revisions("someone/whole")
         run_client(f"REVISION = {earlier!r}\n{FROM_THE_HUB}", server, tmp_path)
+        again = server.files("someone/piped")
+        assert again.keys() == server.files("someone/whole").keys()
+        assert all(again[name] == (ROOT / name).read_bytes() for name in CODE)
     results = load_file(tmp_path / "results.safetensors")
     for name, source in (("whole", "adapter"), ("adapter", "adapter"), ("earlier", "whole")):
         assert_same(f"{name} float32", results, expected(source))
