@@ -31,10 +31,11 @@ ORDER = """
     data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare
 
-    model_card gallery load_detris convert_detris_checkpoint
+    model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
-    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.results
+    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.report
+    training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
 """.split()
@@ -47,7 +48,8 @@ RESTRICTED = {
 LEFT_BEHIND = r"\.git|\.venv.*|\.(pytest|ruff)_cache|\.hypothesis|__pycache__|runs"
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
-    Makefile pyproject.toml requirements.txt requirements.lock requirements-dev.txt requirements-dev.lock
+    Makefile pyproject.toml requirements.txt requirements.lock requirements-app.txt requirements-app.lock
+    requirements-dev.txt requirements-dev.lock
     .gitignore .pre-commit-config.yaml .ci
     backbones benchmarks configs data docs metrics tests training
 """.split()
@@ -202,8 +204,9 @@ def test_the_layout():
     assert not faults, "\n" + "\n".join(faults)
 
 
-def test_readmes_map_names_all_modules_in_this_order():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Files\n")[2].partition("\n## ")[0]
+def test_the_map_of_the_design_names_all_modules_in_this_order():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Files\n")[2].partition("\n## ")[0]
     named = []
     for line in section.splitlines():
         folder = ""
