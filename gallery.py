@@ -1,21 +1,44 @@
-"""Pictures of referring segmentation: a mask over its image, a sample with its phrase, a sheet of many samples."""
+"""Pictures of referring segmentation: masks over their image, a sample with its phrase, a sheet of many samples."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PREDICTION_COLOR, TRUTH_COLOR = (255, 45, 120), (60, 220, 120)
+# Colors of several masks in one picture. They were chosen one after the other, each as far as possible (CIELAB) from
+# those before it, as people see it with and without the three kinds of colour blindness.
+PALETTE = [
+    (255, 45, 120),
+    (0, 170, 255),
+    (255, 200, 0),
+    (128, 0, 255),
+    (96, 96, 0),
+    (160, 64, 160),
+    (192, 224, 128),
+    (0, 255, 224),
+    (64, 96, 224),
+    (224, 128, 32),
+    (224, 192, 255),
+    (0, 128, 96),
+]
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 120, 130)
 GOOD, POOR = (20, 140, 70), (200, 40, 50)  # colors of an IoU above one half, and of one below
 TINT = 0.2  # share of the mask's color in the object's pixels
+FILL = 0.45  # the same where several masks share a picture, whose surroundings keep their brightness
 DIM = 0.5  # brightness of the surroundings, as a share of their own
 SAMPLE_SIDE = 400  # pixels of an image's longer side in the picture of one sample, at least
 PANEL_SIDE = 200  # pixels of an image's longer side on a sheet
 MARGIN = 14  # pixels
 TEXT_SIZE, TITLE_SIZE = 17, 22  # pixels
 MAX_CAPTION = 300  # characters of a phrase
+LEGEND_WIDTH = 360  # pixels, at least
+LEGEND_TEXT_SHARE, MAX_LEGEND_TEXT = 1 / 45, 96  # size of a legend's text: as a share of its width, and pixels at most
+MAX_LEGEND = 60  # phrases in a legend
 
 
 class Sample(NamedTuple):
@@ -46,6 +69,97 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = 
     return Image.fromarray(pixels)
 
 
+def draw_masks(
+    image: Image.Image,
+    masks: Sequence[np.ndarray | Image.Image],
+    labels: Sequence[str],
+    colors: Sequence[tuple[int, int, int]] | None = None,
+    scores: Sequence[float | None] | None = None,
+    legend: bool = True,
+) -> Image.Image:
+    """Show `N` masks over their image, each filled and outlined in its color, with a legend beneath.
+
+    Args:
+        image: of height `H` and width `W` when it is upright, as its EXIF rotation says.
+        masks: `N` masks (H, W), which are not zero on the object. Later ones lie over earlier ones.
+        labels: `N` phrases for the legend, which has the first 60 of them.
+        colors: red, green and blue, from 0 to 255, of each mask; those of `PALETTE` in turn by default. If there are
+            fewer than masks, they are used again.
+        scores: numbers from 0 to 1 that the legend shows behind the phrases; None stands for no number.
+        legend: whether there is one.
+
+    Returns:
+        An RGB image. Its upper left part (H, W) is the image. A legend makes it higher, and a small image also wider.
+
+    Raises:
+        ValueError: there are not as many labels or scores as masks, no colors, or a mask is not as large as the image.
+    """
+    if len(labels) != len(masks) or (scores is not None and len(scores) != len(masks)):
+        given = f"{len(labels)} labels" + ("" if scores is None else f" and {len(scores)} scores")
+        raise ValueError(f"There are {given} for {len(masks)} masks: give one for each.")
+    colors = PALETTE if colors is None else [tuple(color) for color in colors]
+    scores = [None] * len(masks) if scores is None else scores
+    if not colors:
+        raise ValueError("colors is empty: give at least one, or None for those of PALETTE.")
+    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # (H, W, 3)
+    masks = [np.asarray(mask) != 0 for mask in masks]
+    for index, (mask, color) in enumerate(zip(masks, cycle(colors))):
+        if mask.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"masks[{index}] has shape {mask.shape}, but its image has {pixels.shape[:2]} when upright: give "
+                "(height, width) masks of the image's size."
+            )
+        _fill(pixels, mask, color)
+    for mask, color in zip(masks, cycle(colors)):
+        _outline(pixels, mask, color)
+    picture = Image.fromarray(pixels)
+    if not legend or not masks:
+        return picture
+    lines = _draw_legend(max(picture.width, LEGEND_WIDTH), labels, colors, scores)
+    sheet = Image.new("RGB", (lines.width, picture.height + lines.height), PAPER)
+    sheet.paste(picture)
+    sheet.paste(lines, (0, picture.height))
+    return sheet
+
+
+def _fill(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
+    """Tint a mask's pixels by a table of values, because a huge image takes four times the memory in floats."""
+    values = np.arange(256, dtype=np.float32)[:, None]
+    table = ((1 - FILL) * values + FILL * np.float32(color)).round().astype(np.uint8)  # (256, 3)
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    box = pixels[top : top + height, left : left + width]
+    inside = mask[top : top + height, left : left + width, None]
+    for channel in range(3 if width else 0):
+        plane = box[..., channel : channel + 1]
+        np.copyto(plane, table[plane, channel], where=inside)
+
+
+def _draw_legend(
+    width: int, labels: Sequence[str], colors: Sequence[tuple[int, int, int]], scores: Sequence[float | None]
+) -> Image.Image:
+    """Write a line or more for each phrase: a swatch of its color, the phrase, and its score on the right."""
+    size = min(max(round(LEGEND_TEXT_SHARE * width), TEXT_SIZE), MAX_LEGEND_TEXT)
+    font, margin, line_height = ImageFont.load_default(size), size, _line_height(size)
+    left, right = margin + 2 * size, width - margin
+    phrase_width = right - left - round(font.getlength(" 0.00"))
+    texts = [_wrap(_shortened(label), font, phrase_width) for label in labels[:MAX_LEGEND]]
+    left_out = len(labels) - len(texts)
+    height = sum(map(len, texts)) * line_height + bool(left_out) * line_height + 2 * (margin // 2)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw, top = ImageDraw.Draw(sheet), margin // 2
+    for lines, color, score in zip(texts, cycle(colors), scores):
+        swatch = (margin, top + line_height // 6, margin + round(1.4 * size), top + line_height - line_height // 4)
+        draw.rounded_rectangle(swatch, size // 5, color, outline=INK)
+        if score is not None:
+            draw.text((right, top), f"{score:.2f}", FAINT, font, anchor="ra")
+        for line in lines:
+            draw.text((left, top), line, INK, font)
+            top += line_height
+    if left_out:
+        draw.text((left, top), f"and {left_out:,} more", FAINT, font)
+    return sheet
+
+
 def _resize(sample: Sample, side: int) -> Sample:
     """Resize a sample so that its image's longer side has `side` pixels."""
     scale = side / max(sample.image.size)
@@ -63,15 +177,25 @@ def _resize(sample: Sample, side: int) -> Sample:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
+    """Break a text into lines of at most `width` pixels, within a word only if it is longer than a line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-    return lines
+            continue
+        while font.getlength(word) > width and len(word) > 1:
+            fits = bisect_right(range(1, len(word)), width, key=lambda length: font.getlength(word[:length]))
+            lines.append(word[: max(fits, 1)])
+            word = word[max(fits, 1) :]
+        lines.append(word)
+    return lines if lines[0] else lines[1:] or lines
+
+
+def _shortened(text: str) -> str:
+    """A text of at most `MAX_CAPTION` characters, without halves of characters, which no font can draw."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= MAX_CAPTION else text[:MAX_CAPTION] + " …"
 
 
 def _draw_caption(sheet: Image.Image, sample: Sample, left: int, top: int, width: int) -> None:
@@ -84,14 +208,13 @@ def _draw_caption(sheet: Image.Image, sample: Sample, left: int, top: int, width
         top += _line_height()
 
 
-def _line_height() -> int:
-    return round(1.35 * TEXT_SIZE)
+def _line_height(text_size: int = TEXT_SIZE) -> int:
+    return round(1.35 * text_size)
 
 
 def _caption_lines(sample: Sample, width: int) -> list[str]:
     font = ImageFont.load_default(TEXT_SIZE)
-    sentence = sample.sentence if len(sample.sentence) <= MAX_CAPTION else sample.sentence[:MAX_CAPTION] + " …"
-    return _wrap(f"“{sentence}”", font, width - round(font.getlength("IoU 0.00")) - MARGIN)
+    return _wrap(f"“{_shortened(sample.sentence)}”", font, width - round(font.getlength("IoU 0.00")) - MARGIN)
 
 
 def draw_sample(sample: Sample) -> Image.Image:
