@@ -382,6 +382,7 @@ class DetrisForReferringSegmentation(
         labels: torch.FloatTensor | None = None,
         adapter_names: list[str] | None = None,
         return_dict: bool | None = None,
+        original_sizes: torch.LongTensor | None = None,
     ) -> DetrisOutput | tuple:
         r"""
         Segment what phrases name in images.
@@ -403,6 +404,9 @@ class DetrisForReferringSegmentation(
                 active one.
             return_dict (`bool`, *optional*):
                 Whether to return a [`DetrisOutput`] and not a tuple. By default the configuration says so.
+            original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
+                Not read. The processor returns the images' sizes, which its post-processing needs, together with the
+                model's inputs.
 
         Returns:
             [`DetrisOutput`] or a tuple of its values.
@@ -424,7 +428,6 @@ class DetrisForReferringSegmentation(
         >>> image = Image.open("photo.jpg")
         >>> phrases = ["left cat", "the remote"]
         >>> inputs = processor(images=image, text=phrases, return_tensors="pt")
-        >>> original_sizes = inputs.pop("original_sizes")
 
         >>> with torch.inference_mode():
         ...     outputs = model(**inputs)
@@ -432,7 +435,7 @@ class DetrisForReferringSegmentation(
         torch.Size([2, 128, 128])
 
         >>> masks = processor.post_process_referring_segmentation(
-        ...     outputs, original_sizes, image_index=inputs["image_index"]
+        ...     outputs, target_sizes=inputs["original_sizes"], image_index=inputs["image_index"]
         ... )
         >>> masks[0].shape == (image.height, image.width)  # true where the left cat is
         True

@@ -1,7 +1,8 @@
 """Images and phrases to what DETRIS reads, and its logits back to masks at the size of the photographs.
 
 The results equal those of the official code (jiaqihuang01/DETRIS, commit c94b1e1: `utils/dataset.py` on the way in,
-`engine/engine.py` on the way back). `letterbox_detris.py` has the arithmetic of the square that images are warped to.
+`engine/engine.py` on the way back). `images_detris.py` reads images and masks of every kind, and `letterbox_detris.py`
+has the arithmetic of the square that they are warped to.
 """
 
 import copy
@@ -9,14 +10,13 @@ import html
 import numbers
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
 import ftfy
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
@@ -24,19 +24,20 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
     ChannelDimension,
     ImageInput,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 try:
     from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
-    from .letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+    from .images_detris import as_mask, as_rgb, as_sequence
+    from .letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 except ImportError:
     if __package__:
         raise
     from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
-    from letterbox_detris import MAX_CHANNELS, MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
+    from images_detris import as_mask, as_rgb, as_sequence
+    from letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 
 logger = logging.get_logger(__name__)
 
@@ -128,17 +129,17 @@ class DetrisImageProcessor(BaseImageProcessor):
                 as phrases nor as many as images, or a map is not as large as its image.
         """
         _refuse_contradictions(fixed, _fixed_image_arguments(self))
-        images = _as_sequence(images, (4,), "images")
+        images = as_sequence(images, (4,), "images")
         side, sizes = self.size["height"], []
         pixel_values = np.empty((len(images), 3, side, side), np.float32)
         for i, image in enumerate(images):
-            image = _as_rgb(image, f"images[{i}]")
+            image = as_rgb(image, f"images[{i}]")
             sizes.append(image.shape[:2])
             letterbox_image(image, self.image_mean, self.image_std, pixel_values[i])
         data = {"pixel_values": pixel_values, "original_sizes": np.array(sizes)}
         if segmentation_maps is not None:
             image_index = np.arange(len(images)) if image_index is None else image_index
-            maps = _as_sequence(segmentation_maps, (3, 4), "segmentation_maps")
+            maps = as_sequence(segmentation_maps, (3, 4), "segmentation_maps")
             data["labels"] = self._letterbox_segmentation_maps(maps, sizes, image_index)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -155,7 +156,7 @@ class DetrisImageProcessor(BaseImageProcessor):
         for i, owner in enumerate(range(len(sizes)) if shared else image_index):
             name, given = f"segmentation_maps[{i}]", maps[i]
             values, top, left, size = given if isinstance(given, BoxedMask) else (given, 0, 0, None)
-            mask = _as_mask(values, name)
+            mask = as_mask(values, name)
             size = tuple(size or mask.shape)
             if size != sizes[owner]:
                 raise ValueError(
@@ -263,7 +264,7 @@ class DetrisProcessor(ProcessorMixin):
             raise ValueError("images is missing: give images, or text without segmentation_maps.")
         data, image_index = {}, None
         if text is not None:
-            image_count = None if images is None else len(_as_sequence(images, (4,), "images"))
+            image_count = None if images is None else len(as_sequence(images, (4,), "images"))
             phrases, image_index = _pair_text_with_images(text, image_count)
             input_ids = self._tokenize(phrases)
             # Id 0 fills up, as in the official code, although it is also the token of a "!" inside a word.
@@ -320,165 +321,52 @@ class DetrisProcessor(ProcessorMixin):
     def post_process_referring_segmentation(
         self,
         outputs: Any,
-        original_sizes: torch.Tensor | list[tuple[int, int]],
+        target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         threshold: float | None = None,
         image_index: torch.Tensor | list[int] | None = None,
-    ) -> list[torch.Tensor]:
+        original_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        output_details: bool = False,
+    ) -> list[torch.Tensor] | list[dict[str, Any]]:
         """Make the masks of `N` phrases at the sizes of their images (official `engine/engine.py`, `inference`).
 
         Args:
             outputs: what the model returned, or anything else whose `logits` are `(N, h, w)`.
-            original_sizes: heights and widths in pixels: `(N, 2)` for the phrases, `(1, 2)` for one image that all
-                phrases share, or, together with `image_index`, `(B, 2)` for the images.
+            target_sizes: heights and widths in pixels: `(N, 2)` for the phrases, `(1, 2)` for one image that all
+                phrases share, or, together with `image_index`, `(B, 2)` for the images. They must be the sizes of the
+                upright images, which the processor returned as `original_sizes`.
             threshold: a pixel is foreground where its probability is above this; `mask_threshold` by default.
             image_index (`(N,)`): which image each phrase speaks of.
+            original_sizes: another name for `target_sizes`.
+            output_details: whether to return a dict for each phrase and not its mask alone.
 
         Returns:
-            `N` boolean masks `(height, width)` on the logits' device.
+            `N` boolean masks `(height, width)` on the logits' device. With `output_details`, `N` dicts of
+            - `mask`: the same mask;
+            - `probabilities`: a float32 tensor `(height, width)` on the same device, from 0 to 1. Where interpolation
+              overshoots, they are cut off there, after the mask has been made;
+            - `score`: the mean of these probabilities inside the mask, a float; 0.0 if the mask is empty;
+            - `box`: the pixels that the mask spans, `{"xmin", "ymin", "xmax", "ymax"}`, where `xmax` and `ymax` are
+              one beyond its last column and row; None if the mask is empty.
 
         Raises:
-            ValueError: if sizes, `image_index` and phrases do not fit together, the threshold is no probability, or
-                logits are not finite (for this check the CPU waits once for a GPU).
+            ValueError: if there are no sizes or both, sizes, `image_index` and phrases do not fit together, the
+                threshold is no probability, or logits are not finite (for this check the CPU waits once for a GPU).
         """
         logits = outputs.logits
         threshold = _checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
-        sizes = torch.as_tensor(original_sizes, device="cpu")
-        pairs = sizes.ndim == 2 and sizes.shape[1] == 2
-        if not pairs or sizes.is_floating_point() or not ((sizes >= 1) & (sizes <= MAX_SIDE)).all():
-            raise ValueError(
-                f"original_sizes is {original_sizes}: give a (height, width) in whole pixels for each image, at most "
-                f"{MAX_SIDE:,}."
-            )
-        if image_index is None:
-            sizes = sizes.expand(len(logits), 2) if len(sizes) == 1 else sizes
-        else:
-            image_index = torch.as_tensor(image_index, dtype=torch.long, device="cpu")
-            if image_index.numel() and not (0 <= image_index.min() and image_index.max() < len(sizes)):
-                raise ValueError(f"image_index is {image_index.tolist()}, but original_sizes has {len(sizes)} images.")
-            sizes = sizes[image_index]
-        if logits.ndim != 3 or len(sizes) != len(logits):
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) "
-                "and N original_sizes, or an image_index of N entries."
-            )
-        finite = logits.isfinite()
-        if not finite.all():
-            phrase = int((~finite).flatten(1).any(1).int().argmax())
-            raise ValueError(
-                f"The logits of phrase {phrase} are not finite, so there is no mask: look for NaN or infinite numbers "
-                "in the model's weights and inputs, or take fp32 or bf16 for fp16."
-            )
-        side, masks = self.image_processor.size["height"], []
+        sizes = _sizes_of_phrases(logits, target_sizes, original_sizes, image_index)
+        _refuse_infinite(logits)
+        side, results = self.image_processor.size["height"], []
         with torch.autocast(logits.device.type, enabled=False):  # half precision would shift the edges of masks
-            for phrase_logits, size in zip(logits, sizes.tolist()):
-                masks.append(undo_letterbox(phrase_logits.float().sigmoid(), size, side) > threshold)
-        return masks
+            for phrase_logits, size in zip(logits, sizes):
+                probabilities = undo_letterbox(phrase_logits.float().sigmoid(), size, side)
+                mask = probabilities > threshold
+                results.append(_details_of(mask, probabilities) if output_details else mask)
+        return results
 
 
 DetrisImageProcessor.register_for_auto_class()
 DetrisProcessor.register_for_auto_class()
-
-
-# --- images and masks of every kind ----------------------------------------------------------------------------------
-
-
-def _as_sequence(values: Any, batch_ndims: tuple[int, ...], name: str) -> Sequence:
-    """Return images or maps as a sequence: a given one, a batch (an array of so many dimensions), or `[values]`."""
-    listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, BoxedMask))
-    several = listed or getattr(values, "ndim", None) in batch_ndims
-    if several and not len(values):
-        raise ValueError(f"{name} is empty: give at least one.")
-    return values if several else [values]
-
-
-def _as_array(image: Any, name: str, in_colour: bool) -> np.ndarray:
-    """Return the numbers of an array or tensor as they are, those of a PIL image upright and, `in_colour`, as RGB."""
-    if isinstance(image, torch.Tensor):
-        if image.layout != torch.strided or image.is_quantized or image.is_meta:
-            kind = "a meta tensor" if image.is_meta else f"a tensor of {image.layout} and {image.dtype}"
-            raise TypeError(f"{name} is {kind}: give a dense tensor of plain numbers.")
-        if image.is_floating_point() and image.itemsize < 4:  # NumPy has no bfloat16
-            image = image.float()
-        return image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        return image
-    if not isinstance(image, Image.Image):
-        is_file = isinstance(image, (str, bytes, bytearray, os.PathLike))
-        opened = ", which PIL.Image.open makes of a file" if is_file else ""
-        raise TypeError(
-            f"{name} is of type {type(image).__name__}: give a PIL image{opened}, a NumPy array or a torch tensor."
-        )
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        upright = ImageOps.exif_transpose(image) if turned else image  # it would copy an image that is upright
-        # In modes F and I Pillow would clip the numbers at 255.
-        if in_colour and upright.mode not in ("RGB", "F") and not upright.mode.startswith("I"):
-            upright = upright.convert("RGB")
-        return np.asarray(upright)
-    except (OSError, SyntaxError, ValueError) as error:  # for a broken file Pillow's decoders raise all three
-        file = f" ({image.filename})" if getattr(image, "filename", "") else ""
-        raise OSError(f"{name}{file} cannot be decoded: {error}. Repair the file or leave it out.") from error
-
-
-def _as_bytes(values: np.ndarray, name: str) -> np.ndarray:
-    """Return values as 0 … 255 in `uint8`, because the official code warps images and masks in this depth."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.name == "uint16":
-        return (values >> 8).astype(np.uint8)
-    full = 1 if values.dtype.kind in "bf" else 255
-    numeric = values.dtype.kind in "bfiu"
-    if not numeric or not (values.min() >= 0 and values.max() <= full):
-        found = f" from {values.min()} to {values.max()}" if numeric else ""  # both are NaN if any value is
-        raise ValueError(
-            f"{name} holds {values.dtype} values{found}: give uint8 or uint16, other integers from 0 to 255, or "
-            "floats from 0 to 1 that are not yet normalised."
-        )
-    return values.astype(np.uint8) if full == 255 else np.rint(values * np.float32(255)).astype(np.uint8)
-
-
-def _refuse_long_sides(array: np.ndarray, name: str) -> None:
-    if max(array.shape[:2]) > MAX_SIDE:
-        raise ValueError(
-            f"{name} is {array.shape[0]} x {array.shape[1]} pixels (height x width), but a side has at most "
-            f"{MAX_SIDE:,}: cut it into parts or make it smaller."
-        )
-
-
-def _as_rgb(image: Any, name: str) -> np.ndarray:
-    """Return any image as `(H, W, 3)` in `uint8`, upright."""
-    array = _as_array(image, name, in_colour=True)
-    channels_last = isinstance(image, Image.Image) or array.ndim == 2
-    array = array[..., None] if array.ndim == 2 else array
-    channels = range(1, MAX_CHANNELS + 1)
-    if array.ndim != 3 or array.size == 0 or not (array.shape[0] in channels or array.shape[-1] in channels):
-        raise ValueError(
-            f"{name} has shape {array.shape}: give (height, width), (height, width, channels) or (channels, height, "
-            f"width) with at least one pixel and at most {MAX_CHANNELS} channels."
-        )
-    if not channels_last and infer_channel_dimension_format(array, tuple(channels)) == ChannelDimension.FIRST:
-        array = np.moveaxis(array, 0, -1)
-    _refuse_long_sides(array, name)
-    array = _as_bytes(array[..., :3] if array.shape[-1] >= 3 else array[..., :1], name)
-    return array if array.shape[-1] == 3 else array.repeat(3, axis=-1)
-
-
-def _as_mask(segmentation_map: Any, name: str) -> np.ndarray:
-    """Return a mask as `(H, W)` in `uint8`, with 255 as the foreground."""
-    mask = _as_array(segmentation_map, name, in_colour=False)
-    if mask.ndim == 3 and (mask.shape[0] == 1) != (mask.shape[-1] == 1):  # it has an axis of one channel
-        mask = mask.squeeze(0 if mask.shape[0] == 1 else -1)
-    if mask.ndim != 2 or mask.size == 0:
-        raise ValueError(f"{name} has shape {mask.shape}: give one (height, width) map for each phrase or image.")
-    _refuse_long_sides(mask, name)
-    if mask.dtype.kind not in "iu":
-        return _as_bytes(mask, name)
-    if mask.min() < 0 or mask.max() not in (0, 1, 255):  # probably a map of labels, one of which the phrase means
-        raise ValueError(
-            f"{name} holds integers from {mask.min()} to {mask.max()}: give 0 and 1, or 0 … 255 with 255 as the "
-            "foreground."
-        )
-    return mask.astype(np.uint8, copy=False) if mask.max() == 255 else mask.astype(np.uint8) * np.uint8(255)
 
 
 # --- phrases in every container --------------------------------------------------------------------------------------
@@ -528,6 +416,63 @@ def _pair_text_with_images(text: Any, image_count: int | None) -> tuple[list[str
                 f"phrase {n} of text is {short_repr(phrase)}, of type {type(phrase).__name__}: give a string."
             )
     return phrases, np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+
+
+# --- from logits to masks --------------------------------------------------------------------------------------------
+
+
+def _sizes_of_phrases(
+    logits: torch.Tensor, target_sizes: Any, original_sizes: Any, image_index: Any
+) -> list[tuple[int, int]]:
+    """Return the height and width of each phrase's image; refuse sizes that do not fit with a ValueError."""
+    if target_sizes is not None and original_sizes is not None:
+        raise ValueError("target_sizes and original_sizes are two names for the same sizes: give one of them.")
+    name, given = ("target_sizes", target_sizes) if original_sizes is None else ("original_sizes", original_sizes)
+    if given is None:
+        raise ValueError(
+            "target_sizes is missing: give the (height, width) of each image, which the processor returned as "
+            "original_sizes."
+        )
+    sizes = torch.as_tensor(given, device="cpu")
+    pairs = sizes.ndim == 2 and sizes.shape[1] == 2
+    if not pairs or sizes.is_floating_point() or not ((sizes >= 1) & (sizes <= MAX_SIDE)).all():
+        raise ValueError(
+            f"{name} is {given}: give a (height, width) in whole pixels for each image, at most {MAX_SIDE:,}."
+        )
+    if image_index is None:
+        sizes = sizes.expand(len(logits), 2) if len(sizes) == 1 else sizes
+    else:
+        image_index = torch.as_tensor(image_index, dtype=torch.long, device="cpu")
+        if image_index.numel() and not (0 <= image_index.min() and image_index.max() < len(sizes)):
+            raise ValueError(f"image_index is {image_index.tolist()}, but {name} has {len(sizes)} images.")
+        sizes = sizes[image_index]
+    if logits.ndim != 3 or len(sizes) != len(logits):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} do not fit the sizes of {len(sizes)} phrases: give (N, h, w) and "
+            f"N {name}, or an image_index of N entries."
+        )
+    return sizes.tolist()
+
+
+def _refuse_infinite(logits: torch.Tensor) -> None:
+    finite = logits.isfinite()
+    if not finite.all():
+        phrase = int((~finite).flatten(1).any(1).int().argmax())
+        raise ValueError(
+            f"The logits of phrase {phrase} are not finite, so there is no mask: look for NaN or infinite numbers in "
+            "the model's weights and inputs, or take fp32 or bf16 for fp16."
+        )
+
+
+def _details_of(mask: torch.Tensor, probabilities: torch.Tensor) -> dict[str, Any]:
+    """Return a mask `(height, width)` with the probabilities that it was made of, its score and its box."""
+    probabilities = probabilities.clamp(0, 1)
+    rows, columns = (mask.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
+    score, box = 0.0, None
+    if rows:
+        score = probabilities[mask].mean().item()
+        box = {"xmin": columns[0], "ymin": rows[0], "xmax": columns[-1] + 1, "ymax": rows[-1] + 1}
+    return {"mask": mask, "probabilities": probabilities, "score": score, "box": box}
 
 
 # --- arguments and saved fields --------------------------------------------------------------------------------------

@@ -167,6 +167,10 @@ def test_masks_equal_brute_force(processor, height, width):
         clear = np.abs(expected - threshold) > 1e-5  # nearer than that, rounding decides
         assert clear.sum() > 250
         np.testing.assert_array_equal(mask.numpy()[tuple(places.T)][clear], (expected > threshold)[clear])
+    (details,) = processor.post_process_referring_segmentation(
+        SimpleNamespace(logits=logits), [(height, width)], output_details=True
+    )
+    np.testing.assert_allclose(details["probabilities"].numpy()[tuple(places.T)], expected.clip(0, 1), atol=1e-5)
 
 
 def test_a_mask_survives_the_way_there_and_back(processor):

@@ -250,6 +250,13 @@ def test_words_are_read_where_the_ids_are_not_0():
     assert gap(model(**inputs, attention_mask=torch.ones_like(mask)).logits, logits) > 0.01
 
 
+def test_sizes_of_images_are_taken_and_left():
+    model, inputs = small_model(), small_inputs(2)
+    logits = model(**inputs).logits
+    assert torch.equal(model(**inputs, original_sizes=torch.tensor([[30, 44], [9, 9]])).logits, logits)
+    assert torch.equal(model(**inputs, original_sizes="anything").logits, logits)
+
+
 # --- Shapes, images and phrases --------------------------------------------------------------------------------------
 
 

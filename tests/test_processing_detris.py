@@ -492,10 +492,57 @@ def test_masks_do_not_depend_on_autocast_or_gradients(processor):
         ([(30, 10**9)], None, "original_sizes .* at most 32,766"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(processor, sizes, image_index, message):
+def test_sizes_that_do_not_fit_are_refused_by_the_name_they_were_given(processor, sizes, image_index, message):
     outputs = SimpleNamespace(logits=torch.zeros(3, 16, 16))
     with pytest.raises(ValueError, match=message):
+        processor.post_process_referring_segmentation(outputs, original_sizes=sizes, image_index=image_index)
+    message = message.replace("original_sizes", "target_sizes")
+    with pytest.raises(ValueError, match=message):
         processor.post_process_referring_segmentation(outputs, sizes, image_index=image_index)
+
+
+def test_sizes_are_given_once(processor):
+    outputs, sizes = SimpleNamespace(logits=torch.randn(1, 16, 16, generator=torch.manual_seed(4))), [(30, 44)]
+    first, second, third = (
+        processor.post_process_referring_segmentation(outputs, *arguments, **named)[0]
+        for arguments, named in [((sizes,), {}), ((), {"target_sizes": sizes}), ((), {"original_sizes": sizes})]
+    )
+    assert torch.equal(first, second) and torch.equal(first, third) and first.shape == (30, 44)
+    with pytest.raises(ValueError, match="target_sizes and original_sizes are two names .*: give one of them"):
+        processor.post_process_referring_segmentation(outputs, sizes, original_sizes=sizes)
+    with pytest.raises(ValueError, match="target_sizes is missing: give the .*original_sizes"):
+        processor.post_process_referring_segmentation(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_details_are_those_of_the_masks(processor, dtype):
+    logits = (6 * torch.randn(4, 16, 16, generator=torch.manual_seed(5))).to(dtype)
+    logits[3] = -9  # nothing is found
+    sizes = [(30, 44), (9, 70), (57, 3), (12, 12)]
+    for threshold in (None, 0, 0.9, 1):
+        masks = processor.post_process_referring_segmentation(SimpleNamespace(logits=logits), sizes, threshold)
+        details = processor.post_process_referring_segmentation(
+            SimpleNamespace(logits=logits), sizes, threshold, output_details=True
+        )
+        for mask, found, size in zip(masks, details, sizes, strict=True):
+            assert list(found) == ["mask", "probabilities", "score", "box"]
+            assert torch.equal(found["mask"], mask) and mask.dtype == torch.bool
+            probabilities = found["probabilities"]
+            assert probabilities.shape == size and probabilities.dtype == torch.float32
+            assert 0 <= probabilities.min() and probabilities.max() <= 1
+            inside = [(y, x) for y in range(size[0]) for x in range(size[1]) if mask[y, x]]
+            if not inside:
+                assert (found["score"], found["box"]) == (0.0, None)
+                continue
+            rows, columns = zip(*inside)
+            box = {"xmin": min(columns), "ymin": min(rows), "xmax": max(columns) + 1, "ymax": max(rows) + 1}
+            assert found["box"] == box and all(type(side) is int for side in found["box"].values())
+            mean = math.fsum(probabilities[place].item() for place in inside) / len(inside)
+            assert found["score"] == pytest.approx(mean, rel=1e-5) and type(found["score"]) is float
+            least = 0.35 if threshold is None else threshold
+            assert all((probabilities[place] > least or least == 1) for place in inside)
+    assert details[3]["box"] is None  # at a threshold of 1
+    assert any(found["mask"].any() for found in details)  # where interpolation overshoots, as without details
 
 
 @pytest.mark.parametrize("threshold", [-1, 2, math.nan, math.inf, "0.5", True, [0.5]])

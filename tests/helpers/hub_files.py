@@ -12,4 +12,5 @@ MODEL_CODE = [
     "sharing_detris.py",
     "modeling_detris.py",
 ]
-PROCESSOR_CODE = ["letterbox_detris.py", "processing_detris.py"]  # and files that it shares with the model
+# Those of the processor, and files that it shares with the model.
+PROCESSOR_CODE = ["letterbox_detris.py", "images_detris.py", "processing_detris.py"]
