@@ -26,15 +26,18 @@ import gradio as gr
 import httpx
 import numpy as np
 import safehttpx
+import torch
 from gradio import processing_utils
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import HfArgumentParser
 
 from configuration_detris import one_line, short_repr
 from data.images import IMAGE_FORMATS, image_size
 from data.shapes import generate_rows
 from gallery import PALETTE
+from images_detris import as_rgb
 from load_detris import load_pipeline
+from processing_detris import details_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ Each phrase gets a mask in its own colour; touch a phrase in the legend to see i
 Threshold, opacity and heat map answer at once, because the model runs only when you press **Segment**.
 """
 EXAMPLE_NOTE = "Examples: drawn scenes, such as the quickstart trains on"
-TABLE_HEADER = ["phrase", "score", "left", "top", "width", "height", "% of picture"]
+TABLE_HEADER = ["phrase", "score", "left", "top", "width", "height", "share"]
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
 #masks img, #heat img {max-height: 75vh; object-fit: contain}
+#examples td {white-space: pre-line; text-align: left}
 """
 
 
@@ -89,15 +93,11 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
                 f"{MAX_PIXELS // 10**6} million pixels."
             )
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow would clip them at 255
-                return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
-            return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # for a broken file Pillow's decoders raise all three
+            return Image.fromarray(as_rgb(image, "This picture"))
+    except (OSError, ValueError) as error:
         message = one_line(error).replace(os.fspath(path), Path(path).name)  # the server's folders are its own affair
-        if isinstance(error, ValueError):
-            raise ValueError(message) from error
-        raise OSError(f"This picture cannot be read: {message}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(message[0].upper() + message[1:]) from error
 
 
 class GuardedTransport(httpx.AsyncHTTPTransport):
@@ -248,21 +248,17 @@ def run(pipeline: Any, image: Image.Image, phrases: list[str], adapter: str | No
 def describe(result: Result, threshold: float) -> list[dict]:
     """Say for each phrase what was found above a threshold: what the JSON holds.
 
-    `score` is the mean probability inside the mask; `box` is None where nothing was found.
+    `score` is the mean probability inside the mask, `size` (height, width) in pixels; `box` is None where nothing was
+    found.
     """
     records = []
     for phrase, probabilities, mask in zip(result.phrases, result.probabilities, result.masks(threshold)):
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = None
-        if rows.size:
-            ends = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-            box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, ends)))
+        details = details_of(torch.from_numpy(mask), torch.from_numpy(probabilities))
         records.append(
             {
                 "label": phrase,
-                "score": float(probabilities[mask].mean()) if box else 0.0,
-                "box": box,
-                "area": int(mask.sum()),
+                "score": details["score"],
+                "box": details["box"],
                 "size": list(mask.shape),
                 "threshold": threshold,
                 "model": result.model,
@@ -285,16 +281,16 @@ def draw(result: Result, threshold: float, opacity: float) -> gr.AnnotatedImage:
     return gr.AnnotatedImage((np.asarray(picture), annotations), color_map=colors)
 
 
-def tabulate(result: Result, threshold: float) -> list[list]:
-    """The table's rows: score, box and area of each phrase."""
+def tabulate(result: Result, threshold: float) -> list[list[str]]:
+    """The table's rows: score and box of each phrase, and how much of the picture its mask covers."""
     rows = []
-    for label, record in zip(result.labels(), describe(result, threshold)):
-        box, area = record["box"], 100 * record["area"] / np.prod(record["size"])
+    for label, record, mask in zip(result.labels(), describe(result, threshold), result.masks(threshold)):
+        box = record["box"]
         if box is None:
-            rows.append([label, "nothing found", *[""] * 4, "0.0"])
+            rows.append([label, "nothing found", *[""] * 5])
         else:
             sides = box["xmin"], box["ymin"], box["xmax"] - box["xmin"], box["ymax"] - box["ymin"]
-            rows.append([label, f"{record['score']:.3f}", *map(str, sides), f"{area:.1f}"])
+            rows.append([label, f"{record['score']:.3f}", *map(str, sides), f"{mask.mean():.1%}"])
     return rows
 
 
@@ -333,7 +329,7 @@ def pack(result: Result, threshold: float) -> tuple[bytes, bytes]:
 def draw_examples(folder: Path, count: int = 4) -> list[list[str]]:
     """Draw scenes as the quickstart's model knows them; return each one's path with its phrases, one a line."""
     examples: dict[int, tuple[Image.Image, list[str]]] = {}
-    for row in generate_rows(0, "val", 3 * count, max_objects=3, object_scale=1.2):
+    for row in generate_rows(0, "val", 3 * count, image_size=384, max_objects=3, object_scale=1.2):
         examples.setdefault(row["image_id"], (row["image"], []))[1].append(row["sentences"][0])
     chosen = [example for example in examples.values() if len(example[1]) > 1][:count]
     rows = []
@@ -360,15 +356,22 @@ def build_page(pipeline: Any) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                picture = gr.Image(type="filepath", label="Picture", height=300, elem_id="picture")
+                picture = gr.Image(type="filepath", label="Picture", height=320, elem_id="picture")
                 address = gr.Textbox(
-                    label="… or its address on the web", placeholder="https://… (press Enter)", max_lines=1
+                    label="or its address on the web",
+                    placeholder="https://… and press Enter",
+                    max_lines=1,
+                    elem_id="address",
                 )
                 phrases = gr.Textbox(
                     label="Phrases, one a line", placeholder="left cat\nthe remote", lines=4, elem_id="phrases"
                 )
                 adapter = gr.Dropdown(
-                    adapters, value=adapters[0] if adapters else None, label="Adapter", visible=len(adapters) > 1
+                    adapters,
+                    value=adapters[0] if adapters else None,
+                    label="Adapter",
+                    visible=len(adapters) > 1,
+                    elem_id="adapter",
                 )
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
                 threshold = gr.Slider(
@@ -377,7 +380,7 @@ def build_page(pipeline: Any) -> gr.Blocks:
                     pipeline.processor.mask_threshold,
                     step=0.01,
                     label="Threshold",
-                    info="A pixel belongs to a mask where its probability is above this.",
+                    info="A mask has the pixels whose probability is above this.",
                     elem_id="threshold",
                 )
                 opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the masks", elem_id="opacity")
@@ -385,17 +388,25 @@ def build_page(pipeline: Any) -> gr.Blocks:
                 with gr.Tabs():
                     with gr.Tab("Masks"):
                         masks = gr.AnnotatedImage(label="Masks", show_label=False, format="png", elem_id="masks")
-                    with gr.Tab("Heat map", elem_id="heat-tab"):
-                        heat_phrase = gr.Dropdown([], label="Probabilities of", elem_id="heat-phrase")
+                    with gr.Tab("Heat map"):
+                        heat_phrase = gr.Dropdown([], label="Probability of", elem_id="heat-phrase")
                         heat = gr.Image(
-                            label="Heat map", show_label=False, format="png", interactive=False, elem_id="heat"
+                            label="Heat map",
+                            show_label=False,
+                            format="png",
+                            interactive=False,
+                            buttons=["fullscreen"],
+                            elem_id="heat",
                         )
-                summary = gr.Markdown(elem_id="summary")
-                table = gr.Dataframe(headers=TABLE_HEADER, interactive=False, wrap=True, elem_id="table")
-                with gr.Row():
-                    packed = gr.DownloadButton("Masks (ZIP)", interactive=False, elem_id="zip")
-                    listed = gr.DownloadButton("JSON", interactive=False, elem_id="json")
-        gr.Examples(draw_examples(Path(tempfile.mkdtemp())), [picture, phrases], label=EXAMPLE_NOTE)
+                with gr.Column(visible=False) as findings:
+                    summary = gr.Markdown(elem_id="summary")
+                    table = gr.Dataframe(
+                        headers=TABLE_HEADER, interactive=False, wrap=True, buttons=[], elem_id="table"
+                    )
+                    with gr.Row():
+                        packed = gr.DownloadButton("Masks (ZIP)", interactive=False, elem_id="zip")
+                        listed = gr.DownloadButton("Scores and boxes (JSON)", interactive=False, elem_id="json")
+                gr.Examples(draw_examples(Path(tempfile.mkdtemp())), [picture, phrases], label=EXAMPLE_NOTE, elem_id="examples")
 
         downloads, wait = [packed, listed], {"interactive": False}
 
@@ -415,6 +426,7 @@ def build_page(pipeline: Any) -> gr.Blocks:
                     table: tabulate(found, threshold),
                     heat_phrase: gr.Dropdown(labels, value=0),
                     heat: draw_heat_map(found, 0),
+                    findings: gr.Column(visible=True),
                     summary: f"{count} in {found.seconds:.2f} s on {pipeline.device}, by {found.model}{with_adapter}.",
                     packed: gr.DownloadButton(**wait),
                     listed: gr.DownloadButton(**wait),
@@ -454,7 +466,7 @@ def build_page(pipeline: Any) -> gr.Blocks:
             [button.click, phrases.submit],
             segment,
             [picture, phrases, adapter, threshold, opacity],
-            [result, masks, table, heat_phrase, heat, summary, *downloads],
+            [result, masks, table, heat_phrase, heat, findings, summary, *downloads],
             preprocess=False,  # Gradio would open the picture without our limits
             concurrency_limit=1,
             show_progress_on=masks,
@@ -474,12 +486,10 @@ def build_page(pipeline: Any) -> gr.Blocks:
 def serve(page: gr.Blocks, **arguments: Any) -> tuple:
     """Start the page's server; `arguments` are those of `gr.Blocks.launch`. It asks nothing of other machines."""
     processing_utils.async_transport = GuardedTransport()
-    theme = gr.themes.Soft(
-        primary_hue="orange",
-        neutral_hue="stone",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
+    # Fonts of the visitor's machine: others would be fetched.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="orange", neutral_hue="stone", **fonts)
+    theme.set(body_background_fill="*neutral_50")
     return page.queue(max_size=64).launch(
         theme=theme,
         css=CSS,
