@@ -28,6 +28,7 @@ MODEL_TYPES = {
 PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
 MAX_IMAGE_SIZE = 4096  # pixels; the cost of DINOv2's attention grows with its fourth power
 MAX_LORA_ALPHA = 1_000_000
+TASK = "referring-image-segmentation"  # what `transformers.pipeline` calls what DETRIS does
 
 
 @strict

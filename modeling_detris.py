@@ -24,7 +24,8 @@ try:
     from .configuration_detris import DetrisConfig
     from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
     from .saving_detris import WholeModelSaving
-    from .sharing_detris import AdapterSharing, AdapterSwitching
+    from .sharing_detris import AdapterSharing
+    from .switching_detris import AdapterSwitching
 except ImportError:
     if __package__:
         raise
@@ -33,7 +34,8 @@ except ImportError:
     from configuration_detris import DetrisConfig
     from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
     from saving_detris import WholeModelSaving
-    from sharing_detris import AdapterSharing, AdapterSwitching
+    from sharing_detris import AdapterSharing
+    from switching_detris import AdapterSwitching
 
 
 # Added to the side of the new grid when positions are resampled, so that rounding does not lose a row (official

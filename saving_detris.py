@@ -31,6 +31,7 @@ try:
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
+    from .pipeline_detris import CUSTOM_PIPELINES
 except ImportError:
     if __package__:
         raise
@@ -46,6 +47,7 @@ except ImportError:
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
+    from pipeline_detris import CUSTOM_PIPELINES
 
 # Fields of the configuration that say where the backbones came from.
 BACKBONE_SOURCES = ("vision_backbone", "vision_backbone_revision", "text_backbone", "text_backbone_revision")
@@ -125,7 +127,7 @@ class WholeModelSaving:
     @contextmanager
     def _published_as_whole(self) -> Iterator[None]:
         """Let transformers save the whole model, and name only backbones that others can get."""
-        self._enter_auto_map()
+        self._enter_code()
         kept = {name: getattr(self.config, name) for name in BACKBONE_SOURCES}
         has_adapters, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False
         for name, value in kept.items():
@@ -139,11 +141,12 @@ class WholeModelSaving:
             for name, value in kept.items():
                 setattr(self.config, name, value)
 
-    def _enter_auto_map(self) -> None:
-        """Enter the model's class in its configuration, where `AutoModel` looks for the code of a saved model."""
+    def _enter_code(self) -> None:
+        """Enter the model's class and its pipeline in the configuration, where `AutoModel` and `pipeline` look."""
         # transformers would name the auto class that the model was registered for last.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {"AutoModel": f"modeling_detris.{type(self).__name__}"}
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers changes what it reads
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Self:

@@ -1,22 +1,17 @@
-"""Adapters added, activated, switched and deleted, and saved and loaded: two mixins of the model.
+"""Adapters saved and loaded: a mixin of the model.
 
-A model can hold several adapters, each with a head of its own, around backbones that lie in memory once. One adapter
-is active at a time. Saved adapters name the backbones that they were trained in, and do not contain them.
+Saved adapters name the backbones that they were trained in, and do not contain them. `switching_detris.py` adds,
+activates and deletes adapters of a model in memory.
 """
 
 import copy
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import huggingface_hub
 import torch
-from peft import PeftConfig
-from peft.functional import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.functional import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
@@ -58,205 +53,11 @@ except ImportError:
     )
     from saving_detris import WEIGHT_PATTERNS, replacing_files, single_device
 
-NO_ADAPTER = "__base__"  # PEFT's name for the bare backbones in `adapter_names`
 # Arguments of `from_pretrained` without effect on adapters: hints, and what `AutoModel` adds.
 HINTS = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only")
-IGNORED_KWARGS = (*HINTS, "_commit_hash", "_from_auto")
+IGNORED_KWARGS = (*HINTS, "_commit_hash", "_from_auto", "_from_pipeline")
 
 logger = logging.get_logger(__name__)
-
-
-class AdapterSwitching:
-    """Adapters added, activated, switched off and deleted."""
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The configurations of the adapters, by name."""
-        return self._adapter_configs
-
-    @peft_config.setter
-    def peft_config(self, configs: dict[str, PeftConfig]) -> None:
-        self._adapter_configs = configs if isinstance(configs, AdapterConfigs) else AdapterConfigs(configs)
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        # PEFT deletes the attribute after it has merged or removed adapters of its own methods.
-        self._adapter_configs = AdapterConfigs()
-
-    def _insert_built_in_adapters(self) -> None:
-        """Put the adapters that the model's own configuration describes into its backbones, and activate them."""
-        adapter_config = DetrisAdapterConfig(**fields_of(self.config, ADAPTER_FIELDS))
-        adapter_config.modules_to_save = None  # the built-in adapters use the model's own head
-        inject_adapter_in_model(adapter_config, self, BUILT_IN_ADAPTER)
-        self._hf_peft_config_loaded = True  # transformers reads here whether a model has adapters
-
-    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = BUILT_IN_ADAPTER) -> None:
-        """
-        Add fresh adapters, with a head of their own if `modules_to_save` says so, and activate them.
-
-        Args:
-            adapter_config (`PeftConfig`): of DETRIS; or of another method of PEFT if the model has no adapters.
-            adapter_name (`str`, *optional*, defaults to `"default"`): the name of the new adapters.
-
-        Raises:
-            TypeError: if `adapter_config` is no configuration of adapters.
-            ValueError: if the name is taken, or the adapters do not fit the model, which then stays as it was.
-        """
-        if not isinstance(adapter_config, PeftConfig):
-            raise TypeError(f"adapter_config is of type {type(adapter_config).__name__}: give a PeftConfig.")
-        self._check_new_name(adapter_name)
-        present = dict(self.peft_config)
-        try:
-            self._inject(adapter_config, adapter_name)
-        except Exception:
-            self.peft_config = present  # PEFT enters a configuration before it checks it
-            raise
-        self.train(self.training)  # new modules start in training mode
-        self.set_adapter(adapter_name)
-
-    def _inject(self, adapter_config: PeftConfig, adapter_name: str) -> None:
-        with warnings.catch_warnings():
-            # PEFT warns that the model has adapters already, which is intended.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(adapter_config, self, adapter_name)
-
-    def _check_new_name(self, adapter_name: str, tensors: Iterable[str] = ()) -> None:
-        """Raise ValueError if the name is taken, or is a part of a tensor's name, where PEFT would mistake it."""
-        parts = {part for name in (*tensors, *self.state_dict()) for part in name.split(".")}
-        present = self.peft_config.get(adapter_name)
-        taken = present is not None and not describes_no_adapters(present)
-        if taken or adapter_name in parts | {NO_ADAPTER}:
-            raise ValueError(f"adapter_name is {adapter_name!r}, which already names something: give another.")
-
-    def enable_peft_hotswap(self, *args, **kwargs) -> None:
-        """Refuse transformers' preparation for hotswapping, which is for LoRA and not needed here."""
-        raise ValueError("Hotswapping needs no preparation here: load_adapter replaces an adapter of the same name.")
-
-    def active_adapters(self) -> list[str]:
-        """Return the active adapters' names. Without adapters, `["default"]`, which names the model's own head."""
-        for module in self.modules():
-            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-                return module.active_adapters or [BUILT_IN_ADAPTER]
-        return [BUILT_IN_ADAPTER]
-
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Activate an adapter and its head by name.
-
-        Raises:
-            ValueError: if there is no such adapter, or if several are named.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self._check_known(names)
-        if len(names) != 1:
-            raise ValueError(f"adapter_name is {names}: adapters cannot be added up, so activate one.")
-        # Not by transformers' own `set_adapter`, which fails for the built-in adapter: its head has no name.
-        activate_adapters(self, names)
-
-    def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        """Delete adapters with their heads. The head of the built-in adapter stays, because it is the model's own.
-
-        Raises:
-            ValueError: if there are no such adapters.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._check_known(names)
-        discard_adapters(self, names, self.active_adapters())
-        if BUILT_IN_ADAPTER in names:
-            self.config.peft_method = "none"
-
-    def _check_known(self, adapter_names: Iterable[str]) -> None:
-        unknown = [name for name in adapter_names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There are no adapters {unknown}: the model has {list(self.peft_config)}.")
-
-    def enable_adapters(self) -> None:
-        """Undo [`disable_adapters`]; transformers' own method would leave heads switched off."""
-        self._switch_adapters(True)
-
-    def disable_adapters(self) -> None:
-        """Compute with the bare backbones and the model's own head until [`enable_adapters`] is called."""
-        self._switch_adapters(False)
-
-    def _switch_adapters(self, enabled: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-                module.enable_adapters(enabled)
-
-    def _segment_by_adapter(
-        self,
-        adapter_names: list[str],
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
-        padding: torch.Tensor,
-        image_index: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Segment each phrase with the adapter named for it; what [`forward`] does if it gets `adapter_names`."""
-        if self.training:
-            raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time.")
-        if isinstance(adapter_names, str) or len(adapter_names) != len(input_ids):
-            raise ValueError(
-                f"There are {len(adapter_names)} adapter_names for {len(input_ids)} phrases: give one each."
-            )
-        self._check_known(set(adapter_names) - {NO_ADAPTER})
-        if image_index is None:
-            image_index = torch.arange(len(input_ids), device=input_ids.device)
-        phrases, logits = [], []
-        for name in dict.fromkeys(adapter_names):
-            positions = [n for n, other in enumerate(adapter_names) if other == name]
-            chosen = torch.tensor(positions, device=input_ids.device)
-            images, index = image_index[chosen].unique(return_inverse=True)
-            with self._activated(name):
-                logits.append(self._segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
-            phrases.append(chosen)
-        return torch.cat(logits)[torch.cat(phrases).argsort()]
-
-    @contextmanager
-    def _activated(self, adapter_name: str) -> Iterator[None]:
-        """Compute with another adapter, or with none for `__base__`; afterwards all is as it was."""
-        active, requires_grad = self.active_adapters(), [(p, p.requires_grad) for p in self.parameters()]
-        wrappers = [m for m in self.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
-        disabled = any(wrapper.disable_adapters for wrapper in wrappers)
-        try:
-            if adapter_name == NO_ADAPTER:
-                self.disable_adapters()
-            else:
-                self.enable_adapters()
-                self.set_adapter(adapter_name)
-            yield
-        finally:
-            self.enable_adapters()
-            activate_adapters(self, [name for name in active if name in self.peft_config])
-            if disabled:
-                self.disable_adapters()
-            for parameter, flag in requires_grad:
-                parameter.requires_grad = flag
-
-
-class AdapterConfigs(dict):
-    """The configurations of a model's adapters, by name. PEFT writes that of each adapter it adds into this dict.
-
-    Assigning raises ValueError if adapters of DETRIS and of another method of PEFT would stand side by side. PEFT
-    would train both and save only its own.
-    """
-
-    def __setitem__(self, name: str, config: PeftConfig) -> None:
-        for other in self.values():
-            if other.peft_type != config.peft_type and not describes_no_adapters(other):
-                old, new = other.peft_type.value, config.peft_type.value
-                raise ValueError(
-                    f"The model has adapters of type {old}, so none of type {new} can be added: build it with "
-                    "peft_method='detris+lora' to train both, or delete_adapter first."
-                )
-        super().__setitem__(name, config)
-
-    def update(self, configs: dict[str, PeftConfig]) -> None:
-        for name, config in configs.items():
-            self[name] = config
-
-
-def describes_no_adapters(config: PeftConfig) -> bool:
-    """Whether a configuration describes neither adapters nor a head: only the model's own head is trained."""
-    return config.peft_type == PeftMethod.DETRIS and config.peft_method == "none" and not config.modules_to_save
 
 
 class AdapterSharing:
@@ -308,7 +109,7 @@ class AdapterSharing:
         adapter_config = copy.copy(self.peft_config[adapter_name])
         adapter_config.modules_to_save = list(HEAD_MODULES)
         adapter_config.base_model_name_or_path = repo_id  # AutoModel looks there for configuration and code
-        self._enter_auto_map()
+        self._enter_code()
         config = self._config_with_adapter(adapter_config, repo_id)
         with replacing_files(Path(save_directory), [name.format("") for name in WEIGHT_PATTERNS]) as folder:
             save_file(

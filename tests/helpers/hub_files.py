@@ -8,6 +8,8 @@ MODEL_CODE = [
     "official_layout.py",
     "peft_detris.py",
     "backbones_detris.py",
+    "switching_detris.py",
+    "pipeline_detris.py",
     "saving_detris.py",
     "sharing_detris.py",
     "modeling_detris.py",
