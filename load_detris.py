@@ -26,7 +26,7 @@ from repository_files import (
     refuse_official_checkpoints,
     require_repository_id,
 )
-from sharing_detris import NO_ADAPTER
+from switching_detris import NO_ADAPTER
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
