@@ -32,7 +32,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from configuration_detris import one_line, short_repr
-from data.images import IMAGE_FORMATS, image_size
+from data.images import IMAGE_FORMATS, opened_image
 from data.shapes import generate_rows
 from gallery import PALETTE
 from images_detris import as_rgb
@@ -59,6 +59,7 @@ Give a picture and say what you look for, in plain words: *left cat*, *the remot
 Each phrase gets a mask in its own colour; touch a phrase in the legend to see its mask alone.
 Threshold, opacity and heat map answer at once, because the model runs only when you press **Segment**.
 """
+EXAMPLE_LENGTH = 60  # characters that Gradio shows of a text among the examples
 EXAMPLE_NOTE = "Examples: drawn scenes, such as the quickstart trains on"
 TABLE_HEADER = ["phrase", "score", "left", "top", "width", "height", "share"]
 CSS = """
@@ -78,7 +79,7 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 
     Raises:
         OSError: the file is empty, no picture, or broken.
-        ValueError: it is too large, or its pixels have 32 bits.
+        ValueError: it is too large, or its pixels are numbers that are no colours.
     """
     size = os.path.getsize(path)
     if size == 0:
@@ -86,7 +87,8 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
     if size > MAX_BYTES:
         raise ValueError(f"This picture has {size / 2**20:.1f} MB; give one of at most {MAX_BYTES // 2**20} MB.")
     try:
-        height, width = image_size(path)
+        with opened_image(path, "image", "", IMAGE_FORMATS) as (_, image):
+            width, height = image.size  # from the file's header
         if height * width > MAX_PIXELS:
             raise ValueError(
                 f"This picture is {width:,} x {height:,} pixels: make it smaller, to at most "
@@ -145,8 +147,10 @@ class _LimitedStream(httpx.AsyncByteStream):
         await self.stream.aclose()
 
 
-def fetch_picture(url: str, folder: str) -> str:
+def fetch_picture(url: str, folder: str) -> Path:
     """Fetch the picture that a stranger's address names, into a folder of its own; return its path.
+
+    It is a `Path`, because Gradio would read the file that a text ending in .svg names and write it into the page.
 
     Raises:
         ValueError: this is no address, or no picture can be had there.
@@ -163,7 +167,7 @@ def fetch_picture(url: str, folder: str) -> str:
     except (OSError, ValueError):
         os.remove(path)
         raise
-    return path
+    return Path(path)
 
 
 def read_phrases(text: str) -> list[str]:
@@ -192,7 +196,7 @@ def messages_on_the_page() -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError) as error:
         message = html.escape(one_line(error))  # Gradio shows messages as HTML
-        raise gr.Error(message, title="Please change something", print_exception=False) from error
+        raise gr.Error(message, print_exception=False) from error
     except Exception as error:
         logger.exception("A run failed.")
         raise gr.Error("The run failed on the server, and its log says why.", print_exception=False) from error
@@ -294,13 +298,17 @@ def tabulate(result: Result, threshold: float) -> list[list[str]]:
     return rows
 
 
-def draw_heat_map(result: Result, index: int) -> np.ndarray:
-    """Draw the probabilities of a phrase in colours, from dark for 0 to bright for 1, over the grey picture."""
+def draw_heat_map(result: Result, index: int) -> tuple[np.ndarray, list]:
+    """Draw the probabilities of a phrase in colours, from dark for 0 to bright for 1, over the grey picture.
+
+    Returns:
+        What `gr.AnnotatedImage` takes: the drawing (H, W, 3), and no masks over it.
+    """
     size = result.display_size()
     levels = cv2.resize(result.probabilities[index], size, interpolation=cv2.INTER_AREA).clip(0, 1)
     colors = cv2.applyColorMap(np.rint(255 * levels).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     grey = np.asarray(result.image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB"))
-    return cv2.addWeighted(np.ascontiguousarray(colors), HEAT, grey, 1 - HEAT, 0)
+    return cv2.addWeighted(np.ascontiguousarray(colors), HEAT, grey, 1 - HEAT, 0), []
 
 
 def pack(result: Result, threshold: float) -> tuple[bytes, bytes]:
@@ -328,15 +336,17 @@ def pack(result: Result, threshold: float) -> tuple[bytes, bytes]:
 
 def draw_examples(folder: Path, count: int = 4) -> list[list[str]]:
     """Draw scenes as the quickstart's model knows them; return each one's path with its phrases, one a line."""
-    examples: dict[int, tuple[Image.Image, list[str]]] = {}
-    for row in generate_rows(0, "val", 3 * count, image_size=384, max_objects=3, object_scale=1.2):
-        examples.setdefault(row["image_id"], (row["image"], []))[1].append(row["sentences"][0])
-    chosen = [example for example in examples.values() if len(example[1]) > 1][:count]
-    rows = []
-    for number, (image, phrases) in enumerate(chosen, 1):
-        image.save(folder / f"scene_{number}.png")
-        rows.append([str(folder / f"scene_{number}.png"), "\n".join(phrases)])
-    return rows
+    scenes: dict[int, tuple[Image.Image, list[str]]] = {}
+    for row in generate_rows(0, "testA", 5 * count, image_size=384, max_objects=3, object_scale=1.2):
+        scenes.setdefault(row["image_id"], (row["image"], []))[1].append(row["sentences"][0])
+    examples = []
+    for image, phrases in scenes.values():
+        text = "\n".join(phrases)
+        if len(phrases) > 1 and len(text) <= EXAMPLE_LENGTH and len(examples) < count:
+            path = folder / f"scene_{len(examples) + 1}.png"
+            image.save(path)
+            examples.append([str(path), text])
+    return examples
 
 
 def adapter_names(pipeline: Any) -> list[str]:
@@ -390,13 +400,8 @@ def build_page(pipeline: Any) -> gr.Blocks:
                         masks = gr.AnnotatedImage(label="Masks", show_label=False, format="png", elem_id="masks")
                     with gr.Tab("Heat map"):
                         heat_phrase = gr.Dropdown([], label="Probability of", elem_id="heat-phrase")
-                        heat = gr.Image(
-                            label="Heat map",
-                            show_label=False,
-                            format="png",
-                            interactive=False,
-                            buttons=["fullscreen"],
-                            elem_id="heat",
+                        heat = gr.AnnotatedImage(
+                            label="Heat map", show_label=False, show_legend=False, format="png", elem_id="heat"
                         )
                 with gr.Column(visible=False) as findings:
                     summary = gr.Markdown(elem_id="summary")
@@ -412,7 +417,7 @@ def build_page(pipeline: Any) -> gr.Blocks:
 
         def segment(picture: dict | None, text: str, adapter: str | None, threshold: float, opacity: float) -> dict:
             with messages_on_the_page():
-                if not picture:
+                if not (picture and picture["path"]):
                     raise ValueError("Give a picture first: upload or paste one, or take one of the examples.")
                 if adapters and adapter not in adapters:
                     raise ValueError(f"There is no adapter {short_repr(adapter)}: choose one of {', '.join(adapters)}.")
@@ -427,7 +432,7 @@ def build_page(pipeline: Any) -> gr.Blocks:
                     heat_phrase: gr.Dropdown(labels, value=0),
                     heat: draw_heat_map(found, 0),
                     findings: gr.Column(visible=True),
-                    summary: f"{count} in {found.seconds:.2f} s on {pipeline.device}, by {found.model}{with_adapter}.",
+                    summary: f"{count} in {found.seconds:.2f} s on {pipeline.device}, by `{found.model}`{with_adapter}.",
                     packed: gr.DownloadButton(**wait),
                     listed: gr.DownloadButton(**wait),
                 }
@@ -470,9 +475,15 @@ def build_page(pipeline: Any) -> gr.Blocks:
             preprocess=False,  # Gradio would open the picture without our limits
             concurrency_limit=1,
             show_progress_on=masks,
-            api_name="segment",
+            api_visibility="private",
         )
         shows = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        runs.failure(  # what an earlier picture gave is not to stand beside another one
+            lambda: (None, None, None, gr.Dropdown([], value=None), gr.Column(visible=False)),
+            None,
+            [result, masks, heat, heat_phrase, findings],
+            **shows,
+        )
         runs.success(offer, [result, threshold], downloads, **shows)
         threshold.change(
             change_threshold, [result, threshold, opacity], [masks, table, *downloads], **shows
@@ -507,12 +518,15 @@ class AppArguments:
     """Which model segments, where it runs, and who can reach the page."""
 
     model: str | None = field(
-        default=os.environ.get("DETRIS_MODEL"),
+        default=None,
         metadata={"help": "Folder or Hub id of a model or adapters; the environment variable DETRIS_MODEL by default."},
     )
     adapter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further adapters to choose from, each as name=path; they share the model's backbones."},
+        metadata={
+            "help": "Further adapters to choose from, each as name=path; they share the model's backbones.",
+            "action": "extend",
+        },
     )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1 …"})
     dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16."})
@@ -541,13 +555,14 @@ def named_adapters(given: list[str]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     """Load a model and serve the page until Ctrl-C."""
     (args,) = HfArgumentParser(AppArguments, description=__doc__).parse_args_into_dataclasses(arguments)
-    if not args.model:
+    model = args.model or os.environ.get("DETRIS_MODEL")
+    if not model:
         sys.exit(
             "Name a model: python app.py --model runs/quickstart (which `make quickstart` trains), or set the "
             "environment variable DETRIS_MODEL to a folder or Hub id, which a Space does in its settings."
         )
     try:
-        pipeline = load_pipeline(args.model, named_adapters(args.adapter), args.device, args.dtype)
+        pipeline = load_pipeline(model, named_adapters(args.adapter), args.device, args.dtype)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {one_line(error)}")
     serve(build_page(pipeline), server_name=args.host, server_port=args.port, share=args.share)
