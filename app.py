@@ -63,7 +63,6 @@ EXAMPLE_LENGTH = 60  # characters that Gradio shows of a text among the examples
 EXAMPLE_NOTE = "Examples: drawn scenes, such as the quickstart trains on"
 TABLE_HEADER = ["phrase", "score", "left", "top", "width", "height", "share"]
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: auto}
 #masks img, #heat img {max-height: 75vh; object-fit: contain}
 #examples td {white-space: pre-line; text-align: left}
 """
