@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import safehttpx
 import torch
 from gradio import processing_utils
+from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import HfArgumentParser
 
@@ -183,7 +185,7 @@ def read_phrases(text: str) -> list[str]:
     for phrase in phrases:
         if len(phrase) > MAX_PHRASE_LENGTH:
             raise ValueError(
-                f"The phrase {short_repr(phrase)} has {len(phrase):,} characters; at most {MAX_PHRASE_LENGTH} are read."
+                f"The phrase {short_repr(phrase)} has {len(phrase):,} characters; give at most {MAX_PHRASE_LENGTH}."
             )
     return phrases
 
@@ -330,6 +332,74 @@ def pack(result: Result, threshold: float) -> tuple[bytes, bytes]:
     return packed.getvalue(), text
 
 
+# --- what the page does when somebody touches it ---------------------------------------------------------------------
+
+
+def segment(pipeline: Any, picture: dict | None, text: str, adapter: str | None) -> tuple:
+    """Run the model: the result, the heat map's phrases, the heat map, the findings' place, and a line about the run.
+
+    Args:
+        picture: what the browser says of the picture that the visitor has given, with its `path` on this machine.
+    """
+    adapters = adapter_names(pipeline)
+    with messages_on_the_page():
+        if not (picture and picture["path"]):
+            raise ValueError("Give a picture first: upload or paste one, or take one of the examples.")
+        if adapters and adapter not in adapters:
+            raise ValueError(f"There is no adapter {short_repr(adapter)}: choose one of {', '.join(adapters)}.")
+        found = run(pipeline, read_picture(picture["path"]), read_phrases(text), adapter)
+        phrases = gr.Dropdown([(label, index) for index, label in enumerate(found.labels())], value=0)
+        said = f"{len(found.phrases)} phrase{'s' if len(found.phrases) > 1 else ''} in {found.seconds:.2f} s "
+        said += f"on {pipeline.device}, by `{found.model}`"
+        said += f", adapter {adapter}." if len(adapters) > 1 else "."
+        return found, phrases, draw_heat_map(found, 0), gr.Column(visible=True), said
+
+
+def clear() -> tuple:
+    """Take everything away that `segment` and `show` have put onto the page."""
+    return None, gr.Dropdown([], value=None), None, gr.Column(visible=False), "", None
+
+
+def _are_shares(*values: Any) -> bool:
+    """Whether these are numbers from 0 to 1. A slider's box is empty while somebody writes a number into it."""
+    return all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+
+
+def show(found: Result | None, threshold: float | None, opacity: float | None, said: str) -> Any:
+    """The masks, the table, and both files out of reach until `offer` has written them anew."""
+    if found is None and said:
+        gr.Warning("Many others have come since, so your result was forgotten: press Segment once more.")
+    if found is None or not _are_shares(threshold, opacity):
+        return gr.skip()
+    old_files = [gr.DownloadButton(interactive=False)] * 2
+    return draw(found, threshold, opacity), tabulate(found, threshold), *old_files
+
+
+def fade(found: Result | None, threshold: float | None, opacity: float | None) -> Any:
+    """The masks with another opacity."""
+    return draw(found, threshold, opacity) if found and _are_shares(threshold, opacity) else gr.skip()
+
+
+def choose_heat_map(found: Result | None, index: int | None) -> Any:
+    """The heat map of another phrase."""
+    return gr.skip() if found is None or index is None else draw_heat_map(found, index)
+
+
+def offer(found: Result | None, threshold: float | None) -> Any:
+    """Both files to download."""
+    if found is None or not _are_shares(threshold):
+        return gr.skip()
+    files = zip(pack(found, threshold), ("masks.zip", "results.json"))
+    paths = [processing_utils.save_bytes_to_cache(content, name, get_upload_folder()) for content, name in files]
+    return [gr.DownloadButton(value=path, interactive=True) for path in paths]
+
+
+def fetch(url: str) -> Path:
+    """The picture that an address names."""
+    with messages_on_the_page():
+        return fetch_picture(url, get_upload_folder())
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -410,85 +480,33 @@ def build_page(pipeline: Any) -> gr.Blocks:
                     with gr.Row():
                         packed = gr.DownloadButton("Masks (ZIP)", interactive=False, elem_id="zip")
                         listed = gr.DownloadButton("Scores and boxes (JSON)", interactive=False, elem_id="json")
-                gr.Examples(draw_examples(Path(tempfile.mkdtemp())), [picture, phrases], label=EXAMPLE_NOTE, elem_id="examples")
+                with tempfile.TemporaryDirectory() as folder:  # Gradio keeps copies
+                    examples = draw_examples(Path(folder))
+                    gr.Examples(examples, [picture, phrases], label=EXAMPLE_NOTE, elem_id="examples")
 
-        downloads, wait = [packed, listed], {"interactive": False}
-
-        def segment(picture: dict | None, text: str, adapter: str | None, threshold: float, opacity: float) -> dict:
-            with messages_on_the_page():
-                if not (picture and picture["path"]):
-                    raise ValueError("Give a picture first: upload or paste one, or take one of the examples.")
-                if adapters and adapter not in adapters:
-                    raise ValueError(f"There is no adapter {short_repr(adapter)}: choose one of {', '.join(adapters)}.")
-                found = run(pipeline, read_picture(picture["path"]), read_phrases(text), adapter)
-                count = f"{len(found.phrases)} phrase{'s' if len(found.phrases) > 1 else ''}"
-                with_adapter = f", adapter {found.adapter}" if len(adapters) > 1 else ""
-                labels = [(label, index) for index, label in enumerate(found.labels())]
-                return {
-                    result: found,
-                    masks: draw(found, threshold, opacity),
-                    table: tabulate(found, threshold),
-                    heat_phrase: gr.Dropdown(labels, value=0),
-                    heat: draw_heat_map(found, 0),
-                    findings: gr.Column(visible=True),
-                    summary: f"{count} in {found.seconds:.2f} s on {pipeline.device}, by `{found.model}`{with_adapter}.",
-                    packed: gr.DownloadButton(**wait),
-                    listed: gr.DownloadButton(**wait),
-                }
-
-        def change_threshold(found: Result | None, threshold: float, opacity: float):
-            if found is None:
-                return gr.skip()
-            return (
-                draw(found, threshold, opacity),
-                tabulate(found, threshold),
-                gr.DownloadButton(**wait),
-                gr.DownloadButton(**wait),
-            )
-
-        def change_opacity(found: Result | None, threshold: float, opacity: float):
-            return gr.skip() if found is None else draw(found, threshold, opacity)
-
-        def choose_heat_map(found: Result | None, index: int):
-            return gr.skip() if found is None or index is None else draw_heat_map(found, index)
-
-        def offer(found: Result | None, threshold: float):
-            if found is None:
-                return gr.skip()
-            archive, text = pack(found, threshold)
-            save = processing_utils.save_bytes_to_cache
-            return (
-                gr.DownloadButton(value=save(archive, "masks.zip", packed.GRADIO_CACHE), interactive=True),
-                gr.DownloadButton(value=save(text, "results.json", listed.GRADIO_CACHE), interactive=True),
-            )
-
-        def fetch(url: str):
-            with messages_on_the_page():
-                return fetch_picture(url, picture.GRADIO_CACHE)
-
+        quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        sliding = quick | {"preprocess": False}  # Gradio would call an empty box beside a slider an error
+        found = [result, heat_phrase, heat, findings, summary]
+        shown, downloads = [masks, table, packed, listed], [packed, listed]
         runs = gr.on(
             [button.click, phrases.submit],
-            segment,
-            [picture, phrases, adapter, threshold, opacity],
-            [result, masks, table, heat_phrase, heat, findings, summary, *downloads],
+            partial(segment, pipeline),
+            [picture, phrases, adapter],
+            found,
             preprocess=False,  # Gradio would open the picture without our limits
             concurrency_limit=1,
             show_progress_on=masks,
             api_visibility="private",
         )
-        shows = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        runs.failure(  # what an earlier picture gave is not to stand beside another one
-            lambda: (None, None, None, gr.Dropdown([], value=None), gr.Column(visible=False)),
-            None,
-            [result, masks, heat, heat_phrase, findings],
-            **shows,
-        )
-        runs.success(offer, [result, threshold], downloads, **shows)
-        threshold.change(
-            change_threshold, [result, threshold, opacity], [masks, table, *downloads], **shows
-        ).success(offer, [result, threshold], downloads, **shows)
-        opacity.change(change_opacity, [result, threshold, opacity], masks, **shows)
-        heat_phrase.input(choose_heat_map, [result, heat_phrase], heat, **shows)
+        # Sliders may have moved during the run, so their values are read after it.
+        shows = runs.success(show, [result, threshold, opacity, summary], shown, **sliding)
+        shows.success(offer, [result, threshold], downloads, **sliding)
+        # What an earlier picture gave is not to stand beside another one.
+        runs.failure(clear, None, [*found, masks], **quick)
+        shows = threshold.change(show, [result, threshold, opacity, summary], shown, **sliding)
+        shows.success(offer, [result, threshold], downloads, **sliding)
+        opacity.change(fade, [result, threshold, opacity], masks, **sliding)
+        heat_phrase.input(choose_heat_map, [result, heat_phrase], heat, **quick)
         address.submit(fetch, address, picture, api_visibility="private", concurrency_limit=4)
     return page
 
@@ -518,7 +536,9 @@ class AppArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a model or adapters; the environment variable DETRIS_MODEL by default."},
+        metadata={
+            "help": "Folder or Hub id of a model or adapters; the environment variable DETRIS_MODEL by default."
+        },
     )
     adapter: list[str] = field(
         default_factory=list,

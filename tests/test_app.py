@@ -4,6 +4,8 @@ import asyncio
 import http.server
 import io
 import json
+import re
+import socket
 import threading
 import zipfile
 
@@ -107,7 +109,7 @@ def test_phrases_stand_one_on_a_line():
         (" \n\t\n", "at least one phrase"),
         (None, "at least one phrase"),
         ("cat\n" * 21, "21 phrases: give at most 20"),
-        ("c" * 301, "301 characters; at most 300"),
+        ("c" * 301, "301 characters; give at most 300"),
     ],
 )
 def test_phrases_that_are_missing_too_many_or_too_long_are_refused(text, message):
@@ -320,6 +322,22 @@ def test_hostile_phrases_name_no_other_files(result):
         assert files.namelist()[:3] == ["01_______x.png", "02_C__con.png", f"03_{'ö' * 40}.png"]
 
 
+@pytest.mark.parametrize("value", [None, -0.1, 1.1, float("nan"), "0.5"])
+def test_what_is_no_number_of_a_slider_changes_nothing(result, value):
+    unchanged = gr.skip()
+    assert app.show(result, value, 0.5, "") == app.show(result, 0.5, value, "") == unchanged
+    assert app.fade(result, 0.5, value) == app.offer(result, value) == unchanged
+
+
+def test_sliders_change_nothing_before_the_first_run_and_say_when_a_result_was_forgotten(monkeypatch):
+    said = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+    assert app.show(None, 0.5, 0.5, "") == app.fade(None, 0.5, 0.5) == app.offer(None, 0.5) == gr.skip()
+    assert app.choose_heat_map(None, 0) == gr.skip() and not said
+    assert app.show(None, 0.5, 0.5, "3 phrases in 0.1 s") == gr.skip()
+    assert "press Segment once more" in said[0]
+
+
 def test_too_many_phrases_for_a_large_picture_are_refused(monkeypatch, image):
     monkeypatch.setattr(app, "MAX_KEPT", 60 * 44 * 2)
     with pytest.raises(ValueError, match="3 phrases for 0.0 million pixels.*at most 2"):
@@ -345,6 +363,23 @@ def test_the_page_offers_the_adapters(pipeline):
     dropdown = adapters_of(app.build_page(pipeline))
     assert [value for _, value in dropdown.choices] == ["default", "other"]
     assert dropdown.visible and dropdown.value == "default"
+
+
+def test_serving_the_page_asks_nothing_of_other_machines(pipeline, monkeypatch):
+    asked, connect = set(), socket.socket.connect
+
+    def recorded(self, address):
+        asked.add(address[0])
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    page = app.build_page(pipeline)
+    _, url, _ = app.serve(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    served = httpx.get(url).text
+    page.close()
+    assert "DETRIS" in served and asked == {"127.0.0.1"}
+    loaded = re.findall(r"""(?:src|href)=["'](https?:[^"']+)|url\((https?:[^)]+)""", served)
+    assert not loaded
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,9 @@ def test_threshold_and_opacity_answer_without_the_model(segmented, pipeline, pic
     assert np.array_equal(segmented.alphas() > 0, lower > 0)
     assert len(runs) == before
     assert np.array_equal(lower > 0, expected_masks(pipeline, pictures[0], PHRASES, threshold=0.1))
+    segmented.type("#threshold input[type=number]", "")
+    time.sleep(0.5)
+    assert not segmented.find(".toast-body")  # an empty box is no error
 
 
 def test_downloads_hold_what_is_shown(segmented, pipeline, pictures):
@@ -353,7 +356,7 @@ def test_empty_phrases_and_missing_pictures_get_a_message(segmented, pictures, r
     segmented.message("write at least one phrase")
     segmented.type("#phrases textarea", "x" * 301)
     segmented.find("#segment")[0].click()
-    segmented.message("301 characters; at most 300")
+    segmented.message("301 characters; give at most 300")
     segmented.find("#picture button[aria-label='Remove Image']")[0].click()
     segmented.find("#segment")[0].click()
     segmented.message("Give a picture first")

@@ -27,7 +27,7 @@ def pipeline_with_two_adapters(backbones: Path, folder: Path) -> ReferringImageS
         torch.manual_seed(seed)
         model = DetrisForReferringSegmentation.from_backbones(vision, text, **fields)
         with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad and parameter.ndim > 1:
                     parameter.normal_(std=1 / parameter[0].numel() ** 0.5)
         model.save_adapter(folder / name)
