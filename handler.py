@@ -2,6 +2,9 @@
 
 The service loads this file by its path, out of the model's folder and under a name of its own, in which a relative
 import would not work. So nothing of ours is imported here: `transformers.pipeline` finds it.
+
+The service installs what a `requirements.txt` beside the model names. Name `ftfy`, `opencv-python-headless` and `peft`
+there, which the service does not promise to have.
 """
 
 import base64

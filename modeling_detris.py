@@ -336,7 +336,7 @@ class DetrisForReferringSegmentation(
         Encode phrases `(N, L)` into words `(N, L, C)`, normalised but not projected, and sentences `(N, S)`.
         """
         # Without a mask: with one, CLIP would compute other values at padding positions, which the text adapters read.
-        words = self.text_model(input_ids).last_hidden_state  # (N, L, C)
+        words = self.text_model(input_ids, return_dict=True).last_hidden_state  # (N, L, C)
         # The end token is the one with the largest id.
         end_of_text = words[torch.arange(len(words), device=words.device), input_ids.argmax(dim=1)]  # (N, C)
         return words, self.text_projection(end_of_text)

@@ -360,7 +360,7 @@ class DetrisProcessor(ProcessorMixin):
             for phrase_logits, size in zip(logits, sizes):
                 probabilities = undo_letterbox(phrase_logits.float().sigmoid(), size, side)
                 mask = probabilities > threshold
-                results.append(_details_of(mask, probabilities) if output_details else mask)
+                results.append(details_of(mask, probabilities) if output_details else mask)
         return results
 
 
@@ -463,7 +463,7 @@ def _refuse_infinite(logits: torch.Tensor) -> None:
         )
 
 
-def _details_of(mask: torch.Tensor, probabilities: torch.Tensor) -> dict[str, Any]:
+def details_of(mask: torch.Tensor, probabilities: torch.Tensor) -> dict[str, Any]:
     """Return a mask `(height, width)` with the probabilities that it was made of, its score and its box."""
     probabilities = probabilities.clamp(0, 1)
     rows, columns = (mask.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))

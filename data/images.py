@@ -78,7 +78,7 @@ def _upright_size(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tu
     Args:
         whole: whether to make sure that the file does not end early.
     """
-    with _opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
+    with opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
         size, mode = image.size[::-1], image.mode
         turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS
         if turned and image.format != "TIFF":  # Pillow has swapped the sides of a TIFF already
@@ -93,7 +93,7 @@ def _upright_size(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tu
 
 
 @contextmanager
-def _opened_image(
+def opened_image(
     path: str | os.PathLike, what: str, layout: str, formats: Sequence[str]
 ) -> Iterator[tuple[BinaryIO, PIL.Image.Image]]:
     """Open a stranger's image file: the file, and the image of which Pillow has read the header.
@@ -195,7 +195,7 @@ def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, w
         OSError: it is no PNG, or cut short.
         ValueError: it has another size, several channels, or other values.
     """
-    with _opened_image(path, "mask", layout, ("PNG",)) as (_, image):
+    with opened_image(path, "mask", layout, ("PNG",)) as (_, image):
         found, mode = image.size[::-1], image.mode
         one_channel = mode in ("1", "L", "P")
         pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)

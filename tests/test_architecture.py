@@ -31,7 +31,7 @@ ORDER = """
     data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare
 
-    model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment
+    model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment app
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
     training.run_folder training.stopping training.checkpointing_trainer training.trainer training.report
