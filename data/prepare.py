@@ -265,9 +265,10 @@ def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool) 
 def _card(summary: dict) -> str:
     """The README.md of a prepared folder."""
     files = [{"split": split, "path": f"{split}-*.parquet"} for split in summary["splits"]]
-    metadata = DatasetCardData(
-        configs=[{"config_name": "default", "data_files": files}], task_categories=["image-segmentation"]
-    )
+    # `datasets` caches by the folder's name and this configuration, so that another set prepared under the same name
+    # would be read as the old one if the fingerprint did not stand here.
+    configuration = {"config_name": "default", "description": summary["fingerprint"], "data_files": files}
+    metadata = DatasetCardData(configs=[configuration], task_categories=["image-segmentation"])
     return CARD_TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=summary["name"],

@@ -485,3 +485,16 @@ def test_push_to_hub(tmp_path, monkeypatch):
     arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
     prepare.main([*arguments, "--num_proc", "1", "--push_to_hub", "someone/mine"])
     assert_same_rows(pushed["someone/mine"], load_records(open_records("refer", folder.root, "refcoco/unc")))
+
+
+def test_a_set_prepared_again_under_the_same_name_is_not_read_from_the_cache_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = ReferFolder(tmp_path / "refer")
+    counts = []
+    for place in ("here", "there"):
+        folder.write()
+        output = tmp_path / place / "mine"
+        prepare.prepare(open_records("refer", folder.root, "refcoco/unc"), output, num_proc=1)
+        counts.append(datasets.load_dataset(str(output))["train"].num_rows)
+        folder.refs = folder.refs[:-1]
+    assert counts == [4, 3]

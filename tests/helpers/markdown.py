@@ -69,10 +69,11 @@ def table_rows(path: Path, *header: str) -> list[list[str]]:
             tables.append([])
         elif token.type == "tr_open":
             cells = []
-        elif token.type == "inline":
-            cells.append(token.content)
-        elif token.type == "tr_close":
             tables[-1].append(cells)
+        elif token.type in ("td_open", "th_open"):
+            cells.append(None)
+        elif token.type == "inline" and cells and cells[-1] is None:
+            cells[-1] = token.content
     return [row for table in tables if table[0] == list(header) for row in table[1:]]
 
 
