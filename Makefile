@@ -1,8 +1,9 @@
 # make quickstart   train on the synthetic set, print a table, leave runs/quickstart/
+# make app          open the page in a browser; ARGS="--model some/folder" names another model than the quickstart's
 # make test         all tests
 # make test-fast    those that are not marked as slow, in three minutes at most on two cores
 # make style        ruff: lint and format
-# make lock         resolve requirements.txt and requirements-dev.txt anew into the two .lock files
+# make lock         resolve requirements.txt, requirements-app.txt and requirements-dev.txt anew into the .lock files
 # make newest       all tests with the newest packages that the requirements allow; WITH=transformers==5.23.0 asks for one
 # make oldest       all tests with the oldest packages that they allow
 # make backbones    pretrain the small frozen backbones in backbones/ anew (28 minutes on two cores)
@@ -26,10 +27,13 @@ export GOMP_SPINCOUNT := 20000
 # Two processes with one thread each suit tests of small models better than one process with more threads.
 TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 $(ARGS)
 
-.PHONY: quickstart test test-fast style lock newest oldest backbones
+.PHONY: quickstart app test test-fast style lock newest oldest backbones
 
 quickstart: .venv/installed
 	$(PYTHON) quickstart.py
+
+app: .venv/installed-app
+	$(PYTHON) app.py $(if $(findstring --model,$(ARGS)),,--model runs/quickstart) $(ARGS)
 
 test: .venv/installed-dev
 	$(TESTS)
@@ -44,18 +48,28 @@ style: .venv/installed-dev
 backbones: .venv/installed
 	$(PYTHON) -m backbones.pretrain --output_dir backbones
 
+# The versions are those that suit all three files together.
 # A CPU build of torch calls its version 2.13.0+cpu, which cannot be installed on other machines.
+ALL_REQUIREMENTS = requirements.txt requirements-app.txt requirements-dev.txt
+INTO_LOCK = .venv-lock/bin/python -m pip install --quiet
 FREEZE = .venv-lock/bin/python -m pip freeze | sed 's/+cpu$$//'
 
 lock:
 	rm -rf .venv-lock
 	$(PYTHON_OF_THE_MACHINE) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --requirement requirements.txt
-	(echo "# Made by make lock from requirements.txt: what make quickstart installs." && $(FREEZE)) > requirements.lock
-	.venv-lock/bin/python -m pip install --quiet --requirement requirements.txt --requirement requirements-dev.txt
-	(echo "# Made by make lock: what make test installs on top of requirements.lock." \
-		&& $(FREEZE) | grep -vxFf requirements.lock) > requirements-dev.lock
+	$(INTO_LOCK) $(foreach part,$(ALL_REQUIREMENTS),--requirement $(part))
+	$(FREEZE) > .venv-lock.txt
 	rm -rf .venv-lock
+	$(PYTHON_OF_THE_MACHINE) -m venv .venv-lock
+	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements.txt
+	(echo "# Made by make lock from requirements.txt: what make quickstart installs." && $(FREEZE)) > requirements.lock
+	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements-app.txt
+	(echo "# Made by make lock: what make app installs on top of requirements.lock." \
+		&& $(FREEZE) | grep -vxFf requirements.lock) > requirements-app.lock
+	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements-dev.txt
+	(echo "# Made by make lock: what make test installs on top of the two others." \
+		&& $(FREEZE) | grep -vxFf requirements.lock -f requirements-app.lock) > requirements-dev.lock
+	rm -rf .venv-lock .venv-lock.txt
 
 newest: REQUIREMENTS = cat requirements.txt requirements-dev.txt
 newest: .venv-newest/tests
@@ -80,7 +94,11 @@ FORCE:
 	$(PYTHON) -m pip install --quiet --requirement requirements.lock
 	touch $@
 
-.venv/installed-dev: requirements-dev.lock .venv/installed
+.venv/installed-app: requirements-app.lock .venv/installed
+	$(PYTHON) -m pip install --quiet --requirement requirements-app.lock
+	touch $@
+
+.venv/installed-dev: requirements-dev.lock .venv/installed-app
 	$(PYTHON) -m pip install --quiet --requirement requirements-dev.lock
 	$(PYTHON) -m pip install --quiet --no-deps $(OPEN_CLIP)
 	touch $@

@@ -86,7 +86,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
     """Multi-head attention that rounds in the same way whether its weights are frozen or not.
 
     Shapes: query `(N, Q, d)`, key and value `(N, K, ·)` and `key_padding_mask` `(N, K)`, which is true where a key is
-    padding, to `(N, Q, d)`.
+    padding, to `(N, Q, d)`; with `need_weights` also the weights `(N, num_heads, Q, K)`.
     """
 
     def forward(
@@ -95,15 +95,22 @@ class BatchFirstAttention(nn.MultiheadAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         key_padding_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        need_weights: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # With `batch_first`, PyTorch projects transposed views. It multiplies them in one way if the weights need
         # gradients and in another if they do not, so the last digits would change once adapters are frozen.
         query, key_first = query.transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous()
         value_first = key_first if value is key else value.transpose(0, 1).contiguous()
-        attended, _ = super().forward(
-            query, key_first, value_first, key_padding_mask=key_padding_mask, need_weights=False
+        attended, weights = super().forward(
+            query,
+            key_first,
+            value_first,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            average_attn_weights=False,
         )
-        return attended.transpose(0, 1).contiguous()
+        attended = attended.transpose(0, 1).contiguous()
+        return (attended, weights) if need_weights else attended
 
 
 class WordAttention(nn.Module):

@@ -4,6 +4,7 @@ A DETRIS has two frozen backbones, adapters inside them and a head behind them. 
 """
 
 import math
+import numbers
 import os
 import re
 import reprlib
@@ -29,6 +30,8 @@ PEFT_METHODS = ("detris", "lora", "detris+lora", "none")
 MAX_IMAGE_SIZE = 4096  # pixels; the cost of DINOv2's attention grows with its fourth power
 MAX_LORA_ALPHA = 1_000_000
 TASK = "referring-image-segmentation"  # what `transformers.pipeline` calls what DETRIS does
+# What people may take for it; the first is what a model's card says, because the Hub does not know ours.
+SIMILAR_TASKS = ("image-segmentation", "mask-generation", "object-detection", "zero-shot-object-detection")
 
 
 @strict
@@ -162,6 +165,7 @@ class DetrisConfig(PreTrainedConfig):
             if isinstance(values, dict) and "model_type" in values:
                 self._check_model_type(name, values["model_type"])
         check_values(kwargs)
+        _check_custom_pipelines(kwargs.get("custom_pipelines", {}))
         super().__post_init__(**kwargs)
         self.check_fields()
 
@@ -169,7 +173,17 @@ class DetrisConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `config.json` as `PreTrainedConfig` does; raise ValueError if it holds no configuration."""
+        """Read `config.json` as `PreTrainedConfig` does.
+
+        Raises:
+            ValueError: if it holds no configuration, or is read by `transformers.pipeline` for another task.
+        """
+        task = kwargs.get("_from_pipeline")
+        if task in SIMILAR_TASKS:
+            raise ValueError(
+                f'The task is "{task}", but DETRIS segments what phrases name: use pipeline("{TASK}", '
+                f'model="{pretrained_model_name_or_path}", trust_remote_code=True) and give it an image and phrases.'
+            )
         with as_value_error(f"The config.json of {pretrained_model_name_or_path} cannot be read"):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
@@ -279,6 +293,19 @@ class DetrisConfig(PreTrainedConfig):
             check_count(name, depth, tensors)
 
 
+def _check_custom_pipelines(tasks: Any) -> None:
+    """Raise ValueError if `custom_pipelines` of a saved configuration is not what `transformers.pipeline` reads."""
+    entries = tasks.values() if isinstance(tasks, dict) else [None]
+    for entry in entries:
+        names = entry.get("pt", ()) if isinstance(entry, dict) else None
+        named = isinstance(names, (list, tuple)) and all(str(name).startswith("AutoModel") for name in names)
+        if not named or not re.fullmatch(r"([\w./-]+--)?\w+\.\w+", str(entry.get("impl"))):
+            raise ValueError(
+                f"custom_pipelines is {short_repr(tasks)}: for each task it must name its class under impl, as "
+                '"file.Class", and auto classes under pt, so leave it out or save the model again.'
+            )
+
+
 # --- How all files refuse wrong input ------------------------------------------------------------------------------
 
 MAX_TEXT = 1000  # characters of a name or path in a configuration
@@ -356,6 +383,13 @@ def check_count(name: str, count: int, tensors: int) -> None:
     """Raise ValueError if the `count` of layers called `name` is larger than the number of saved `tensors`."""
     if count > tensors:
         raise ValueError(f"{name} is {count}, but only {tensors} tensors are saved: get the files again.")
+
+
+def checked_threshold(threshold: Any, name: str) -> float:
+    """Return a threshold of probabilities; refuse anything else with a ValueError."""
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+        raise ValueError(f"{name} is {short_repr(threshold)}: it is a probability, give a number from 0 to 1.")
+    return threshold
 
 
 def short_repr(value: Any) -> str:

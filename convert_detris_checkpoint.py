@@ -1,10 +1,12 @@
 """Converts official checkpoints to this project's layout and back.
 
     python convert_detris_checkpoint.py best_model.pth detris-base-refcoco --dataset refcoco/unc
+    python convert_detris_checkpoint.py x6team/DETRIS --file NAME.pth detris-base-refcoco --dataset refcoco/unc
     python convert_detris_checkpoint.py detris-base-refcoco best_model.pth --to-official
 
 The first command writes a folder that `AutoModel` and `AutoProcessor` load; widths, depths and adapter layers are read
-off the checkpoint. The second writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads.
+off the checkpoint. The second fetches the checkpoint from a repository on the Hub; without --file it lists those that
+are there. The third writes a checkpoint that the official code (jiaqihuang01/DETRIS) loads.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -54,6 +56,14 @@ from official_layout import (
     tensors_to_official,
 )
 from processing_detris import CLIP_TOKENIZER, DetrisProcessor
+from repository_files import (
+    conversion_command,
+    find_commit,
+    find_file,
+    list_names,
+    may_be_repository,
+    official_checkpoints,
+)
 
 # Tokens of a phrase by data set, which a checkpoint does not tell (official `config/<dataset>/*.yaml`, `word_len`).
 TEXT_LENGTHS = {"refcoco/unc": 17, "refcoco+/unc": 17, "refcocog/umd": 22, "refcocog/google": 17}
@@ -227,6 +237,7 @@ def from_official(
     output_dir: str | os.PathLike,
     tokenizer: str = CLIP_TOKENIZER,
     dataset: str = "",
+    origin: str | None = None,
     **fields,
 ) -> None:
     """
@@ -237,6 +248,7 @@ def from_official(
         output_dir: folder to make.
         tokenizer: Hub id or folder of CLIP's tokenizer.
         dataset: what it was trained on, for the model card.
+        origin: where the checkpoint comes from, for the model card; by default its file's name in backticks.
         **fields: as for [`recognize_config`].
 
     Raises:
@@ -244,8 +256,7 @@ def from_official(
         ValueError: if the checkpoint is not a whole official DETRIS, or the tokenizer does not fit it.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
+    refuse_existing(output_dir)
     official = read_tensors(checkpoint)
     with errors_begin_with(checkpoint):
         config = recognize_config(official, **fields)
@@ -253,7 +264,9 @@ def from_official(
         tensors = convert_state_dict(official, config)
     model = skeleton(DetrisForReferringSegmentation, config)
     model.load_state_dict(tensors, assign=True)
-    origin = f"Converted from `{Path(checkpoint).name}`, a checkpoint in the official layout, as float32."
+    origin = (
+        f"Converted from {origin or f'`{Path(checkpoint).name}`'}, a checkpoint in the official layout, as float32."
+    )
     card = make_model_card(config, output_dir.name, origin, dataset.split(" + ") if dataset else [])
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
@@ -262,6 +275,12 @@ def from_official(
         processor.save_pretrained(folder)
         card.save(folder / "README.md")
         folder.rename(output_dir)
+
+
+def refuse_existing(output_dir: str | os.PathLike) -> None:
+    """Refuse a folder to make that is there already with a FileExistsError."""
+    if os.path.exists(output_dir):
+        raise FileExistsError(f"{output_dir} exists: name a folder that does not.")
 
 
 def make_processor(tokenizer_name: str, config: DetrisConfig) -> DetrisProcessor:
@@ -320,6 +339,76 @@ def to_official(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> Non
         os.rename(f"{scratch}/model", checkpoint)
 
 
+# --- the Hub ------------------------------------------------------------------------------------------------------
+
+
+def fetch_checkpoint(repository: str, file: str, revision: str | None = None) -> tuple[str, str]:
+    """
+    Fetch a file of a repository on the Hub into the cache, or find it there.
+
+    Args:
+        repository: Hub id.
+        file: path of the file inside the repository.
+        revision: branch, tag or commit; by default the main branch.
+
+    Returns:
+        where the file lies on this machine, and the commit that it is from.
+
+    Raises:
+        OSError: if there is no such repository, revision or file, or the Hub cannot be reached.
+        ValueError: if `file` is no path inside a repository.
+    """
+    path = PurePosixPath(file)
+    if not path.name or path.is_absolute() or ".." in path.parts or "\\" in file or not file.isprintable():
+        raise ValueError(f"--file is {short_repr(file)}: give the path of a file inside {repository}.")
+    commit = find_commit(repository, revision)
+    checkpoint = find_file(repository, file, commit)
+    if checkpoint is None:
+        there = list_names(official_checkpoints(repository, commit)) or "none"
+        raise FileNotFoundError(f"{repository} has no file {file}: give one of its .pth files, which are {there}.")
+    return checkpoint, commit.resolved
+
+
+def print_checkpoints(repository: str, revision: str | None = None) -> str:
+    """
+    Print the `.pth` files of a repository on the Hub with their sizes, and return the name of the first.
+
+    Raises:
+        OSError: if there is no such repository or revision, the Hub cannot be reached, or there are no such files.
+    """
+    commit = find_commit(repository, revision)
+    sizes = official_checkpoints(repository, commit)
+    if not sizes:
+        raise FileNotFoundError(
+            f"{repository} holds no .pth file: name a repository of official checkpoints, such as x6team/DETRIS."
+        )
+    print(f"{repository} at commit {commit.resolved}:")
+    for name, size in sizes.items():
+        shown = "size unknown" if size is None else f"{size / 2**20:,.1f} MiB"
+        print(f"{shown:>14}  {one_line(name)}")
+    return next(iter(sizes))
+
+
+def is_on_hub(source: str, file: str | None, revision: str | None) -> bool:
+    """
+    Whether a source means a repository on the Hub. What is on this machine always means itself.
+
+    Raises:
+        ValueError: if a file or revision of a repository is asked for, but the source is on this machine.
+    """
+    if not os.path.exists(source):
+        return bool(file or revision) or ("/" in source and may_be_repository(source))
+    for name, value in (("file", file), ("revision", revision)):
+        if value is not None:
+            raise ValueError(
+                f"--{name} is for repositories on the Hub, but {source} is on this machine: leave it out."
+            )
+    return False
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
 def _read_recipe(path: Path) -> dict[str, Any]:
     """Read a file like those in configs/; raises OSError or ValueError if it is none."""
     require_file(path, "give the path of a file such as those in configs/")
@@ -334,28 +423,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="official checkpoint; with --to-official a saved DETRIS")
-    parser.add_argument("output", help="folder to make; with --to-official the checkpoint to write")
-    parser.add_argument("--to-official", action="store_true", help="write an official checkpoint")
-    parser.add_argument(
-        "--dataset", help=f"what it was trained on, which says the phrase length: {', '.join(TEXT_LENGTHS)}"
-    )
-    parser.add_argument("--max_text_length", type=int, help="tokens of a phrase, instead")
-    parser.add_argument("--recipe", help="file in configs/ whose model_config and sizes are taken, instead")
-    parser.add_argument("--image_size", type=int, help="side of the square input; 448 in all official recipes")
-    parser.add_argument("--tokenizer", default=CLIP_TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
-    arguments = parser.parse_args(argv)
-    if arguments.to_official:
-        for name in ("dataset", "max_text_length", "recipe", "image_size"):
-            if getattr(arguments, name) is not None:
-                raise ValueError(
-                    f"--{name} has no effect with --to-official, which takes all from the folder: leave it."
-                )
-        to_official(arguments.source, arguments.output)
-        return
+def _read_fields(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Find the data set and the fields of the configuration that the checkpoint does not tell."""
     recipe = _read_recipe(Path(arguments.recipe)) if arguments.recipe else {}
     dataset = arguments.dataset or recipe.get("dataset")
     if arguments.max_text_length is not None:
@@ -370,8 +439,61 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.image_size is not None:
         recipe["image_size"] = arguments.image_size
     sizes = {name: recipe[name] for name in ("image_size", "max_text_length") if recipe.get(name) is not None}
-    fields = recipe.get("model_config", {}) | sizes
-    from_official(arguments.source, arguments.output, arguments.tokenizer, dataset or "", **fields)
+    return dataset or "", recipe.get("model_config", {}) | sizes
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source",
+        help="official checkpoint, or the repository on the Hub that has it; with --to-official a saved DETRIS",
+    )
+    parser.add_argument(
+        "output",
+        nargs="?",
+        help="folder to make; with --to-official the checkpoint to write; none to list a repository",
+    )
+    parser.add_argument("--file", help="the checkpoint in a repository on the Hub; without it they are listed")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository; its main branch by default")
+    parser.add_argument("--to-official", action="store_true", help="write an official checkpoint")
+    parser.add_argument(
+        "--dataset", help=f"what it was trained on, which says the phrase length: {', '.join(TEXT_LENGTHS)}"
+    )
+    parser.add_argument("--max_text_length", type=int, help="tokens of a phrase, instead")
+    parser.add_argument("--recipe", help="file in configs/ whose model_config and sizes are taken, instead")
+    parser.add_argument("--image_size", type=int, help="side of the square input; 448 in all official recipes")
+    parser.add_argument("--tokenizer", default=CLIP_TOKENIZER, help="Hub id or folder of CLIP's tokenizer")
+    return parser.parse_intermixed_args(argv)  # so that options may stand between source and output
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    arguments = _parse(argv)
+    source, output, file, revision = arguments.source, arguments.output, arguments.file, arguments.revision
+    if arguments.to_official:
+        for name in ("file", "revision", "dataset", "max_text_length", "recipe", "image_size"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--{name} has no effect with --to-official, which takes all from the folder: leave it."
+                )
+        if output is None:
+            raise ValueError("The checkpoint to write is missing: name it after the folder.")
+        to_official(source, output)
+        return
+    on_hub = is_on_hub(source, file, revision)
+    if on_hub and file is None:
+        first = print_checkpoints(source, revision)
+        command = one_line(conversion_command(source, first, revision))
+        raise ValueError(f"Nothing was converted: name one of these files by --file, as `{command}` does.")
+    if output is None:
+        raise ValueError(f"The folder to make is missing: name it after {source}.")
+    dataset, fields = _read_fields(arguments)
+    origin = None
+    if on_hub:
+        refuse_existing(output)  # before much is fetched in vain
+        source, commit = fetch_checkpoint(source, file, revision)
+        origin = f"`{file}` of `{arguments.source}` on the Hub at commit `{commit}`"
+    from_official(source, output, arguments.tokenizer, dataset, origin, **fields)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from transformers import CLIPTokenizer
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
-from transformers.utils.hub import resolve_revision
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME, find_adapter_config_file
 
 from backbones_detris import refuse_file
 from configuration_detris import DetrisConfig, as_value_error, errors_begin_with, read_regular, short_repr
@@ -22,6 +21,7 @@ from processing_detris import DetrisImageProcessor, DetrisProcessor
 from repository_files import (
     OFFICIAL_SUFFIX,
     conversion_command,
+    find_commit,
     find_file,
     refuse_official_checkpoints,
     require_repository_id,
@@ -62,7 +62,10 @@ def load_pipeline(
     source = _path_or_id(model, "model")
     device, dtype = find_device(device), find_dtype(dtype)
     adapters = _check_adapter_names(adapters)
-    revision = _resolve_revision(source, revision)
+    if not os.path.isdir(source):
+        revision = find_commit(source, revision)
+    elif revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {source} is a folder, which has none: leave it out.")
     has_adapters = _require_model(source, revision)
     for adapter in adapters.values():
         _require_adapters(adapter)
@@ -72,12 +75,14 @@ def load_pipeline(
         raise ValueError(f"{source} is a whole model with backbones of its own: leave {' and '.join(backbones)} out.")
 
     processor = load_processor(source, revision)
-    options = backbones if dtype is None else backbones | {"dtype": dtype}
+    options = backbones if dtype is None or adapters else backbones | {"dtype": dtype}
     detris = DetrisForReferringSegmentation.from_pretrained(source, revision=revision, **options)
     for name, adapter in adapters.items():
         detris.load_adapter(adapter, adapter_name=name)
     if adapters:
         detris.set_adapter(BUILT_IN_ADAPTER)
+        detris.to(dtype or detris.dtype)  # only now, because adapters know their backbones by numbers in float32
+        detris.config.dtype = detris.dtype
     _check_processor(processor, detris.config, source)
     return ReferringImageSegmentationPipeline(model=detris.eval(), processor=processor, device=device)
 
@@ -86,8 +91,8 @@ def load_processor(source: str, revision: str | None = None) -> DetrisProcessor:
     """
     Load the processor that lies beside a model.
 
-    `DetrisProcessor.from_pretrained` would load its parts by transformers' Auto classes, which ask whether they may run
-    the code beside them.
+    `DetrisProcessor.from_pretrained` would load its parts by transformers' Auto classes, which ask to run the code
+    beside them.
 
     Args:
         source: folder or Hub id.
@@ -147,13 +152,6 @@ def _path_or_id(source: str | os.PathLike, what: str) -> str:
     return source
 
 
-def _resolve_revision(source: str, revision: str | None) -> str | None:
-    """Find the commit of a repository, so that model and processor come from one even if it changes meanwhile."""
-    if revision is not None and os.path.isdir(source):
-        raise ValueError(f"revision is {revision!r}, but {source} is a folder, which has none: leave it out.")
-    return resolve_revision(source, revision)
-
-
 def _require_model(source: str, revision: str | None) -> bool:
     """Refuse a place that holds no DETRIS with an OSError or ValueError; return whether it holds adapters."""
     if find_file(source, CONFIG_NAME, revision) is None:
@@ -162,7 +160,7 @@ def _require_model(source: str, revision: str | None) -> bool:
     kind = DetrisConfig.get_config_dict(source, revision=revision)[0].get("model_type")
     if kind != DetrisConfig.model_type:
         raise ValueError(f"{source} holds a model of type {short_repr(kind)}, not a DETRIS: name the place of one.")
-    return find_file(source, ADAPTER_CONFIG_NAME, revision) is not None
+    return find_adapter_config_file(source, revision=revision) is not None  # as the model's own loader decides
 
 
 def _require_adapters(source: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from configuration_detris import DetrisConfig
+from configuration_detris import TASK, DetrisConfig
 
 METRIC_NAMES = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
 METRIC_NAMES |= {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}  # where some phrases name nothing
@@ -37,14 +37,26 @@ An image and a phrase go in, the mask of what the phrase names comes out: DETRIS
 ## Use
 
 ```python
+from transformers import pipeline
+
+segment = pipeline("{task}", model="{name}", trust_remote_code=True{pipeline_backbones})
+results = segment("photo.jpg", ["{phrase}"])
+results[0]["mask"].save("mask.png")
+```
+
+Each result holds the `label`, the `score`, the `mask` at the size of the photograph and its `box`. With the model and
+its processor:
+
+```python
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True{backbones}).eval()
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 inputs = processor(images=Image.open("photo.jpg"), text=["{phrase}"], return_tensors="pt")
-original_sizes, image_index = inputs.pop("original_sizes"), inputs["image_index"]
-masks = processor.post_process_referring_segmentation(model(**inputs), original_sizes, image_index=image_index)
+masks = processor.post_process_referring_segmentation(
+    model(**inputs), inputs["original_sizes"], image_index=inputs["image_index"]
+)
 ```
 {adapter_use}
 ## Limits
@@ -158,6 +170,7 @@ def make_model_card(
         lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")
     vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
     place = "where they are published" if hub_sources else "the folders that you name"
+    unnamed = adapter_only and not hub_sources
     return ModelCard(
         CARD.format(
             metadata=metadata.to_yaml().strip(),
@@ -171,8 +184,12 @@ def make_model_card(
             text_source=text_source,
             trained_on=" + ".join(trained_on) or "not said",
             results="\n".join(lines) if results else "None measured.",
+            task=TASK,
             phrase=EXAMPLE_PHRASE,
             adapter_use=ADAPTER_USE.format(place=place) if adapter_only else "",
-            backbones=', vision_backbone="…", text_backbone="…"' if adapter_only and not hub_sources else "",
+            backbones=', vision_backbone="…", text_backbone="…"' if unnamed else "",
+            pipeline_backbones=(
+                ',\n    model_kwargs={"vision_backbone": "…", "text_backbone": "…"}' if unnamed else ""
+            ),
         )
     )

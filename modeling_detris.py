@@ -11,6 +11,7 @@ with `R` registers, `D` vision width, `C` text width, `S` width of the sentence 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ try:
     from .adapters_detris import BatchFirstAttention, ConvNormReLU
     from .backbones_detris import BACKBONE_CLASSES, FromBackbones
     from .configuration_detris import DetrisConfig
+    from .input_checks_detris import are_masks, check_inputs
     from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from .recording_detris import segment_and_record, wanted_outputs
     from .saving_detris import WholeModelSaving
     from .sharing_detris import AdapterSharing
     from .switching_detris import AdapterSwitching
@@ -32,7 +35,9 @@ except ImportError:
     from adapters_detris import BatchFirstAttention, ConvNormReLU
     from backbones_detris import BACKBONE_CLASSES, FromBackbones
     from configuration_detris import DetrisConfig
+    from input_checks_detris import are_masks, check_inputs
     from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from recording_detris import segment_and_record, wanted_outputs
     from saving_detris import WholeModelSaving
     from sharing_detris import AdapterSharing
     from switching_detris import AdapterSwitching
@@ -55,10 +60,36 @@ class DetrisOutput(ModelOutput):
             Mean binary cross-entropy over all pixels of the logits.
         logits (`torch.FloatTensor` of shape `(N, 4g, 4g)`):
             Mask logits over the square input image, one map for each phrase.
+        text_hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            The embedded phrases and the output of each layer of the text backbone, adapters included, not normalised;
+            each `(N, L, C)`.
+        vision_hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            The embedded images and the output of each layer of the vision backbone, adapters included, not normalised;
+            each `(N, P, D)`. An image with several phrases is repeated for each of them, also where they still agree:
+            up to the first layer with an adapter.
+        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            The patches that the neck made and the output of each layer of the decoder, not normalised; each
+            `(N, g², d)`, row by row.
+        text_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            The weights of each attention of the text backbone, from tokens to tokens; each `(N, heads, L, L)`.
+        vision_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            The weights of each attention of the vision backbone, from its tokens to its tokens; each
+            `(N, heads, P, P)`, repeated as `vision_hidden_states` are.
+        decoder_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            The weights of each attention of the decoder from patches to patches; each `(N, heads, g², g²)`.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            The weights of each attention of the decoder from patches to words; each `(N, heads, g², L)`.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    text_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    vision_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    text_attentions: tuple[torch.FloatTensor, ...] | None = None
+    vision_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def resample_position_table(position_embeddings: torch.Tensor, grid_size: int) -> torch.Tensor:
@@ -305,7 +336,7 @@ class DetrisForReferringSegmentation(
         Encode phrases `(N, L)` into words `(N, L, C)`, normalised but not projected, and sentences `(N, S)`.
         """
         # Without a mask: with one, CLIP would compute other values at padding positions, which the text adapters read.
-        words = self.text_model(input_ids).last_hidden_state  # (N, L, C)
+        words = self.text_model(input_ids, return_dict=True).last_hidden_state  # (N, L, C)
         # The end token is the one with the largest id.
         end_of_text = words[torch.arange(len(words), device=words.device), input_ids.argmax(dim=1)]  # (N, C)
         return words, self.text_projection(end_of_text)
@@ -366,14 +397,14 @@ class DetrisForReferringSegmentation(
         input_ids: torch.Tensor,
         padding: torch.Tensor,
         image_index: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the method with the active adapters. `padding` `(N, L)` is true where a token is padding; returns logits
-        `(N, 4g, 4g)`.
+    ) -> dict[str, torch.Tensor]:
+        """Run the method with the active adapters. `padding` `(N, L)` is true where a token is padding; returns
+        `logits` `(N, 4g, 4g)`.
         """
         words, sentence = self.encode_text(input_ids)
         feature_maps = self.encode_images(pixel_values, words, image_index)
         feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
-        return self.mask_head(feature_map, sentence)
+        return {"logits": self.mask_head(feature_map, sentence)}
 
     def forward(
         self,
@@ -385,6 +416,8 @@ class DetrisForReferringSegmentation(
         adapter_names: list[str] | None = None,
         return_dict: bool | None = None,
         original_sizes: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> DetrisOutput | tuple:
         r"""
         Segment what phrases name in images.
@@ -409,12 +442,18 @@ class DetrisForReferringSegmentation(
             original_sizes (`torch.LongTensor` of shape `(B, 2)`, *optional*):
                 Not read. The processor returns the images' sizes, which its post-processing needs, together with the
                 model's inputs.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the hidden states of all layers. By default the configuration says so.
+            output_attentions (`bool`, *optional*):
+                Whether to return the weights of all attentions, for which the backbones must use eager attention. By
+                default the configuration says so.
 
         Returns:
             [`DetrisOutput`] or a tuple of its values.
 
         Raises:
-            ValueError: if inputs are missing, empty or do not fit each other; the message names them and the remedy.
+            ValueError: if inputs are missing, empty or do not fit each other, or if attentions are wanted that the
+                backbones do not return; the message names them and the remedy.
 
         Examples:
 
@@ -443,85 +482,25 @@ class DetrisForReferringSegmentation(
         True
         ```
         """
-        self._check_inputs(pixel_values, input_ids, attention_mask, image_index, labels)
+        check_inputs(self.config, pixel_values, input_ids, attention_mask, image_index, labels, self.training)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
-        if adapter_names is None:
-            logits = self._segment(pixel_values, input_ids, padding, image_index)  # (N, 4g, 4g)
-        else:
-            logits = self._segment_by_adapter(adapter_names, pixel_values, input_ids, padding, image_index)
+        segment = self._segment
+        hidden_states, attentions = wanted_outputs(self, output_hidden_states, output_attentions)
+        if hidden_states or attentions:
+            segment = partial(segment_and_record, self, hidden_states, attentions)
+        if adapter_names is not None:
+            segment = partial(self._segment_by_adapter, segment, adapter_names)
+        outputs = segment(pixel_values, input_ids, padding, image_index)
         loss = None
         if labels is not None:
+            logits = outputs["logits"]  # (N, 4g, 4g)
             # As in the official code, labels are sampled by nearest neighbour at the size of the logits.
             target = F.interpolate(labels[:, None].to(logits.dtype), size=logits.shape[1:], mode="nearest").squeeze(1)
             loss = F.binary_cross_entropy_with_logits(logits, target)
-            # In training, `_check_labels` does not read labels on a GPU. If they are wrong, the loss stops the run.
-            loss = loss.masked_fill(~_are_masks(labels), math.nan)
-        output = DetrisOutput(loss=loss, logits=logits)
+            # In training, `check_inputs` does not read labels on a GPU. If they are wrong, the loss stops the run.
+            loss = loss.masked_fill(~are_masks(labels), math.nan)
+        output = DetrisOutput(loss=loss, **outputs)
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
-
-    def _check_inputs(
-        self,
-        pixel_values: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        image_index: torch.Tensor | None,
-        labels: torch.Tensor | None,
-    ) -> None:
-        if pixel_values is None or input_ids is None:
-            given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
-            raise ValueError(f"The model got {given} but no {missing}: it needs both, so give {missing} too.")
-        size = self.config.image_size
-        if pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, "
-                f"{size}): use its processor, or load the model with image_size= for another size."
-            )
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (phrases, tokens).")
-        if not len(pixel_values) or not len(input_ids):
-            raise ValueError(
-                f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of "
-                "each."
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: give that of input_ids, "
-                f"{tuple(input_ids.shape)}."
-            )
-        if image_index is None:
-            if len(pixel_values) != len(input_ids):
-                raise ValueError(
-                    f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image "
-                    "of each phrase."
-                )
-        elif image_index.shape != input_ids.shape[:1] or image_index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"image_index has shape {tuple(image_index.shape)} and type {image_index.dtype}: give one whole "
-                f"number for each of the {len(input_ids)} phrases."
-            )
-        elif not 0 <= image_index.min() <= image_index.max() < len(pixel_values):
-            raise ValueError(
-                f"image_index is {image_index.tolist()}, which is out of range: there are {len(pixel_values)} images, "
-                "counted from 0."
-            )
-        if labels is not None:
-            self._check_labels(labels, len(input_ids))
-
-    def _check_labels(self, labels: torch.Tensor, phrases: int) -> None:
-        size = self.config.image_size
-        if labels.shape != (phrases, size, size):
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}: give one mask ({size}, {size}), warped as its image is by "
-                f"the processor, for each of the {phrases} phrases."
-            )
-        if labels.is_complex():
-            raise ValueError(f"labels has the type {labels.dtype}: give numbers from 0 to 1.")
-        readable = not self.training or labels.device.type == "cpu"
-        if readable and not torch.compiler.is_compiling() and not _are_masks(labels):
-            raise ValueError(
-                f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
-                "outside, and numbers between them for soft edges."
-            )
 
     def get_input_embeddings(self) -> nn.Module:
         """transformers asks for the embeddings of tokens, here those of the phrases."""
@@ -572,11 +551,6 @@ class DetrisForReferringSegmentation(
             f"adapters: {counts['adapters']:,} || head: {counts['head']:,} || backbones: {counts['backbones']:,} || "
             f"adapters%: {100 * counts['adapters'] / counts['backbones']:.2f} of the backbones"
         )
-
-
-def _are_masks(labels: torch.Tensor) -> torch.Tensor:
-    """Whether all numbers lie in [0, 1]; a tensor of shape `()`, which does not make the CPU wait for a GPU."""
-    return ((labels >= 0) & (labels <= 1)).all()
 
 
 DetrisForReferringSegmentation.register_for_auto_class("AutoModel")

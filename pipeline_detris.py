@@ -19,11 +19,25 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 try:
-    from .configuration_detris import TASK, errors_begin_with, one_line, raise_if_out_of_memory, short_repr
+    from .configuration_detris import (
+        TASK,
+        checked_threshold,
+        errors_begin_with,
+        one_line,
+        raise_if_out_of_memory,
+        short_repr,
+    )
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import TASK, errors_begin_with, one_line, raise_if_out_of_memory, short_repr
+    from configuration_detris import (
+        TASK,
+        checked_threshold,
+        errors_begin_with,
+        one_line,
+        raise_if_out_of_memory,
+        short_repr,
+    )
 
 PHRASES_AT_ONCE = 8  # so many at least go through the model together, however small the batch of images is
 ITEM_KEYS = ("image", "text", "adapter_name")
@@ -155,6 +169,8 @@ class ReferringImageSegmentationPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise TypeError(f"The pipeline takes no {', '.join(sorted(unknown))}: leave it out.")
+        if threshold is not None:
+            checked_threshold(threshold, "threshold")
         postprocessing = {"threshold": threshold, "return_probabilities": return_probabilities}
         postprocessing = {name: value for name, value in postprocessing.items() if value is not None}
         return {} if timeout is None else {"timeout": timeout}, {}, postprocessing
@@ -185,9 +201,9 @@ class ReferringImageSegmentationPipeline(Pipeline):
         return _Results(results, len(inputs)) if isinstance(inputs, Dataset) else results
 
     def preprocess(self, item: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """Read the image of an item `{"image", "text", "adapter_name", "index"}` and prepare its `n` phrases."""
-        with _errors_name_image(item["index"]):
-            text = item["text"]
+        """Read the image of an item `{"image", "text", "adapter_name", "index"}` and prepare its phrases."""
+        with _errors_name_image(item.get("index")):
+            text = item.get("text")
             if text is None:
                 raise ValueError("text is missing: say what to segment, by a phrase or a list of phrases.")
             phrases = [text] if isinstance(text, str) else list(text)
@@ -196,9 +212,9 @@ class ReferringImageSegmentationPipeline(Pipeline):
                     raise TypeError(
                         f"phrase {n} of text is {short_repr(phrase)}, of type {type(phrase).__name__}: give a string."
                     )
-            names = self._adapter_of_each(item["adapter_name"], len(phrases))
+            names = self._adapter_of_each(item.get("adapter_name"), len(phrases))
             image = _read_image(item["image"], timeout)
-            inputs = self.processor(images=[image], text=[phrases], return_tensors="pt")
+            inputs = self.processor(images=[image], text=phrases, return_tensors="pt")
         return {**inputs, "labels": phrases, "adapter_names": names}
 
     def _adapter_of_each(self, adapter_name: str | Sequence[str] | None, phrases: int) -> list[str | None]:
@@ -354,20 +370,27 @@ def _read_image(image: Any, timeout: float | None) -> Any:
     Raises:
         OSError: if there is no image; the message names the place.
     """
-    image = os.fspath(image) if isinstance(image, os.PathLike) else image
-    if not isinstance(image, (str, Image.Image)):
-        return image
+    source = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if not isinstance(source, (str, Image.Image)):
+        return source
+    image = source
     try:
-        if isinstance(image, str):
-            image = Image.open(image) if os.path.isfile(image) else load_image(image, timeout=timeout)
+        if isinstance(source, str):
+            image = Image.open(source) if os.path.isfile(source) else load_image(source, timeout=timeout)
         image.load()
         return image
     except Exception as error:  # a broken file makes Pillow's decoders raise errors of many types
         raise_if_out_of_memory(error)
-        name = short_repr(image) if isinstance(image, str) else getattr(image, "filename", "") or "The PIL image"
-        raise OSError(
-            f"{name} cannot be read as an image, from a file, a URL or base64 text: {one_line(error, 200)}"
-        ) from error
+        name = source if isinstance(source, str) else getattr(source, "filename", "") or "The PIL image"
+        raise OSError(f"{one_line(name, 300)} cannot be read as an image: {_reason(source, error)}") from error
+
+
+def _reason(source: str | Image.Image, error: Exception) -> str:
+    if isinstance(source, Image.Image) or source.startswith(("http://", "https://")) or os.path.isfile(source):
+        return one_line(error, 200) or type(error).__name__
+    if os.path.exists(source):
+        return "it is no regular file."
+    return "there is no such file, and it is neither a URL nor an image in base64."
 
 
 @contextmanager

@@ -7,7 +7,6 @@ has the arithmetic of the square that they are warped to.
 
 import copy
 import html
-import numbers
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -29,13 +28,13 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
+    from .configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, checked_threshold, one_line, short_repr
     from .images_detris import as_mask, as_rgb, as_sequence
     from .letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 except ImportError:
     if __package__:
         raise
-    from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, one_line, short_repr
+    from configuration_detris import MAX_IMAGE_SIZE, DetrisConfig, checked_threshold, one_line, short_repr
     from images_detris import as_mask, as_rgb, as_sequence
     from letterbox_detris import MAX_SIDE, BoxedMask, letterbox_image, letterbox_mask, undo_letterbox
 
@@ -201,7 +200,7 @@ class DetrisProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer)
         self.max_text_length = max_text_length
-        self.mask_threshold = _checked_threshold(mask_threshold, "mask_threshold")
+        self.mask_threshold = checked_threshold(mask_threshold, "mask_threshold")
         self._has_warned_of_long_phrase = False
 
     def __reduce__(self) -> tuple:
@@ -353,7 +352,7 @@ class DetrisProcessor(ProcessorMixin):
                 threshold is no probability, or logits are not finite (for this check the CPU waits once for a GPU).
         """
         logits = outputs.logits
-        threshold = _checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
+        threshold = checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
         sizes = _sizes_of_phrases(logits, target_sizes, original_sizes, image_index)
         _refuse_infinite(logits)
         side, results = self.image_processor.size["height"], []
@@ -517,13 +516,6 @@ def _refuse_contradictions(given: Mapping[str, Any], fixed: Mapping[str, tuple])
                 f"{name} is {short_repr(value)}, but here it is always {fixed[name][0]!r}: leave it out, or load "
                 "a checkpoint made with another."
             )
-
-
-def _checked_threshold(threshold: Any, name: str) -> float:
-    """Return a threshold of probabilities; refuse anything else with a ValueError."""
-    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
-        raise ValueError(f"{name} is {short_repr(threshold)}: it is a probability, give a number from 0 to 1.")
-    return threshold
 
 
 def _checked_channels(values: Any, name: str, least: float) -> list[float]:

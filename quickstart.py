@@ -1,13 +1,17 @@
-"""`make quickstart`: train DETRIS on the synthetic set, train it once more without adapters, and compare.
+"""`make quickstart`: train DETRIS on the synthetic set, test it, and show what it can be used for.
 
-    python quickstart.py [--methods detris lora dora detris+lora none] [--num_train_epochs 2 ...]
+    python quickstart.py [--num_train_epochs 2 …]
+    python quickstart.py --methods detris lora dora detris+lora none --output_dir runs/methods
 
-All runs follow `configs/quickstart.yaml`. Arguments of `train_hf.py` may be given, too, and hold for all runs.
-Afterwards `runs/quickstart/` holds the model and the predictions of the first run, a folder for each further run, the
-metrics of all runs in `metrics.json`, and `gallery.png`.
+Several methods are trained one after the other and compared. All runs follow `configs/quickstart.yaml`; arguments of
+`train_hf.py` may be given, too, and hold for all runs. Afterwards `runs/quickstart/` holds the model and the
+predictions of the first run, a folder for each further run, the metrics of all runs in `metrics.json`, `gallery.png`,
+and in `examples/` a few pictures with phrases and masks, laid out as a data set of one's own can be.
 """
 
 import json
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +20,13 @@ import numpy as np
 from PIL import Image
 from transformers import HfArgumentParser
 
-from data.shapes import FAMILIES, ID_STRIDE, MAX_IMAGES, draw_scene, render
+from data.shapes import FAMILIES, ID_STRIDE, MAX_IMAGES, draw_scene, generate_rows, render
+from data.sources import METADATA
 from gallery import Sample, draw_gallery
 from train_hf import main as train
 from training.arguments import parse_arguments
 
-CONFIG = "configs/quickstart.yaml"
+CONFIG, OWN_FOLDER = "configs/quickstart.yaml", "runs/quickstart"
 METHODS = {
     "detris": {"peft_method": "detris"},
     "lora": {"peft_method": "lora"},
@@ -30,14 +35,15 @@ METHODS = {
     "none": {"peft_method": "none"},
 }
 GALLERY_SPLIT, SAMPLES_PER_FAMILY = "val", 6  # what the gallery shows
+EXAMPLES, EXAMPLE_IMAGES = "examples", 8
 
 
 @dataclass
 class QuickstartArguments:
-    """What to compare."""
+    """What to train."""
 
     methods: list[str] = field(
-        default_factory=lambda: ["detris", "none"],
+        default_factory=lambda: ["detris"],
         metadata={"choices": list(METHODS), "help": "What to train inside the backbones, besides the head."},
     )
 
@@ -85,8 +91,52 @@ def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[s
     return {family: list(samples.values()) for family, samples in families.items() if samples}
 
 
+def write_examples(folder: Path, shapes_config: dict) -> list[dict]:
+    """Write the first scenes of the gallery's split as a folder that `train_hf.py` and `data.prepare` read.
+
+    Args:
+        folder: is made anew.
+        shapes_config: the options with which the synthetic set was drawn.
+
+    Returns:
+        The lines of its `metadata.jsonl`, one for each object.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    options = {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
+    lines = []
+    for row in generate_rows(split=GALLERY_SPLIT, count=EXAMPLE_IMAGES, **options):
+        scene = f"scene_{row['image_id'] % MAX_IMAGES}"
+        line = {"file_name": f"{scene}.png", "sentences": row["sentences"], "mask": f"{scene}_mask_{len(lines)}.png"}
+        row["image"].save(folder / line["file_name"])
+        Image.fromarray(row["mask"] * 255).save(folder / line["mask"])
+        lines.append(line)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / METADATA).write_text(text, encoding="utf-8")
+    return lines
+
+
+def print_next_steps(output_dir: Path, examples: list[dict]) -> None:
+    """Print commands that work as they stand: segment a picture, open the page, train on a folder of one's own."""
+    folder = output_dir / EXAMPLES
+    file_name = examples[0]["file_name"]
+    phrases = [line["sentences"][0] for line in examples if line["file_name"] == file_name]
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    segment = [python, "segment.py", folder / file_name, *phrases, "--model", output_dir]
+    page = ["make", "app"] if str(output_dir) == OWN_FOLDER else ["make", "app", f"ARGS=--model {output_dir}"]
+    own_data = [python, "train_hf.py", "configs/own_data.yaml", "--model_name_or_path", output_dir]
+    own_data += ["--dataset", folder, "--image_size", 96, "--num_train_epochs", 5, "--output_dir", "runs/own"]
+    for what, command in (
+        ("Segment a picture:", segment),
+        ("Open the page in a browser:", page),
+        (f"Train on pictures and phrases of your own, laid out as in {folder}:", own_data),
+    ):
+        print(f"\n{what}\n    {shlex.join(map(str, command))}")
+
+
 def main(argv: list[str]) -> None:
-    """Train each method in turn; write `metrics.json` and `gallery.png`, and print the table.
+    """Train each method in turn; write metrics, gallery and examples; print the table and what to do next.
 
     Args:
         argv: arguments of `QuickstartArguments` and of `train_hf.py`.
@@ -95,9 +145,8 @@ def main(argv: list[str]) -> None:
     args, argv = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     model_args, data_args, training_args = parse_arguments([CONFIG, *argv])
     output_dir = Path(training_args.output_dir)
-    own_folder = parse_arguments([CONFIG])[2].output_dir
     # What an earlier quickstart left in its own folder may go, but nothing elsewhere.
-    overwrite = ["--overwrite_output_dir"] if training_args.output_dir == own_folder else []
+    overwrite = ["--overwrite_output_dir"] if training_args.output_dir == OWN_FOLDER else []
     runs = {}
     for method in args.methods:
         model_config = json.dumps(model_args.model_config | METHODS[method])
@@ -107,8 +156,10 @@ def main(argv: list[str]) -> None:
     (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
     draw_gallery(sections).save(output_dir / "gallery.png")
+    examples = write_examples(output_dir / EXAMPLES, data_args.shapes_config)
     print_table(runs, data_args.test_splits)
-    print(f"\nThe model, its predictions, metrics.json and gallery.png are in {output_dir}.")
+    print(f"\nThe model, its predictions, metrics.json, gallery.png, report.html and examples are in {output_dir}.")
+    print_next_steps(output_dir, examples)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ whoever names such a place as a model is told which command converts them.
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import ResolvedRevision
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 
 try:
@@ -52,36 +54,64 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"{repository} is neither a folder here nor a repository on the Hub that you may read: check the name, "
+            f"{repository} is neither on this machine nor a repository on the Hub that you may read: check the name, "
             "and log in by `hf auth login` if the repository is private."
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(
             f"{repository} has no revision {revision}: give a branch, a tag or a whole commit id of it."
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+    # RuntimeError is what the Hub's storage of large files raises when a download breaks off.
+    except (LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled, HTTPError, RuntimeError) as error:
         if is_offline_mode():
             raise OSError(
-                f"{repository} is neither a folder here nor in the cache of the Hub, which is not asked because "
-                "HF_HUB_OFFLINE is set: unset it, or give a folder."
+                f"{repository} is neither on this machine nor in the cache of the Hub, which is not asked because "
+                "HF_HUB_OFFLINE is set: unset it, or name what is here."
             ) from error
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        cause = error
+        while isinstance(cause, (LocalEntryNotFoundError, RevisionResolutionError)) and cause.__cause__ is not None:
+            cause = cause.__cause__
         problem = "answered with an error" if isinstance(cause, HfHubHTTPError) else "cannot be reached"
         raise OSError(
-            f"{repository} is no folder here, and the Hub {problem} ({one_line(cause, MAX_REASON)}): check the "
-            "network, or give a folder."
+            f"{repository} is not on this machine, and the Hub {problem} ({one_line(cause, MAX_REASON)}): check the "
+            "network and try again, or name what is here."
         ) from error
 
 
-def require_repository_id(source: str) -> None:
-    """Raise FileNotFoundError if `source`, which does not exist here, cannot be the id of a repository either."""
+def may_be_repository(source: str) -> bool:
+    """Whether `source` has the form of a Hub id. Names of checkpoint files have it too, and count as files."""
     try:
         huggingface_hub.utils.validate_repo_id(source)
-        possible = not source.endswith(OFFICIAL_SUFFIX)
     except HFValidationError:
-        possible = False
-    if not possible:
+        return False
+    return not source.endswith(OFFICIAL_SUFFIX)
+
+
+def require_repository_id(source: str) -> None:
+    """Raise FileNotFoundError if `source`, which is not on this machine, cannot be the id of a repository either."""
+    if not may_be_repository(source):
         raise FileNotFoundError(f"{source} does not exist: give a folder, or a Hub id such as someone/detris-refcoco.")
+
+
+def find_commit(repository: str, revision: str | None = None) -> ResolvedRevision:
+    """
+    Find the commit that a branch or tag of a repository on the Hub is at; without a network, that in the cache.
+
+    Whoever passes it on gets all files from one state of the repository, even if it changes meanwhile.
+
+    Args:
+        revision: branch, tag or commit; by default the main branch.
+
+    Returns:
+        `ResolvedRevision`, which the loaders of transformers and `huggingface_hub` take as a revision; the commit is
+        its attribute `resolved`.
+
+    Raises:
+        OSError: if there is no such repository or revision, or the Hub cannot be reached.
+    """
+    require_repository_id(repository)
+    with hub_errors(repository, revision):
+        return huggingface_hub.resolve_revision(repository, revision=revision)
 
 
 def find_file(source: str, name: str, revision: str | None = None) -> str | None:
@@ -105,7 +135,9 @@ def find_file(source: str, name: str, revision: str | None = None) -> str | None
         return None
 
 
-def official_checkpoints(source: str, revision: str | None = None) -> dict[str, int | None]:
+def official_checkpoints(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, int | None]:
     """
     List the `.pth` files in a folder or a repository on the Hub.
 
@@ -119,14 +151,16 @@ def official_checkpoints(source: str, revision: str | None = None) -> dict[str, 
         files = sorted(Path(source).glob(f"*{OFFICIAL_SUFFIX}"))
         return {file.name: file.stat().st_size for file in files if file.is_file()}
     require_repository_id(source)
+    commit = getattr(revision, "resolved", revision)
     with hub_errors(source, revision):
-        siblings = huggingface_hub.model_info(source, revision=revision, files_metadata=True).siblings or []
-    return {file.rfilename: file.size for file in siblings if file.rfilename.endswith(OFFICIAL_SUFFIX)}
+        info = huggingface_hub.model_info(source, revision=commit, files_metadata=True, token=token)
+    return {file.rfilename: file.size for file in info.siblings or [] if file.rfilename.endswith(OFFICIAL_SUFFIX)}
 
 
-def listed(names: list[str] | dict[str, int | None]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Names of files for a message: strangers chose them, and there may be many."""
-    shown = ", ".join(one_line(name, MAX_REASON) for name in list(names)[:MAX_LISTED])
+    names = list(names)
+    shown = ", ".join(one_line(name, MAX_REASON) for name in names[:MAX_LISTED])
     return f"{shown} and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else shown
 
 
@@ -140,12 +174,18 @@ def conversion_command(source: str, name: str | None = None, revision: str | Non
     return f"python convert_detris_checkpoint.py {shlex.join(words)} out/ --dataset refcoco/unc"
 
 
-def refuse_official_checkpoints(source: str, revision: str | None = None) -> None:
+def refuse_official_checkpoints(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> None:
     """Raise OSError with the command to run if a folder or repository without `config.json` holds `.pth` files."""
-    names = list(official_checkpoints(source, revision))
+    try:
+        names = list(official_checkpoints(source, revision, token))
+    except OSError:  # such as no network: then the caller says what is missing
+        return
     if names:
-        command = one_line(conversion_command(source, names[0], revision))
+        asked = getattr(revision, "initial", revision)  # not the commit that it was at
+        command = one_line(conversion_command(os.fspath(source), names[0], asked))
         raise OSError(
-            f"{source} holds official checkpoints and no config.json ({listed(names)}): convert one of them by "
+            f"{source} holds official checkpoints and no config.json ({list_names(names)}): convert one of them by "
             f"`{command}` and load what it writes."
         )

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 try:
     from .checkpoint_files import (
@@ -30,8 +30,10 @@ try:
         weight_files,
     )
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from .handler import EndpointHandler  # so that it is saved with every model, like all that is imported here
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from .pipeline_detris import CUSTOM_PIPELINES
+    from .repository_files import refuse_official_checkpoints
 except ImportError:
     if __package__:
         raise
@@ -46,8 +48,10 @@ except ImportError:
         weight_files,
     )
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from handler import EndpointHandler  # noqa: F401
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from pipeline_detris import CUSTOM_PIPELINES
+    from repository_files import refuse_official_checkpoints
 
 # Fields of the configuration that say where the backbones came from.
 BACKBONE_SOURCES = ("vision_backbone", "vision_backbone_revision", "text_backbone", "text_backbone_revision")
@@ -196,11 +200,12 @@ class WholeModelSaving:
         config = kwargs.pop("config", None)
         if isinstance(config, PreTrainedConfig):
             return copy.deepcopy(config)
-        if config is None and source is not None and os.path.isdir(source):
-            path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
-            if not os.path.isfile(path):  # transformers would take the defaults
-                raise OSError(f"{path} is missing: save or download {source} again.")
-        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+        if config is None and source is not None:
+            if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
+                refuse_official_checkpoints(source, hub_kwargs.get("revision"), hub_kwargs.get("token"))
+                path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG_NAME)
+                raise OSError(f"{path} is missing: save or download {source} again.")  # else all has its default
+        names = {field.name for field in fields(cls.config_class)} - {"dtype"} | {"output_attentions"}
         changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         with errors_begin_with(source), as_value_error("its configuration cannot be used"):
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)

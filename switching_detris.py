@@ -5,14 +5,16 @@ is active at a time. `sharing_detris.py` saves and loads them.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.functional import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch.utils._pytree import tree_map
 
 try:
     from .peft_detris import (
@@ -162,13 +164,14 @@ class AdapterSwitching:
 
     def _segment_by_adapter(
         self,
+        segment: Callable[..., dict[str, Any]],
         adapter_names: list[str],
         pixel_values: torch.Tensor,
         input_ids: torch.Tensor,
         padding: torch.Tensor,
         image_index: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Segment each phrase with the adapter named for it; what [`forward`] does if it gets `adapter_names`."""
+    ) -> dict[str, Any]:
+        """Let `segment`, which takes the other arguments, segment each phrase with the adapter named for it."""
         if self.training:
             raise ValueError("adapter_names are for evaluation: call model.eval(), or train one adapter at a time.")
         if isinstance(adapter_names, str) or len(adapter_names) != len(input_ids):
@@ -178,15 +181,16 @@ class AdapterSwitching:
         self.check_adapter_names(adapter_names)
         if image_index is None:
             image_index = torch.arange(len(input_ids), device=input_ids.device)
-        phrases, logits = [], []
+        phrases, outputs = [], []
         for name in dict.fromkeys(adapter_names):
             positions = [n for n, other in enumerate(adapter_names) if other == name]
             chosen = torch.tensor(positions, device=input_ids.device)
             images, index = image_index[chosen].unique(return_inverse=True)
             with self._activated(name):
-                logits.append(self._segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
+                outputs.append(segment(pixel_values[images], input_ids[chosen], padding[chosen], index))
             phrases.append(chosen)
-        return torch.cat(logits)[torch.cat(phrases).argsort()]
+        order = torch.cat(phrases).argsort()
+        return tree_map(lambda *parts: torch.cat(parts)[order], *outputs)
 
     @contextmanager
     def _activated(self, adapter_name: str) -> Iterator[None]:

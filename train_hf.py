@@ -36,7 +36,7 @@ from training.arguments import (
     parse_arguments,
 )
 from training.processes import in_all_processes, leave_process_group
-from training.results import evaluate_and_predict, report, write_card
+from training.results import evaluate_and_predict, report, write_card, write_report
 from training.rows import Rows, load_rows
 from training.run_folder import PrepareFolderOnTrainBegin, lock_run_folder
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on
@@ -159,7 +159,7 @@ def run(prepared: PreparedRun) -> dict[str, float]:
         try:
             if args.do_train:
                 metrics |= train(trainer)
-            evaluated, results = evaluate_and_predict(trainer, prepared.data_args, members, prepared.test_rows)
+            evaluated = evaluate_and_predict(trainer, prepared.data_args, members, prepared.test_rows)
         except RunStopped:
             stopped = True
     if stopped:
@@ -170,9 +170,10 @@ def run(prepared: PreparedRun) -> dict[str, float]:
             said = how_to_go_on(stop.received, args, trainer.state, in_training)
             print(f"\n{said}", file=sys.stderr)  # below a progress bar
     else:
-        metrics |= evaluated
+        metrics |= evaluated.metrics
         if trainer.is_world_process_zero():
-            write_card(trainer, members, results)
+            write_card(trainer, members, evaluated.card)
+            write_report(trainer, prepared.data_args, evaluated)
         if args.push_to_hub:
             trainer.push_to_hub()
     # Otherwise a process could end, and its launcher end the others, while the main process still writes.

@@ -33,7 +33,7 @@ class Counts(NamedTuple):
     images: int
 
 
-# What the published files hold. data/README.md has the same table and says where each number is from.
+# What the published files hold. docs/data.md has the same table and says where each number is from.
 PUBLISHED = {
     "refcoco/unc": {
         "train": Counts(42404, 120624, 16994),
@@ -52,7 +52,7 @@ PUBLISHED = {
         "val": Counts(2573, 4896, 1300),
         "test": Counts(5023, 9602, 2600),
     },
-    "refcocog/google": {  # nobody has counted its phrases: data/README.md says how they follow from other numbers
+    "refcocog/google": {  # nobody has counted its phrases: docs/data.md says how they follow from other numbers
         "train": Counts(44822, 85474, 24698),
         "val": Counts(5000, 9536, 4650),
     },

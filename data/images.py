@@ -1,6 +1,8 @@
 """Image files of strangers: which format they have, how large they are, whether they are whole; and masks as PNG."""
 
+import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -109,20 +111,54 @@ def opened_image(
     try:
         if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
             raise OSError("it is no regular file")
-        with open(path, "rb") as file, PIL.Image.open(file, formats=formats) as image:
-            yield file, image
+        file = open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist" + (f"; {layout}." if layout else ".")) from None
-    except PIL.UnidentifiedImageError as error:
-        wanted = " or ".join(formats)
-        with open(path, "rb") as file:
-            other = image_format(file)
-        if other:
-            raise OSError(f"{what} {path} cannot be read (it is {other}); convert it to {wanted}.") from error
-        raise OSError(f"{what} {path} cannot be read (it is no {wanted}); copy or download it again.") from error
-    except Exception as error:  # Pillow's decoders raise many types
+    except Exception as error:
         raise_if_out_of_memory(error)
         raise OSError(f"{what} {path} cannot be read ({one_line(error)}); copy or download it again.") from error
+    with file, _identified_image(file, f"{what} {path}", formats) as image:
+        yield file, image
+
+
+@contextmanager
+def _identified_image(file: BinaryIO, what: str, formats: Sequence[str]) -> Iterator[PIL.Image.Image]:
+    """Open a stranger's image: the image of which Pillow has read the header.
+
+    Raises:
+        OSError: it has none of the formats, or is broken where it is read inside the `with` block.
+    """
+    try:
+        with PIL.Image.open(file, formats=formats) as image:
+            yield image
+    except PIL.UnidentifiedImageError as error:
+        wanted = " or ".join(formats)
+        file.seek(0)
+        other = image_format(file)
+        if other:
+            raise OSError(f"{what} cannot be read (it is {other}); convert it to {wanted}.") from error
+        raise OSError(f"{what} cannot be read (it is no {wanted}); copy or download it again.") from error
+    except Exception as error:  # Pillow's decoders raise many types
+        raise_if_out_of_memory(error)
+        raise OSError(f"{what} cannot be read ({one_line(error)}); copy or download it again.") from error
+
+
+def decode_image(content: bytes, name: str) -> PIL.Image.Image:
+    """Decode an image file of which all bytes are in memory; it is not yet turned upright.
+
+    Args:
+        content: the file's bytes.
+        name: what to call it in errors.
+
+    Raises:
+        OSError: it is none of `IMAGE_FORMATS`, cut short, broken, or larger than Pillow's limit, 179 million pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # of images up to the limit
+        with _identified_image(io.BytesIO(content), f"image {name}", IMAGE_FORMATS) as image:
+            image.load()
+            image.getexif()  # is read from the file when it is first asked for
+            return image
 
 
 def image_format(file: BinaryIO) -> str:

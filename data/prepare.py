@@ -331,7 +331,7 @@ def format_summary(summary: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Prepare the data set that the command line names, and print its summary."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS, help="the layout, as data/README.md describes it")
+    parser.add_argument("kind", choices=KINDS, help="the layout, as docs/data.md describes it")
     parser.add_argument("path", help="folder that holds the data set, or a Hub id")
     parser.add_argument("--name", default="", help="which one of several in that folder, such as refcoco/unc")
     parser.add_argument("--images", help="folder of the image files, if it is not where the layout has it")

@@ -199,7 +199,7 @@ def is_int64(value: Any) -> bool:
 def require_columns(where: str, names: Iterable[str]) -> None:
     """Refuse columns that are not all those of `FEATURES` with a ValueError that begins with `where`."""
     if missing := FEATURES.keys() - set(names):
-        raise ValueError(f"{where} has no columns {sorted(missing)}: see data/README.md.")
+        raise ValueError(f"{where} has no columns {sorted(missing)}: see docs/data.md.")
 
 
 def require_rows(where: str, rows: datasets.Dataset) -> None:

@@ -1,7 +1,7 @@
 """Readers of further layouts; `open_records` opens a data set in any layout, REFER's among them.
 
 The further layouts are the folders of JSON and PNG of CRIS, ETRIS and DETRIS, the Hub's tables of annotations without
-pixels, and a folder of one's own images with a `metadata.jsonl`. data/README.md shows each of them.
+pixels, and a folder of one's own images with a `metadata.jsonl`. docs/data.md shows each of them.
 """
 
 import json
@@ -244,11 +244,7 @@ class FolderRecords(Records):
     def __init__(self, path: str | os.PathLike, name: str = "") -> None:
         root = Path(path).absolute()
         require_exists(root, FOLDER_LAYOUT)
-        files = (
-            [root / METADATA]
-            if (root / METADATA).exists()
-            else sorted(root.glob(f"*/{METADATA}"), key=_training_first)
-        )
+        files = metadata_files(root)
         if not files:
             raise FileNotFoundError(f"{root} has no {METADATA}; {FOLDER_LAYOUT}{lmdb_hint(root)}.")
         self._lines = []  # file, line number, text
@@ -329,6 +325,12 @@ class FolderRecords(Records):
 def _image_key(file: Path, record: dict) -> str:
     """The path of an image in one spelling, by which it is told from other images."""
     return os.path.normpath(os.path.join(file.parent, record["file_name"]))
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """The `metadata.jsonl` of a folder of one's own, or else those of its splits, training before the others."""
+    file = folder / METADATA
+    return [file] if file.exists() else sorted(folder.glob(f"*/{METADATA}"), key=_training_first)
 
 
 def _training_first(file: Path) -> tuple[int, Path]:

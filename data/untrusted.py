@@ -153,7 +153,7 @@ def record_errors_begin_with(where: str, layout: str) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
     except KeyError as error:
-        reason = f"a field is missing ({one_line(error)}); see data/README.md for what {layout} has"
+        reason = f"a field is missing ({one_line(error)}); see docs/data.md for what {layout} has"
         raise ValueError(f"{where}: {reason}.") from error
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"a field is missing or not of {layout}'s type ({one_line(repr(error))})."

@@ -270,3 +270,35 @@ def prepared(tmp_path_factory):
         )
     shutil.rmtree(refer.root)
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def segment_model(tmp_path_factory):
+    from helpers.segmenting import save_segment_model
+
+    folder = tmp_path_factory.mktemp("segment_model")
+    save_segment_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def segment_pipe(segment_model):
+    from load_detris import load_pipeline
+
+    return load_pipeline(str(segment_model), device="cpu")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The folder where the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_segment(segment_model, segment_pipe, place, monkeypatch):
+    """Runs segment.py with a model that is loaded already, and returns its exit status."""
+    import segment
+
+    monkeypatch.setattr(segment, "load_pipeline", lambda *_: segment_pipe)
+    return lambda *arguments: segment.main([*map(str, arguments), "--model", str(segment_model)])

@@ -20,7 +20,8 @@ MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 # Each module imports only modules that stand above it. The first paragraph is saved with a model or its processor.
 ORDER = """
     configuration_detris adapters_detris untrusted_pickles checkpoint_files official_layout peft_detris
-    backbones_detris switching_detris pipeline_detris saving_detris sharing_detris modeling_detris
+    backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
+    input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
     metrics.referring_iou.referring_iou
@@ -30,10 +31,11 @@ ORDER = """
     data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare
 
-    model_card gallery convert_detris_checkpoint
+    model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment app
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
-    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.results
+    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.report
+    training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
 """.split()
@@ -46,7 +48,8 @@ RESTRICTED = {
 LEFT_BEHIND = r"\.git|\.venv.*|\.(pytest|ruff)_cache|\.hypothesis|__pycache__|runs"
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
-    Makefile pyproject.toml requirements.txt requirements.lock requirements-dev.txt requirements-dev.lock
+    Makefile pyproject.toml requirements.txt requirements.lock requirements-app.txt requirements-app.lock
+    requirements-dev.txt requirements-dev.lock
     .gitignore .pre-commit-config.yaml .ci
     backbones benchmarks configs data docs metrics tests training
 """.split()
@@ -201,8 +204,9 @@ def test_the_layout():
     assert not faults, "\n" + "\n".join(faults)
 
 
-def test_readmes_map_names_all_modules_in_this_order():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Files\n")[2].partition("\n## ")[0]
+def test_the_map_of_the_design_names_all_modules_in_this_order():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Files\n")[2].partition("\n## ")[0]
     named = []
     for line in section.splitlines():
         folder = ""

@@ -221,7 +221,7 @@ def test_sums_are_those_of_the_literature():
 def test_the_readme_has_the_same_numbers():
     pattern = r"^\| `([\w+]+/\w+)` \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$"
     table = {}
-    for name, split, *counts in re.findall(pattern, (ROOT / "data" / "README.md").read_text(), re.MULTILINE):
+    for name, split, *counts in re.findall(pattern, (ROOT / "docs" / "data.md").read_text(), re.MULTILINE):
         table.setdefault(name, {})[split] = tuple(int(count.replace(",", "")) for count in counts)
     assert table == PUBLISHED
 

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from helpers.elsewhere import run_elsewhere
 from helpers.models import official_config, official_figures, official_inputs
 from helpers.original_backbones import Holder
 from helpers.released_checkpoints import CONFORMANCE, RELEASED, RELEASED_RECIPES
+from helpers.tiny_conversion import write_tiny_conversion
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from backbones_detris import read_clip_text, read_dinov2
 from configuration_detris import DetrisConfig
@@ -166,16 +164,6 @@ def test_checkpoints_of_other_models_are_named(tmp_path, model):
 
 # --- files --------------------------------------------------------------------------------------------------------
 
-TINY_RECIPE = {  # what a checkpoint does not tell and is not as in released ones
-    "image_size": 112,
-    "max_text_length": 9,
-    "model_config": {
-        "vision_config": {"num_attention_heads": 4},
-        "feature_layers": [1, 2],
-        "aligner_dropout": 0.0,
-        "decoder_dropout": 0.0,
-    },
-}
 LOGITS = """
 import sys
 import torch
@@ -236,12 +224,7 @@ def assert_same_effect(official, again):
 @pytest.fixture
 def convert_tiny(official, tmp_path):
     """A function that converts a tiny checkpoint, or the file it is given, and returns the folder."""
-    letters = list(bytes_to_unicode().values())
-    symbols = letters + [f"{letter}</w>" for letter in letters[:254]] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
-    assert len(tokenizer) == 512  # as many as the tiny model reads
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
+    tiny_arguments = write_tiny_conversion(tmp_path)
     checkpoint = tmp_path / "best_model.pth"
 
     def convert(content=None, arguments=(), **options):
@@ -250,7 +233,6 @@ def convert_tiny(official, tmp_path):
         main([str(checkpoint), str(tmp_path / "model"), *tiny_arguments, *arguments])
         return tmp_path / "model"
 
-    tiny_arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--tokenizer", str(tmp_path / "tokenizer")]
     convert.checkpoint = checkpoint
     return convert
 

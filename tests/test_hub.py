@@ -1,17 +1,11 @@
 """What others find on the Hub after a model, its processor or a data set has been pushed there.
 
-The Hub is `HubServer`. Its clients are processes of their own, because `huggingface_hub` reads its settings when it is
-imported, and those of the tests' own process say that there is no network.
+The Hub is `HubServer`.
 """
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.hub_client import run_client
 from helpers.hub_files import MODEL_CODE, PROCESSOR_CODE
 from helpers.hub_server import HubServer
 from helpers.models import randomize
@@ -35,32 +30,8 @@ from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
 
 ROOT = Path(__file__).parents[1]
-CLIENT_TIMEOUT = 300  # seconds
-SETTINGS_OF_THE_CALLER = re.compile("(HF_|HUGGINGFACE_|TRANSFORMERS_).*|.*_PROXY", re.IGNORECASE)
 CODE = [*MODEL_CODE, *PROCESSOR_CODE]
 PHRASES = ["the red one", "third", "the cat that is behind the red hat"]
-
-
-def run_client(code: str, server: HubServer, folder: Path, isolated: bool = True) -> str:
-    """Run Python code in `folder` as a user of `server` with a token and an empty cache; return what it prints.
-
-    `isolated` code cannot import the repository's modules. An AssertionError is raised if the code fails.
-    """
-    environment = {name: value for name, value in os.environ.items() if not SETTINGS_OF_THE_CALLER.fullmatch(name)} | {
-        "HF_ENDPOINT": server.endpoint,
-        "HF_TOKEN": "token-of-someone",
-        "HF_HUB_DISABLE_XET": "1",  # so that large files are uploaded by LFS
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else `datasets` reports to another server what it loads
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT),  # with `-I`, Python ignores it and the working folder
-    }
-    command = [sys.executable, *(["-I"] if isolated else []), "-c", code]
-    with tempfile.TemporaryDirectory() as cache:
-        environment["HF_HOME"] = cache
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=CLIENT_TIMEOUT)
-    assert run.returncode == 0, run.stderr.decode()
-    return run.stdout.decode()
 
 
 @pytest.fixture

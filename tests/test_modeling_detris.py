@@ -1,4 +1,4 @@
-"""The model: the official figures, what each part computes, images and phrases, training, bad inputs, an example."""
+"""The model: the official figures, what each part computes, images and phrases, training, labels, an example."""
 
 import doctest
 import math
@@ -451,60 +451,7 @@ def test_a_new_model_starts_as_the_paper_says():
     assert_starts_as_the_paper_says(DetrisForReferringSegmentation(small_config()))
 
 
-# --- Bad inputs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pixel_values": None}, "got phrases but no pixel_values.* give pixel_values too"),
-        ({"input_ids": None}, "got images but no input_ids.* give input_ids too"),
-        ({"pixel_values": torch.zeros(2, 3, 70, 70)}, r"\(2, 3, 70, 70\) but .* \(images, 3, 56, 56\).*image_size="),
-        ({"pixel_values": torch.zeros(2, 1, 56, 56)}, r"\(2, 1, 56, 56\) but .* \(images, 3, 56, 56\)"),
-        ({"pixel_values": torch.zeros(3, 56, 56)}, r"\(3, 56, 56\) but .* \(images, 3, 56, 56\)"),
-        ({"pixel_values": torch.zeros(0, 3, 56, 56)}, r"batch is empty \(0 images, 2 phrases\)"),
-        ({"input_ids": torch.zeros(0, 7, dtype=torch.long)}, r"batch is empty \(2 images, 0 phrases\)"),
-        ({"input_ids": torch.tensor([62, 5, 63])}, r"input_ids has shape \(3,\)"),
-        ({"pixel_values": torch.zeros(1, 3, 56, 56)}, "2 phrases for 1 images: give image_index"),
-        (
-            {"image_index": torch.tensor([0])},
-            r"image_index has shape \(1,\).*: give one whole number for each",
-        ),
-        ({"image_index": torch.tensor([[0, 1]])}, r"image_index has shape \(1, 2\)"),
-        ({"image_index": torch.tensor([0, 2])}, r"image_index is \[0, 2\].* out of range: there are 2 images"),
-        ({"image_index": torch.tensor([-1, 0])}, r"image_index is \[-1, 0\].* out of range"),
-        ({"image_index": torch.tensor([0.0, 1.0])}, "image_index .*float32"),
-        ({"image_index": torch.tensor([False, True])}, "image_index .*bool"),
-        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \(2, 5\)"),
-        ({"labels": torch.zeros(56, 56)}, r"labels has shape \(56, 56\): give one mask .* each of the 2 phrases"),
-        ({"labels": torch.zeros(3, 56, 56)}, r"labels has shape \(3, 56, 56\): give one mask"),
-        ({"labels": torch.zeros(2, 1, 56, 56)}, r"labels has shape \(2, 1, 56, 56\): give one mask"),
-        ({"labels": torch.zeros(2, 480, 640)}, r"labels has shape \(2, 480, 640\): give one mask \(56, 56\)"),
-        ({"labels": torch.zeros(2, 56, 56, dtype=torch.complex64)}, "labels has the type torch.complex64"),
-    ],
-)
-def test_a_bad_input_is_named_with_its_remedy(change, message):
-    with pytest.raises(ValueError, match=message):
-        small_model()(**small_inputs(2) | change)
-
-
-@pytest.mark.parametrize("value", [255, -100, 1.5, math.nan, math.inf])
-@pytest.mark.parametrize("training", [False, True])
-def test_labels_outside_0_to_1_are_refused(value, training):
-    labels = torch.zeros(2, 56, 56)
-    labels[1, 20, 30] = value
-    with pytest.raises(ValueError, match="labels holds values from .*: give 1 inside the mask, 0 outside"):
-        small_model().train(training)(**small_inputs(2), labels=labels)
-
-
-@pytest.mark.parametrize("value", [255, -100, math.nan])
-def test_labels_that_cannot_be_read_make_the_loss_nan(value, monkeypatch):
-    """Labels on a GPU are not read in training, and a compiled model reads none at all. The loss stops the run."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    model, labels = small_model(), torch.zeros(2, 56, 56)
-    labels[1, 0, 1] = value  # a pixel that nearest-neighbour sampling leaves out
-    assert model(**small_inputs(2), labels=labels).loss.isnan()
-    assert model(**small_inputs(2), labels=labels.clamp(0, 1).nan_to_num()).loss.isfinite()
+# --- Labels and embeddings -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64, torch.bfloat16])

@@ -14,9 +14,12 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 import quickstart
+from data.decoding import read_image, read_whole_mask
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
+from training.arguments import DataArguments
+from training.rows import load_splits
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -67,13 +70,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture(scope="module")
 def run(one_thread, tmp_path_factory) -> tuple[Path, str]:
-    """Six steps of each of the two default methods: the folder, and what was printed."""
+    """Six steps with adapters, and six without: the folder, and what was printed."""
     folder, printed = tmp_path_factory.mktemp("quickstart") / "run", io.StringIO()
     arguments = {"shapes_config": json.dumps(SHAPES), "output_dir": folder, "disable_tqdm": True, "report_to": "none"}
     arguments |= {"max_steps": 6, "per_device_train_batch_size": 4, "warmup_steps": 0}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.chdir(ROOT)  # where its argument file lies
-        quickstart.main([f"--{name}={value}" for name, value in arguments.items()])
+        quickstart.main([*(f"--{name}={value}" for name, value in arguments.items()), "--methods", "detris", "none"])
     return folder, printed.getvalue()
 
 
@@ -116,7 +119,7 @@ def test_the_printed_table_says_what_the_masks_left_behind_reach(run, rows):
 
 def test_the_folder_holds_two_models_the_second_without_adapters(run):
     output, printed = run
-    assert printed.endswith(f"are in {output}.\n")
+    assert f"are in {output}.\n" in printed
     for method, folder in (("detris", output), ("none", output / "none")):
         with safe_open(folder / "model.safetensors", "pt") as weights:
             names = set(weights.keys())
@@ -164,6 +167,20 @@ def test_the_gallery_shows_the_first_phrases_of_each_family(run, rows):
     gallery = np.asarray(Image.open(output / "gallery.png"))
     # In three columns: five titles over two, two, one, two and one rows of samples.
     assert gallery.shape[0] > 8 * 200 and gallery.shape[1] > 3 * 3 * 200 and gallery.std() > 10
+
+
+def test_the_examples_are_a_data_set_of_their_own(run, rows):
+    output, _ = run
+    examples = load_splits(str(output / "examples"), DataArguments())["train"]
+    expected = [row for row in rows["val"].values()]
+    assert examples["sentences"][:] == [row["sentences"] for row in expected]
+    for example, row in zip(examples, expected, strict=True):
+        np.testing.assert_array_equal(read_image(example), row["image"])
+        np.testing.assert_array_equal(read_whole_mask(example) != 0, np.asarray(row["mask"]) != 0)
+
+
+def test_it_trains_with_adapters_alone_unless_more_methods_are_asked_for():
+    assert quickstart.QuickstartArguments().methods == ["detris"]
 
 
 def test_methods_that_do_not_exist_are_refused(capsys):

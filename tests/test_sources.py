@@ -180,7 +180,7 @@ def test_what_is_left_out_is_filled_in(mine):
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n([^`]*Path\(\"mine\")([^`]*)```", text)
     exec("".join(example), {})
     expected = {"train": [["the ball", "round thing on the left"]], "val": [["the gate"], ["a dog"]]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -288,6 +289,9 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
             }
         else:
             assert of_two.read_text() == of_one.read_text() != ""
+    of_two, of_one = ((folder / "report.html").read_text().partition("<h2>Results</h2>")[2] for folder in (run, alone))
+    without_pictures = [re.sub('"data:[^"]*"', "", page) for page in (of_two, of_one)]
+    assert without_pictures[0] == without_pictures[1] and "<h4>Worst</h4>" in of_two
 
 
 @pytest.mark.slow

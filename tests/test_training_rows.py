@@ -12,6 +12,7 @@ import pytest
 from helpers.refer_folder import ReferFolder, not_waiting
 from helpers.rows import OUT_OF_MEMORY, SOUND, make_row, make_rows, save, write_prepared
 from helpers.runs import SIZES
+from PIL import Image
 
 from data import prepare
 from data.decoding import read_image, read_whole_mask
@@ -91,10 +92,37 @@ def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
 def test_lmdb_folders_are_told_from_others(tmp_path):
     (tmp_path / "refcoco").mkdir()
     (tmp_path / "refcoco" / "train.lmdb").write_bytes(bytes(8192))
-    with pytest.raises(ValueError, match="refcoco was made neither .*LMDB files.*anns/ and masks/.*data.prepare cris"):
+    message = "refcoco has no metadata.jsonl and was made neither .*LMDB files.*anns/ and masks/.*data.prepare cris"
+    with pytest.raises(ValueError, match=message):
         load_splits(str(tmp_path / "refcoco"), DataArguments())
     with pytest.raises(FileNotFoundError, match="does not exist; .*LMDB files.*anns/ and masks/"):
         load_splits("refcoco/unc", DataArguments(data_root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_a_folder_of_ones_own_is_read_as_it_is(tmp_path, in_splits):
+    for split, colour, sentence in (("train", "green", "the ball"), ("val", "grey", "a round thing")):
+        folder = tmp_path / "mine" / split if in_splits else tmp_path / "mine"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), colour).save(folder / f"{colour}.png")
+        polygon = [[5, 5, 20, 5, 20, 20, 5, 20]]
+        line = {"file_name": f"{colour}.png", "sentences": [sentence], "mask": polygon, "split": split}
+        with open(folder / "metadata.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    splits = load_splits(str(tmp_path / "mine"), DataArguments())
+    assert {split: rows["sentences"][:] for split, rows in splits.items()} == {
+        "train": [["the ball"]],
+        "val": [["a round thing"]],
+    }
+    assert read_whole_mask(splits["val"][0]).sum() == 15 * 15
+    assert np.asarray(read_image(splits["train"][0])).shape == (48, 64, 3)
+
+
+def test_a_broken_line_of_ones_own_folder_is_named(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "sentences": ["x"]}\n')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 1: .*mask"):
+        load_splits(str(tmp_path), DataArguments())
 
 
 # --- mixtures -------------------------------------------------------------------------------------------------------
@@ -165,7 +193,7 @@ def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
 def test_columns_of_other_types_are_refused(tmp_path, column, values):
     table = pa.table({name: pa.array([value]) for name, value in SOUND.items()} | {column: pa.array(values)})
     datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what data/README.md"):
+    with pytest.raises(ValueError, match=f"Column '{column}' in split 'train' of .* is not what docs/data.md"):
         load_splits(str(tmp_path / "saved"), DataArguments())
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(OSError, match="train.parquet cannot be read"):

@@ -91,9 +91,10 @@ class DataArguments:
     dataset: str = field(
         default="shapes",
         metadata={
-            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder made by data.prepare or "
-            "save_to_disk, a data set of the Hub that data.prepare has pushed, or several that are trained on "
-            "together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the first one's other splits are taken."
+            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder of your own with a "
+            "metadata.jsonl, a folder made by data.prepare or save_to_disk, a data set of the Hub that data.prepare "
+            "has pushed, or several that are trained on together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the "
+            "first one's other splits are taken."
         },
     )
     streaming: bool = field(

@@ -1,11 +1,12 @@
 """What a run leaves behind: metrics, predictions, the table, and the model card."""
 
 import json
+import logging
 import re
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
@@ -20,27 +21,37 @@ from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments
+from .checkpoints import TRAINER_STATE_NAME, read_state
+from .report import REPORT, SplitResults, split_results, write_page
 from .rows import dataset_and_split
 from .trainer import PADDING, DetrisTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation has found out."""
+
+    metrics: dict[str, float]  # all of them
+    card: list[dict[str, Any]]  # for each split `dataset`, `split` and the metrics by `METRIC_NAMES`
+    table: list[dict[str, Any]]  # for each test split its cells by their heads; the mean of them comes last
+    splits: list[SplitResults]  # what was predicted, on the main process
 
 
 def evaluate_and_predict(
     trainer: DetrisTrainer, data_args: DataArguments, members: list[Member], test_rows: dict[str, datasets.Dataset]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> Evaluated:
     """Evaluate and predict, as far as it is asked for, and write metrics, predictions and the table.
 
     Args:
         members: data sets that are trained on. Test splits without the name of a data set are the first one's.
         test_rows: what to predict, by the names of the test splits.
-
-    Returns:
-        All metrics; and for the card, for each split, `dataset`, `split` and the metrics by `METRIC_NAMES`.
     """
     args, metrics = trainer.args, {}
     own_set = public_name(members[0].name)
     first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
     first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
-    lines, results = [], []  # of the table, of the card
+    lines, results, splits = [], [], []  # of the table, of the card, of the report
     if args.do_eval:
         metrics |= report(trainer, "eval", trainer.evaluate())
         result = {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
@@ -61,9 +72,12 @@ def evaluate_and_predict(
         if trainer.is_world_process_zero():
             folder = Path(args.output_dir, "predictions", name)
             write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
-    if lines and trainer.is_world_process_zero():
-        print(f"\n{write_table(Path(args.output_dir), lines)}\n")
-    return metrics, results
+            splits.append(split_results(label, rows, output.predictions, trainer.metric))
+    if lines:
+        lines.append(_mean(lines))
+        if trainer.is_world_process_zero():
+            print(f"\n{write_table(Path(args.output_dir), lines)}\n")
+    return Evaluated(metrics, results, lines, splits)
 
 
 def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
@@ -119,24 +133,28 @@ def write_predictions(
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
+def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line below the others: the plain mean of each figure, over the splits that have it."""
+    heads = [head for head in METRIC_NAMES.values() if any(head in line for line in lines)]
+    mean = {head: statistics.fmean(line[head] for line in lines if head in line) for head in heads}
+    return {"split": "mean of the rows"} | mean
+
+
 def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
     """Write the paper's table, in percent, as `table.txt`, `table.md` and `table.json`, and return it as text.
 
     Args:
         folder: exists.
-        lines: for each split its name, objects, phrases and figures, which are called as in `METRIC_NAMES`. Below
-            them comes the plain mean of each figure, over the splits that have it.
+        lines: for each split its name, objects, phrases and figures, which are called as in `METRIC_NAMES`; then their
+            mean, which has neither objects nor phrases.
     """
-    heads = [head for head in METRIC_NAMES.values() if any(head in line for line in lines)]
-    mean = {head: statistics.fmean(line[head] for line in lines if head in line) for head in heads}
-    mean = {"split": "mean of the rows"} | mean
-    table = pd.DataFrame([*lines, mean | {"objects": "", "phrases": ""}])
+    table = pd.DataFrame([*lines[:-1], lines[-1] | {"objects": "", "phrases": ""}])
     text = table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
     header, *body = table.to_csv(sep="|", index=False, float_format="%.2f", na_rep="-").splitlines()
     markdown = [header, "|".join(["---"] + ["---:"] * (len(table.columns) - 1)), *body]
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "table.md").write_text("".join(f"|{line}|\n" for line in markdown), encoding="utf-8")
-    (folder / "table.json").write_text(json.dumps([*lines, mean], indent=2) + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     return text
 
 
@@ -167,3 +185,28 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
         trainer.model.config, name, origin, trained_on, results, args.model_license, args.save_adapter_only
     )
     card.save(Path(args.output_dir) / "README.md")
+
+
+def write_report(trainer: DetrisTrainer, data_args: DataArguments, evaluated: Evaluated) -> None:
+    """Write `report.html` into the output folder. If that fails, say why and go on: all else has been written."""
+    folder = Path(trainer.args.output_dir)
+    table = evaluated.table or [
+        {"split": f"{result['dataset']}:{result['split']}"}
+        | {METRIC_NAMES[key]: 100 * result[key] for key in METRIC_NAMES if key in result}
+        for result in evaluated.card
+    ]
+    try:
+        history, model_folder = trainer.state.log_history, Path(trainer.model.name_or_path)
+        if not trainer.args.do_train and model_folder.resolve() == folder.resolve():  # it was trained there before
+            history = read_state(folder).log_history if (folder / TRAINER_STATE_NAME).exists() else []
+        path = write_page(
+            folder,
+            history,
+            data_args.eval_split,
+            table,
+            evaluated.splits,
+            segment=lambda row: coco_mask.decode(trainer.segment(row)[0]),
+        )
+        print(f"Curves, figures and masks of the run are in {path}.\n")
+    except Exception:
+        logger.warning(f"{folder / REPORT} could not be made; all other results are whole.", exc_info=True)

@@ -17,9 +17,10 @@ import pyarrow as pa
 from configuration_detris import one_line, raise_if_out_of_memory
 from data.mixture import Member, Mixture, mix, parse_mixture
 from data.prepare import SUMMARY, require_whole
-from data.records import STORED_FEATURES, lmdb_hint, require_columns, require_rows
+from data.records import STORED_FEATURES, lmdb_hint, load_records, require_columns, require_rows
 from data.refer import SOURCES, load_refer
 from data.shapes import load_shapes
+from data.sources import metadata_files, open_records
 from data.streaming import StreamedRows, parquet_files
 from data.untrusted import require_regular_files
 
@@ -152,6 +153,8 @@ def load_splits(name: str, args: DataArguments) -> datasets.DatasetDict:
         splits = load_shapes(**args.shapes_config)
     elif _is_prepared(name, args):
         splits = _load_prepared(name)
+    elif Path(name).is_dir() and metadata_files(Path(name)):
+        splits = load_records(open_records("folder", name))
     elif Path(name).is_dir():
         splits = _load_saved(name)
     elif args.data_root is None:
@@ -169,8 +172,9 @@ def _load_saved(name: str) -> datasets.DatasetDict:
     """All splits of a folder made by `save_to_disk`."""
     if not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
         raise ValueError(
-            f"The folder {name} was made neither by data.prepare nor by save_to_disk: prepare what it holds by "
-            f"`python -m data.prepare <kind> {name} --output …`, and name that folder{lmdb_hint(name)}."
+            f"The folder {name} has no metadata.jsonl and was made neither by data.prepare nor by save_to_disk: "
+            f"prepare what it holds by `python -m data.prepare <kind> {name} --output …`, and name that "
+            f"folder{lmdb_hint(name)}."
         )
     require_regular_files(name)
     try:
@@ -236,7 +240,7 @@ def _as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
                     rows = rows.cast_column(column, feature)
                 except (pa.ArrowException, TypeError, ValueError) as error:
                     raise ValueError(
-                        f"Column {column!r} in split {split!r} of {name} is not what data/README.md describes "
+                        f"Column {column!r} in split {split!r} of {name} is not what docs/data.md describes "
                         f"({one_line(error)}): prepare the data set anew."
                     ) from error
         require_rows(where, rows)

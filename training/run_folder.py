@@ -35,7 +35,8 @@ RUN_FILES = (
     "trainer_state.json",
     "all_results.json",
 )
-RESULT_FILES = ("adapter_config.json", "*_results.json", "predictions", "table.txt", "table.md", "table.json")
+RESULT_FILES = ("adapter_config.json", "*_results.json", "predictions", "report.html")
+RESULT_FILES += ("table.txt", "table.md", "table.json")
 
 logger = logging.getLogger(__name__)
 

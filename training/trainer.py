@@ -209,13 +209,37 @@ class DetrisTrainer(CheckpointingTrainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Segment the phrases of `B` objects, at most `K` each, and compare them with the truth.
 
-        At most `per_device_eval_batch_size` phrases go through the model at once. Trainer gathers what is returned.
+        Trainer gathers what is returned.
 
         Returns:
             No loss; pixels in intersection, in union and in the truth `(B, K, 3)`, padded; the objects' ids `(B,)`.
 
         Raises:
             FloatingPointError: logits are not finite. Their masks would be empty, and would be counted as such.
+        """
+        counts, ref_ids, encoded = self._segment(model, inputs, encodes=self.predicted_masks is not None)
+        if self.predicted_masks is not None:
+            self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
+        return None, counts, ref_ids
+
+    @torch.no_grad()
+    def segment(self, row: dict) -> list[dict]:
+        """Segment a row's phrases as `predict` has done before, but in this process alone.
+
+        Returns:
+            A COCO RLE for each phrase.
+        """
+        inputs = self._prepare_inputs(self.evaluation_collator([row]))
+        _, _, (masks,) = self._segment(self.model.eval(), inputs, encodes=True)
+        return masks
+
+    def _segment(
+        self, model: torch.nn.Module, inputs: dict, encodes: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[dict]]]:
+        """Segment a batch, of which at most `per_device_eval_batch_size` phrases go through the model at once.
+
+        Returns:
+            Counts and ids as from `prediction_step`; for each object a COCO RLE for each phrase, if it `encodes` them.
         """
         masks, ref_ids, original_sizes = (inputs.pop(name) for name in ("masks", "ref_ids", "original_sizes"))
         image_index = inputs["image_index"]  # (N,)
@@ -243,11 +267,9 @@ class DetrisTrainer(CheckpointingTrainer):
             for number, prediction in zip(objects, predictions, strict=True):
                 counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
                 seen[number] += 1
-                if self.predicted_masks is not None:
+                if encodes:
                     encoded[number].append(encode_mask(prediction.cpu().numpy()))
-        if self.predicted_masks is not None:
-            self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
-        return None, counts, ref_ids
+        return counts, ref_ids, encoded
 
     def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
         """All figures of the metric, from the counts that `prediction_step` returned for all objects."""

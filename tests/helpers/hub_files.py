@@ -10,8 +10,12 @@ MODEL_CODE = [
     "backbones_detris.py",
     "switching_detris.py",
     "pipeline_detris.py",
+    "handler.py",
+    "repository_files.py",
     "saving_detris.py",
     "sharing_detris.py",
+    "input_checks_detris.py",
+    "recording_detris.py",
     "modeling_detris.py",
 ]
 # Those of the processor, and files that it shares with the model.

@@ -27,11 +27,11 @@ ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
 
 
 class Refusal(Exception):
-    """An answer that reports an error: its HTTP status, its `X-Error-Code` and its JSON."""
+    """An answer that reports an error: its HTTP status, its headers, of which one is `X-Error-Code`, and its JSON."""
 
     def __init__(self, status: int, code: str, **answer: str):
         super().__init__(status, code, answer)
-        self.status, self.code, self.answer = status, code, answer
+        self.status, self.headers, self.answer = status, {"X-Error-Code": code}, answer
 
 
 def route(method: str, address: str) -> Callable:
@@ -64,11 +64,15 @@ class HubServer:
         uploads: how many LFS objects have arrived.
         fail_uploads_after: after so many have arrived, the connection of each further one is cut half-way; by default
             none is cut.
+        gated: names of repositories whose files everyone may list, but nobody read.
+        downloads: the addresses that files were read from, one for each request.
     """
 
     def __init__(self) -> None:
         self.uploads = 0
         self.fail_uploads_after: int | None = None
+        self.gated: set[str] = set()
+        self.downloads: list[str] = []
         self._objects: Files = {}  # LFS objects by their SHA-256
         self._repositories: dict[str, dict[str, Files]] = {}  # by name, and then by revision, oldest first
         self._lock = threading.Lock()
@@ -129,10 +133,12 @@ class HubServer:
         self._add_revision(name, {".gitattributes": GIT_ATTRIBUTES})
         return answer
 
-    @route("GET", rf"{API}(?:/revision/([^/?]+))?(?:\?.*)?")
-    def _describe(self, name: str, revision: str | None) -> dict:
+    @route("GET", rf"{API}(?:/revision/([^/?]+))?(\?.*)?")
+    def _describe(self, name: str, revision: str | None, query: str | None) -> dict:
         sha, files = self._find(name, revision or "main")
         siblings = [{"rfilename": path} for path in files]
+        if "blobs=" in (query or ""):
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
         return {"id": name.removeprefix("datasets/"), "sha": sha, "tags": [], "siblings": siblings}
 
     @route("GET", rf"{API}/tree/([^/?]+)(?:/([^?]+))?\?recursive=(true|false).*")
@@ -150,8 +156,12 @@ class HubServer:
     @route("GET", f"/({NAME})/resolve/([^/?]+)/([^?]+)")
     def _read(self, name: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
         sha, files = self._find(name, revision)
+        if name in self.gated:
+            raise Refusal(403, "GatedRepo")
         if path not in files:
-            raise Refusal(404, "EntryNotFound")
+            refusal = Refusal(404, "EntryNotFound")
+            refusal.headers["X-Repo-Commit"] = sha  # clients remember that this commit has no such file
+            raise refusal
         return files[path], {"X-Repo-Commit": sha, "ETag": f'"{content_id(path, files[path])}"'}
 
     @route("POST", "/api/validate-yaml")
@@ -220,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = self.hub.answer(self.command.replace("HEAD", "GET"), self.path, body)
         except Refusal as refusal:
-            status, headers, answer = refusal.status, {"X-Error-Code": refusal.code}, refusal.answer
+            status, headers, answer = refusal.status, refusal.headers, refusal.answer
         content, headers = answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), headers)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and status == 200:
@@ -231,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         for header, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(header, value)
         self.end_headers()
+        if self.command == "GET" and "/resolve/" in self.path:
+            self.hub.downloads.append(self.path)
         if self.command != "HEAD":
             self.wfile.write(content)
 

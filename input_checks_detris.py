@@ -1,0 +1,85 @@
+"""What the model refuses: inputs that are missing, empty or do not fit each other."""
+
+import torch
+
+try:
+    from .configuration_detris import DetrisConfig
+except ImportError:
+    if __package__:
+        raise
+    from configuration_detris import DetrisConfig
+
+
+def check_inputs(
+    config: DetrisConfig,
+    pixel_values: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_index: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    training: bool,
+) -> None:
+    """Raise ValueError if the model's inputs are missing, empty or do not fit each other.
+
+    In `training` the values of labels on a GPU are not checked, because the CPU would have to wait for them.
+    """
+    if pixel_values is None or input_ids is None:
+        given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
+        raise ValueError(f"The model got {given} but no {missing}: it needs both, so give {missing} too.")
+    size = config.image_size
+    if pixel_values.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} but this model takes (images, 3, {size}, {size}): "
+            "use its processor, or load the model with image_size= for another size."
+        )
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (phrases, tokens).")
+    if not len(pixel_values) or not len(input_ids):
+        raise ValueError(
+            f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of each."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give that of input_ids, "
+            f"{tuple(input_ids.shape)}."
+        )
+    if image_index is None:
+        if len(pixel_values) != len(input_ids):
+            raise ValueError(
+                f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image of "
+                "each phrase."
+            )
+    elif image_index.shape != input_ids.shape[:1] or image_index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"image_index has shape {tuple(image_index.shape)} and type {image_index.dtype}: give one whole number "
+            f"for each of the {len(input_ids)} phrases."
+        )
+    elif not 0 <= image_index.min() <= image_index.max() < len(pixel_values):
+        raise ValueError(
+            f"image_index is {image_index.tolist()}, which is out of range: there are {len(pixel_values)} images, "
+            "counted from 0."
+        )
+    if labels is not None:
+        _check_labels(config, labels, len(input_ids), training)
+
+
+def _check_labels(config: DetrisConfig, labels: torch.Tensor, phrases: int, training: bool) -> None:
+    size = config.image_size
+    if labels.shape != (phrases, size, size):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: give one mask ({size}, {size}), warped as its image is by the "
+            f"processor, for each of the {phrases} phrases."
+        )
+    if labels.is_complex():
+        raise ValueError(f"labels has the type {labels.dtype}: give numbers from 0 to 1.")
+    readable = not training or labels.device.type == "cpu"
+    if readable and not torch.compiler.is_compiling() and not are_masks(labels):
+        raise ValueError(
+            f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
+            "outside, and numbers between them for soft edges."
+        )
+
+
+def are_masks(labels: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers lie in [0, 1]; a tensor of shape `()`, which does not make the CPU wait for a GPU."""
+    return ((labels >= 0) & (labels <= 1)).all()
