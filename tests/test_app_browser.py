@@ -152,7 +152,7 @@ def browsers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_backbones, tmp_path_factory):
+def pipeline(tiny_backbones, tmp_path_factory, gradio_folder):
     return pipeline_with_two_adapters(tiny_backbones, tmp_path_factory.mktemp("adapters"))
 
 
