@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ DISPLAY_SIDE = 1024  # pixels of a shown picture's longer side; downloads have t
 DOWNLOAD_SECONDS = 30
 CACHED_FOR = 3600  # seconds that pictures which the page has shown stay on the disk
 HEAT = 0.65  # share of the heat map's colour in its pixels, over the grey picture
-BASE = "__base__"  # how the pipeline calls the model without any adapter
 
 INTRODUCTION = """
 # Segment what you name
@@ -225,10 +224,12 @@ class Result:
         """A name for each phrase that no other has: two phrases may be equal."""
         return [f"{number}. {phrase}" for number, phrase in enumerate(self.phrases, 1)]
 
-    def display_size(self) -> tuple[int, int]:
-        """(width, height) of the shown picture: its own, or less if that is large."""
+    @cached_property
+    def shown(self) -> Image.Image:
+        """The picture as it is shown: smaller if it is large."""
         scale = min(1, DISPLAY_SIDE / max(self.image.size))
-        return tuple(max(1, round(scale * side)) for side in self.image.size)
+        size = tuple(max(1, round(scale * side)) for side in self.image.size)
+        return self.image.resize(size, Image.Resampling.LANCZOS)
 
 
 def run(pipeline: Any, image: Image.Image, phrases: list[str], adapter: str | None) -> Result:
@@ -275,15 +276,13 @@ def describe(result: Result, threshold: float) -> list[dict]:
 
 def draw(result: Result, threshold: float, opacity: float) -> gr.AnnotatedImage:
     """Draw the masks over the picture, in colours and with a legend."""
-    size, colors = result.display_size(), {}
-    annotations = []
+    annotations, colors = [], {}
     for index, (label, mask) in enumerate(zip(result.labels(), result.masks(threshold))):
         # Gradio takes a mask's values for its opacity, so a mask that is made smaller gets soft edges.
-        shown = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-        annotations.append((shown * opacity, label))
+        shown = cv2.resize(255 * mask.astype(np.uint8), result.shown.size, interpolation=cv2.INTER_AREA)
+        annotations.append((shown / np.float32(255) * np.float32(opacity), label))
         colors[label] = "#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)])
-    picture = result.image.resize(size, Image.Resampling.LANCZOS)
-    return gr.AnnotatedImage((np.asarray(picture), annotations), color_map=colors)
+    return gr.AnnotatedImage((np.asarray(result.shown), annotations), color_map=colors)
 
 
 def tabulate(result: Result, threshold: float) -> list[list[str]]:
@@ -305,10 +304,9 @@ def draw_heat_map(result: Result, index: int) -> tuple[np.ndarray, list]:
     Returns:
         What `gr.AnnotatedImage` takes: the drawing (H, W, 3), and no masks over it.
     """
-    size = result.display_size()
-    levels = cv2.resize(result.probabilities[index], size, interpolation=cv2.INTER_AREA).clip(0, 1)
+    levels = cv2.resize(result.probabilities[index], result.shown.size, interpolation=cv2.INTER_AREA)
     colors = cv2.applyColorMap(np.rint(255 * levels).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    grey = np.asarray(result.image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB"))
+    grey = np.asarray(result.shown.convert("L").convert("RGB"))
     return cv2.addWeighted(np.ascontiguousarray(colors), HEAT, grey, 1 - HEAT, 0), []
 
 

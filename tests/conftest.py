@@ -122,6 +122,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def gradio_folder(tmp_path_factory):
+    """Where Gradio keeps what pages show; otherwise that stays in the machine's temporary folder."""
+    folder = tmp_path_factory.mktemp("gradio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def model_arguments(tiny_backbones):
     return {

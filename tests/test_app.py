@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ PHRASES = ["cat", "the red thing, left", "cat"]
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_backbones, tmp_path_factory):
+def pipeline(tiny_backbones, tmp_path_factory, gradio_folder):
     return pipeline_with_two_adapters(tiny_backbones, tmp_path_factory.mktemp("adapters"))
 
 
@@ -250,7 +251,7 @@ def test_descriptions_are_the_pipelines_at_every_threshold(pipeline, image, resu
 
 def test_phrases_with_equal_words_have_labels_and_colours_of_their_own(result):
     drawn = app.draw(result, THRESHOLD, 0.5)
-    _, annotations = drawn["value"] if isinstance(drawn, dict) else drawn.constructor_args["value"]
+    _, annotations = drawn.constructor_args["value"]
     labels = [label for _, label in annotations]
     assert labels == ["1. cat", "2. the red thing, left", "3. cat"]
     colors = drawn.constructor_args["color_map"]
@@ -287,7 +288,7 @@ def test_the_table_says_where_each_phrase_was_found(result):
 
 
 def test_the_table_says_where_nothing_was_found(result):
-    result = app.Result(**vars(result) | {"probabilities": [np.zeros((60, 44), np.float32)], "phrases": ["cat"]})
+    result = replace(result, probabilities=[np.zeros((60, 44), np.float32)], phrases=["cat"])
     assert app.tabulate(result, THRESHOLD) == [["1. cat", "nothing found", "", "", "", "", ""]]
     (record,) = app.describe(result, THRESHOLD)
     assert (record["box"], record["score"]) == (None, 0.0)
@@ -296,7 +297,7 @@ def test_the_table_says_where_nothing_was_found(result):
 def test_the_heat_map_is_brighter_where_the_probability_is_higher(result):
     ramp = np.repeat(np.linspace(0, 1, 44, dtype=np.float32)[None], 60, 0)
     black = Image.new("RGB", (44, 60))
-    result = app.Result(**vars(result) | {"image": black, "probabilities": [ramp], "phrases": ["cat"]})
+    result = replace(result, image=black, probabilities=[ramp], phrases=["cat"])
     heat, annotations = app.draw_heat_map(result, 0)
     brightness = heat.astype(int).sum(-1)
     assert annotations == [] and (np.diff(brightness, axis=1) >= 0).all()
@@ -317,7 +318,7 @@ def test_the_archive_holds_masks_and_descriptions(pipeline, image, result):
 
 
 def test_hostile_phrases_name_no_other_files(result):
-    result = app.Result(**vars(result) | {"phrases": ["../../x", "C:\\con", "ö" * 300]})
+    result = replace(result, phrases=["../../x", "C:\\con", "ö" * 300])
     with zipfile.ZipFile(io.BytesIO(app.pack(result, THRESHOLD)[0])) as files:
         assert files.namelist()[:3] == ["01_______x.png", "02_C__con.png", f"03_{'ö' * 40}.png"]
 

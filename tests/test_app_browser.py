@@ -152,7 +152,7 @@ def browsers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_backbones, tmp_path_factory):
+def pipeline(tiny_backbones, tmp_path_factory, gradio_folder):
     return pipeline_with_two_adapters(tiny_backbones, tmp_path_factory.mktemp("adapters"))
 
 
@@ -422,6 +422,7 @@ def test_screenshots(browsers, pipeline):
     folder.mkdir(parents=True, exist_ok=True)
     blocks, url = serve(load_pipeline(model) if model else pipeline)
     page = browsers().open(url)
+    page.driver.set_window_size(1280, 1400)
 
     def shoot(name: str) -> None:
         time.sleep(1)  # until all is drawn and still
