@@ -38,7 +38,7 @@ from data.images import IMAGE_FORMATS, opened_image
 from data.shapes import generate_rows
 from gallery import PALETTE
 from images_detris import as_rgb
-from load_detris import load_pipeline
+from load_detris import load_pipeline, named_adapters
 from processing_detris import details_of
 
 logger = logging.getLogger(__name__)
@@ -541,7 +541,8 @@ class AppArguments:
     adapter: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Further adapters to choose from, each as name=path; they share the model's backbones.",
+            "help": "Further adapters to choose from, each as name=path, or as a path whose last part is the name; "
+            "they share the model's backbones.",
             "action": "extend",
         },
     )
@@ -550,23 +551,6 @@ class AppArguments:
     host: str | None = field(default=None, metadata={"help": "0.0.0.0 lets other machines in; else only this one."})
     port: int | None = field(default=None, metadata={"help": "By default the first free one from 7860 on."})
     share: bool = field(default=False, metadata={"help": "Whether to make a public link, through Gradio's servers."})
-
-
-def named_adapters(given: list[str]) -> dict[str, str]:
-    """Read adapters that are given as name=path.
-
-    Raises:
-        ValueError: one has no name or no path, or two have the same name.
-    """
-    adapters: dict[str, str] = {}
-    for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise ValueError(f"--adapter {short_repr(text)} does not say name=path, as in refcoco+=runs/refcocoplus.")
-        if name in adapters:
-            raise ValueError(f"--adapter names {name} twice: give each adapter a name of its own.")
-        adapters[name] = path
-    return adapters
 
 
 def main(arguments: list[str] | None = None) -> None:

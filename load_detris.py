@@ -6,7 +6,8 @@ copy; here nothing that lies beside a model is run, so that anybody's model may 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from transformers import CLIPTokenizer
@@ -126,6 +127,29 @@ def _check_processor(processor: DetrisProcessor, config: DetrisConfig, source: s
             f"{source}: its processor makes images of {side} pixels and knows {symbols} symbols, but its model reads "
             f"{config.image_size} pixels and {config.text_config.vocab_size} symbols: save the processor again."
         )
+
+
+def named_adapters(given: Iterable[str]) -> dict[str, str]:
+    """
+    Read the adapters of a command line, each `name=path`, or `path` alone, whose last part is then the name.
+
+    Returns:
+        What [`load_pipeline`] takes as `adapters`.
+
+    Raises:
+        ValueError: if one has no name or no path, or two have the same name.
+    """
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or os.path.isdir(text):
+            name, path = Path(text).name.replace(".", "_"), text
+        if not name or not path:
+            raise ValueError(f"--adapter is {short_repr(text)}: give name=path, as in refcoco+=runs/refcocoplus.")
+        if name in adapters:
+            raise ValueError(f"Two adapters are called {short_repr(name)}: give them names by --adapter name=path.")
+        adapters[name] = path
+    return adapters
 
 
 # --- places -------------------------------------------------------------------------------------------------------

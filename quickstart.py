@@ -95,7 +95,7 @@ def write_examples(folder: Path, shapes_config: dict) -> list[dict]:
     """Write the first scenes of the gallery's split as a folder that `train_hf.py` and `data.prepare` read.
 
     Args:
-        folder: is made anew.
+        folder: where to write them; what it holds is deleted first.
         shapes_config: the options with which the synthetic set was drawn.
 
     Returns:
@@ -147,6 +147,12 @@ def main(argv: list[str]) -> None:
     output_dir = Path(training_args.output_dir)
     # What an earlier quickstart left in its own folder may go, but nothing elsewhere.
     overwrite = ["--overwrite_output_dir"] if training_args.output_dir == OWN_FOLDER else []
+    examples_folder = output_dir / EXAMPLES
+    if examples_folder.exists() and not (overwrite or training_args.overwrite_output_dir):
+        raise FileExistsError(
+            f"{examples_folder} exists, and the quickstart would replace it: name another --output_dir, or allow it "
+            "by --overwrite_output_dir."
+        )
     runs = {}
     for method in args.methods:
         model_config = json.dumps(model_args.model_config | METHODS[method])
@@ -156,7 +162,7 @@ def main(argv: list[str]) -> None:
     (output_dir / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     sections = family_samples(output_dir / "predictions", GALLERY_SPLIT, data_args.shapes_config)
     draw_gallery(sections).save(output_dir / "gallery.png")
-    examples = write_examples(output_dir / EXAMPLES, data_args.shapes_config)
+    examples = write_examples(examples_folder, data_args.shapes_config)
     print_table(runs, data_args.test_splits)
     print(f"\nThe model, its predictions, metrics.json, gallery.png, report.html and examples are in {output_dir}.")
     print_next_steps(output_dir, examples)

@@ -34,7 +34,7 @@ from datasets.utils import tqdm
 from PIL import Image
 
 from configuration_detris import one_line, raise_if_out_of_memory, short_repr
-from load_detris import DTYPES, load_pipeline
+from load_detris import DTYPES, load_pipeline, named_adapters
 from pipeline_detris import ReferringImageSegmentationPipeline
 from segment_inputs import (
     STANDARD_INPUT,
@@ -222,23 +222,6 @@ def describe_settings(pipe: ReferringImageSegmentationPipeline, options: argpars
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def named_adapters(given: list[str]) -> dict[str, str]:
-    """Read adapters that are given as `path` or `name=path`; a path's last part is its name.
-
-    Raises:
-        ValueError: two have the same name.
-    """
-    adapters: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or os.path.isdir(text):
-            name, path = Path(text).name.replace(".", "_"), text
-        if name in adapters:
-            raise ValueError(f"Two adapters are called {short_repr(name)}: give them names by --adapter name=path.")
-        adapters[name] = path
-    return adapters
-
-
 def probability(text: str) -> float:
     """A number from 0 to 1, for the command line; raises ValueError if it is none."""
     value = float(text)
@@ -275,7 +258,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the first GPU if there is one")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision; by default as the model was saved")
-    parser.add_argument("--threshold", type=probability, help="of a pixel's probability; by default the model's")
+    parser.add_argument(
+        "--threshold",
+        type=probability,
+        help="a mask has the pixels whose probability is above this; by default the model's",
+    )
     parser.add_argument("--batch_size", type=positive, default=1, help="pictures at a time; by default %(default)s")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--vision_backbone", help="folder or Hub id, if it lies elsewhere than adapters say")

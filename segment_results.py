@@ -54,7 +54,7 @@ def locked(output: Path) -> Iterator[Path]:
         OSError: it cannot be written.
         ValueError: another run is at work there.
     """
-    scratch = output / UNFINISHED
+    scratch, existed = output / UNFINISHED, output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(output / LOCK)
@@ -77,9 +77,9 @@ def locked(output: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if not existed and [path.name for path in output.iterdir()] == [LOCK]:  # nothing has come of it
+            shutil.rmtree(output, ignore_errors=True)
         lock.release()
-        if [path.name for path in output.iterdir()] == [LOCK]:  # nothing has come of it
-            shutil.rmtree(output)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -383,20 +383,6 @@ def test_serving_the_page_asks_nothing_of_other_machines(pipeline, monkeypatch):
     assert not loaded
 
 
-@pytest.mark.parametrize(
-    "given, named",
-    [([], {}), (["a=b"], {"a": "b"}), (["refcoco+=x/y", "b=c=d"], {"refcoco+": "x/y", "b": "c=d"})],
-)
-def test_adapters_are_given_as_name_and_path(given, named):
-    assert app.named_adapters(given) == named
-
-
-@pytest.mark.parametrize("given, message", [(["a"], "name=path"), (["=b"], "name=path"), (["a=b", "a=c"], "twice")])
-def test_adapters_without_name_or_path_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        app.named_adapters(given)
-
-
 @pytest.fixture
 def served(monkeypatch):
     """What `main` has loaded and served."""

@@ -16,7 +16,7 @@ from helpers.hub_server import HubServer
 from helpers.pictures import picture
 from safetensors.torch import load_file, save_file
 
-from load_detris import find_device, find_dtype, load_pipeline, load_processor
+from load_detris import find_device, find_dtype, load_pipeline, load_processor, named_adapters
 from modeling_detris import DetrisForReferringSegmentation
 from pipeline_detris import ReferringImageSegmentationPipeline
 from processing_detris import DetrisProcessor
@@ -374,3 +374,33 @@ def test_models_on_the_hub(tmp_path):
             rf"{name} is not on this machine, and the Hub cannot be reached \(.*refused\): check the network and try.*"
         )
         assert re.fullmatch(said, message)
+
+
+# --- adapters of a command line ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ([], {}),
+        (["refcoco+=x/y", "b=c=d"], {"refcoco+": "x/y", "b": "c=d"}),
+        (["runs/mine", "runs/v1.5/"], {"mine": "runs/mine", "v1_5": "runs/v1.5/"}),
+    ],
+)
+def test_adapters_of_a_command_line_have_names(given, named):
+    assert named_adapters(given) == named
+
+
+def test_a_folder_with_a_sign_of_equality_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    assert named_adapters(["lr=1"]) == {"lr=1": "lr=1"}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [(["=b"], "'=b': give name=path"), (["a="], "'a=': give name=path"), (["a=b", "x/a"], "adapters are called 'a'")],
+)
+def test_adapters_without_a_name_of_their_own_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        named_adapters(given)

@@ -187,3 +187,12 @@ def test_methods_that_do_not_exist_are_refused(capsys):
     with pytest.raises(SystemExit):
         quickstart.main(["--methods", "adapters"])
     assert "invalid choice: 'adapters'" in capsys.readouterr().err
+
+
+def test_a_folder_of_examples_elsewhere_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="examples exists, and the quickstart would replace it"):
+        quickstart.main([f"--output_dir={tmp_path}"])
+    assert (tmp_path / "examples" / "mine.txt").exists()

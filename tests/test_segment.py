@@ -293,6 +293,13 @@ def test_disk_that_is_full_ends_the_run(run_segment, place, monkeypatch, capsys)
     assert not Path("out").exists()
 
 
+def test_an_output_folder_that_was_there_stays(run_segment, place):
+    (place / "mine").mkdir()
+    save_picture(place / "a.png")
+    assert run_segment("a.png", "&nbsp;", "--output", "mine") == 1
+    assert Path("mine").is_dir()
+
+
 def test_help_has_the_examples(capsys):
     with pytest.raises(SystemExit) as ended:
         segment.main(["--help"])
