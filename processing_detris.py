@@ -303,13 +303,15 @@ class DetrisProcessor(ProcessorMixin):
         input_ids = np.zeros((len(phrases), length), np.int64)
         for n, ids in enumerate(self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]):
             if len(ids) < 3:
-                raise ValueError(f"phrase {n} of text is {phrases[n]!r}, which has no words: say what to segment.")
+                raise ValueError(
+                    f"phrase {n} of text is {short_repr(phrases[n])}, which has no words: say what to segment."
+                )
             if len(ids) > length:
                 if not self._has_warned_of_long_phrase:
                     self._has_warned_of_long_phrase = True  # `warning_once` would warn of each phrase once
                     logger.warning(
-                        f"The phrase {phrases[n]!r} has {len(ids)} tokens and is cut to max_text_length={length}. "
-                        "Further long phrases are cut without a warning: shorten them, or use a model with a larger "
+                        f"The phrase {short_repr(phrases[n])} has {len(ids)} tokens and is cut to "
+                        f"max_text_length={length}. Further long phrases are cut without a warning: shorten them, or use a model with a larger "
                         "max_text_length."
                     )
                 ids = [*ids[: length - 1], self.tokenizer.eos_token_id]
