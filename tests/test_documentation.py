@@ -60,7 +60,6 @@ MODULES = {
     "benchmarks.data": "benchmarks.data",
     "benchmarks.two_processes": "benchmarks.two_processes",
 }
-COMING = {"docs/app.png"}  # a screenshot, taken when the quickstart has been measured
 # Named in backticks, and no files of this repository.
 FOREIGN = {
     "demo.py",
@@ -364,8 +363,6 @@ def test_links_lead_to_files_and_headings():
             target, _, anchor = link.text.partition("#")
             if "://" in target or target.startswith("mailto:"):
                 continue
-            if target in COMING:
-                continue
             file = path.parent / target if target else path
             if not file.resolve().is_relative_to(ROOT) or not file.exists():
                 broken.append(f"{say(link)}: {link.text} is not there")
@@ -376,7 +373,7 @@ def test_links_lead_to_files_and_headings():
 
 def is_path(text: str) -> bool:
     """Whether inline code looks like a file or folder of this repository."""
-    if not re.fullmatch(r"\w[\w.\-/]*", text) or text in FOREIGN | COMING:
+    if not re.fullmatch(r"\w[\w.\-/]*", text) or text in FOREIGN:
         return False
     return text.endswith((".py", ".yaml", ".lock", ".md", ".toml")) or (
         "/" in text and (ROOT / text.split("/")[0]).exists() and not text.startswith(("runs/", "../"))
