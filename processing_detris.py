@@ -311,8 +311,8 @@ class DetrisProcessor(ProcessorMixin):
                     self._has_warned_of_long_phrase = True  # `warning_once` would warn of each phrase once
                     logger.warning(
                         f"The phrase {short_repr(phrases[n])} has {len(ids)} tokens and is cut to "
-                        f"max_text_length={length}. Further long phrases are cut without a warning: shorten them, or use a model with a larger "
-                        "max_text_length."
+                        f"max_text_length={length}. Further long phrases are cut without a warning: shorten "
+                        "them, or use a model with a larger max_text_length."
                     )
                 ids = [*ids[: length - 1], self.tokenizer.eos_token_id]
             input_ids[n, : len(ids)] = ids
