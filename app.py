@@ -47,7 +47,7 @@ MAX_BYTES = 20 * 2**20  # of a picture's file
 MAX_PIXELS = 24_000_000  # of a picture: what good cameras take
 MAX_PHRASES, MAX_PHRASE_LENGTH = 20, 300  # characters
 MAX_KEPT = 64_000_000  # probabilities that are kept for a visitor, of four bytes each: pixels times phrases
-MAX_VISITORS = 32  # whose results are kept; the one who has been away for longest is forgotten first
+MAX_VISITORS = 8  # whose results are kept; the one who has been away for longest is forgotten first
 DISPLAY_SIDE = 1024  # pixels of a shown picture's longer side; downloads have the picture's own size
 DOWNLOAD_SECONDS = 30
 CACHED_FOR = 3600  # seconds that pictures which the page has shown stay on the disk
@@ -248,6 +248,7 @@ def run(pipeline: Any, image: Image.Image, phrases: list[str], adapter: str | No
     found = pipeline(image, phrases, adapter_name=adapter, return_probabilities=True)
     seconds = time.perf_counter() - started
     model = str(pipeline.model.name_or_path)
+    model = Path(model).name if os.path.isdir(model) else model  # the server's folders are its own affair
     return Result(image, phrases, [entry["probabilities"] for entry in found], model, adapter, seconds)
 
 

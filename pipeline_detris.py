@@ -377,6 +377,8 @@ def _read_image(image: Any, timeout: float | None) -> Any:
     try:
         if isinstance(source, str):
             image = Image.open(source) if os.path.isfile(source) else load_image(source, timeout=timeout)
+        if image.format == "EPS":  # to read it, Pillow would start a program
+            raise ValueError("EPS files are programs: convert it to PNG.")
         image.load()
         return image
     except Exception as error:  # a broken file makes Pillow's decoders raise errors of many types

@@ -124,7 +124,11 @@ def print_next_steps(output_dir: Path, examples: list[dict]) -> None:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     segment = [python, "segment.py", folder / file_name, *phrases, "--model", output_dir]
-    page = ["make", "app"] if str(output_dir) == OWN_FOLDER else ["make", "app", f"ARGS=--model {output_dir}"]
+    page = (
+        ["make", "app"]
+        if str(output_dir) == OWN_FOLDER
+        else ["make", "app", f"ARGS=--model {shlex.quote(str(output_dir))}"]
+    )
     own_data = [python, "train_hf.py", "configs/own_data.yaml", "--model_name_or_path", output_dir]
     own_data += ["--dataset", folder, "--image_size", 96, "--num_train_epochs", 5, "--output_dir", "runs/own"]
     for what, command in (

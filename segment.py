@@ -61,6 +61,7 @@ from segment_results import (
     write_picture,
 )
 
+PROGRESS_DELAY = 2  # seconds without a progress bar
 MAX_LISTED = 20  # pictures that were not segmented
 INTERRUPTED = 130  # exit status, as shells have it: 128 and SIGINT's number
 
@@ -98,7 +99,7 @@ class Run:
             FileExistsError: other results are in the way.
         """
         others = []
-        for picture in self.pictures:
+        for picture in tqdm(self.pictures, "looking for results", unit="picture", delay=PROGRESS_DELAY, leave=False):
             folder = self.output / picture.folder
             try:
                 difference = find_difference(folder, picture, self.settings)
@@ -188,6 +189,9 @@ class Run:
             if picture.source in self.failed:
                 continue
             result = read_result(self.output / picture.folder / RESULT)
+            if result is None:
+                self.failed[picture.source] = "its results have been removed while others were made: run this again."
+                continue
             del result["settings"]
             pictures.append(result | {"image": picture.source, "folder": picture.folder})
             rows += [

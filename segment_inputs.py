@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from glob import glob, has_magic
 from itertools import takewhile
@@ -26,7 +27,7 @@ SUFFIXES = tuple(
 MAX_BYTES = 2**30  # of a picture's file
 MAX_PHRASE = 10_000  # characters
 MAX_FOLDER_NAME = 200  # characters, of a name that is not a file's own
-DOWNLOAD_SECONDS = 60  # to wait for a server's next answer
+ANSWER_SECONDS, DOWNLOAD_SECONDS = 60, 300  # to wait for a server's next answer, and for the whole picture
 LINE_FIELDS = ("image", "text", "adapter_name")
 
 
@@ -224,14 +225,16 @@ def read_bytes(source: str) -> bytes:
 
 
 def _download(address: str) -> bytes:
-    content = bytearray()
-    with httpx.stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as answer:
+    content, deadline = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
+    with httpx.stream("GET", address, timeout=ANSWER_SECONDS, follow_redirects=True) as answer:
         if answer.is_error:
             raise OSError(f"the server answers {answer.status_code} {answer.reason_phrase}")
         for chunk in answer.iter_bytes():
             content += chunk
             if len(content) > MAX_BYTES:
                 break
+            if time.monotonic() > deadline:
+                raise OSError(f"the server has not sent all of it within {DOWNLOAD_SECONDS} seconds")
     return bytes(content)
 
 

@@ -276,7 +276,7 @@ def test_downloads_hold_what_is_shown(segmented, pipeline, pictures):
                 assert (record["label"], record["box"]) == (entry["label"], entry["box"])
                 assert record["score"] == pytest.approx(entry["score"], abs=1e-6)
                 assert (record["threshold"], record["size"]) == (threshold, [60, 44])
-                assert record["model"] == pipeline.model.name_or_path
+                assert record["model"] == Path(pipeline.model.name_or_path).name
 
 
 def test_the_heat_map_is_the_chosen_phrases(segmented, pipeline, pictures, runs):

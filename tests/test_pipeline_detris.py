@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.pictures import picture
 from helpers.tiny_folders import save_tiny_folders
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -311,6 +311,13 @@ def test_images_that_cannot_be_read_are_named(pipe, tmp_path, server, in_time):
         pipe(f"{server}/slow", "a", timeout=0.2)
     with pytest.raises(OSError, match="cut.png cannot be read"):
         pipe(Image.open(tmp_path / "cut.png"), "a")
+
+
+def test_postscript_is_not_run(pipe, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("PostScript was run"))
+    with pytest.raises(OSError, match="a.eps cannot be read as an image: EPS files are programs"):
+        pipe(tmp_path / "a.eps", "a")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -270,6 +270,13 @@ def test_addresses(run_segment, segment_pipe, place, server, capsys):
     assert "404" in missing and "it is no JPEG" in page and "refused" in refused and "cannot be read" in impossible
 
 
+def test_a_server_that_never_ends_is_left(run_segment, place, server, monkeypatch, capsys):
+    save_picture(place / "served" / "photo.png")
+    monkeypatch.setattr(segment_inputs, "DOWNLOAD_SECONDS", -1)
+    assert run_segment(f"{server}/photo.png", "the bed") == 1
+    assert "has not sent all of it within -1 seconds" in capsys.readouterr().err
+
+
 def test_answers_are_not_read_without_end(run_segment, place, server, monkeypatch, capsys):
     monkeypatch.setattr(segment_inputs, "MAX_BYTES", 1000)
     save_picture(place / "served" / "photo.png")
