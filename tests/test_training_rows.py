@@ -247,7 +247,7 @@ def test_a_damaged_prepared_folder_is_refused(prepared, tmp_path, damage, stream
 
 
 def test_what_is_no_prepared_folder_is_named(tmp_path):
-    (tmp_path / "metadata.jsonl").write_text("{}")
+    (tmp_path / "annotations.json").write_text("{}")
     with pytest.raises(ValueError, match="neither by data.prepare nor by save_to_disk.*data.prepare <kind>"):
         load_splits(str(tmp_path), DataArguments())
     with pytest.raises(OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub"):
