@@ -33,7 +33,7 @@ import torch
 from datasets.utils import tqdm
 from PIL import Image
 
-from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+from configuration_detris import checked_threshold, one_line, raise_if_out_of_memory, short_repr
 from load_detris import DTYPES, load_pipeline, named_adapters
 from pipeline_detris import ReferringImageSegmentationPipeline
 from segment_inputs import (
@@ -227,19 +227,20 @@ def describe_settings(pipe: ReferringImageSegmentationPipeline, options: argpars
 
 
 def probability(text: str) -> float:
-    """A number from 0 to 1, for the command line; raises ValueError if it is none."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
+    """A number from 0 to 1, for the command line; raises ArgumentTypeError if it is none."""
+    try:
+        return checked_threshold(float(text), "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{short_repr(text)} is no probability: give a number from 0 to 1."
+        ) from error
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for the command line; raises ValueError if it is none."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    """A whole number above 0, for the command line; raises ArgumentTypeError if it is none."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is no number of pictures: give 1 or more.")
+    return int(text)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -271,7 +272,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--vision_backbone", help="folder or Hub id, if it lies elsewhere than adapters say")
     parser.add_argument("--text_backbone", help="folder or Hub id, if it lies elsewhere than adapters say")
-    parser.add_argument("--overwrite", action="store_true", help="replace results of another model, other phrases …")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace results of another model, other phrases or another "
+        "picture, which happens anyway if there is one picture alone",
+    )
     options = parser.parse_intermixed_args(arguments)
     expanded = [text for text in options.phrase if text.lower().endswith(SUFFIXES) and os.path.exists(text)]
     if expanded:

@@ -83,7 +83,10 @@ def find_pictures(source: str, output: Path) -> dict[str, str]:
         paths = [path for path in glob(source, recursive=True) if not os.path.isdir(path)]
         missing = f"No file is called as the pattern {source} says: correct it."
     else:
-        raise FileNotFoundError(f"There is no picture or folder {source}: correct the first argument.")
+        raise FileNotFoundError(
+            f"There is no picture or folder {source}: correct the first argument; addresses begin with http:// or "
+            "https://."
+        )
     results, base = Path(output).resolve(), Path(root).resolve()
     if results != base and results.is_relative_to(base):
         paths = [path for path in paths if not Path(path).resolve().is_relative_to(results)]
@@ -124,6 +127,8 @@ def read_phrases(path: str) -> Iterator[tuple[str, list[Phrase]]]:
         OSError: it cannot be read.
         ValueError: a line is not as it must be; the message has its number.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"The file of phrases {path} does not exist: correct --phrases.")
     with errors_begin_with(path):
         lines = read_regular(path).decode("utf-8-sig").split("\n")
         if not any(map(str.strip, lines)):
@@ -138,7 +143,8 @@ def _read_line(line: str) -> tuple[str, list[Phrase]]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({one_line(error)}): correct it.") from error
+        form = '{"image": "photo.jpg", "text": ["left cat", "the remote"]}'
+        raise ValueError(f"it is no JSON ({one_line(error)}): write lines such as {form}.") from error
     if not isinstance(fields, dict) or not {"image", "text"} <= fields.keys() <= {*LINE_FIELDS}:
         raise ValueError(f"it is {short_repr(fields)}: give image, text and, if wanted, adapter_name.")
     text, adapter_name = fields["text"], fields.get("adapter_name")

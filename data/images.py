@@ -138,6 +138,8 @@ def _identified_image(file: BinaryIO, what: str, formats: Sequence[str]) -> Iter
         if other:
             raise OSError(f"{what} cannot be read (it is {other}); convert it to {wanted}.") from error
         raise OSError(f"{what} cannot be read (it is no {wanted}); copy or download it again.") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise OSError(f"{what} has too many pixels ({one_line(error)}); make it smaller.") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise_if_out_of_memory(error)
         raise OSError(f"{what} cannot be read ({one_line(error)}); copy or download it again.") from error

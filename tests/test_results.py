@@ -157,3 +157,8 @@ def test_the_card_of_a_mixture_says_what_left_or_stayed(config_file, two_sets, t
         what = "STAY in training, although" if keep_leaks else "leave training, because"
         assert re.search(rf"{re.escape(name)}: \d+ of \d+ objects \(\d+ phrases\) {what} their images", card.text)
     assert {result.dataset_name for result in card.data.eval_results} == {"refcoco+/unc"}
+    if not keep_leaks:  # a model that is only evaluated has still been trained on these
+        tested = ["--dataset", "refcoco+/unc", "--data_root", "unused", "--test_splits", "val", "--do_predict"]
+        tested += ["--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "tested")]
+        main([*tested, "--report_to", "none", "--use_cpu"])
+        assert ModelCard.load(tmp_path / "tested" / "README.md").data.datasets == ["refcoco+/unc", "refcocog/umd"]

@@ -3,11 +3,13 @@
 import io
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from helpers.models import randomize
 from helpers.runs import losses
+from huggingface_hub.utils import httpx
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -328,3 +330,13 @@ def test_logits_that_are_not_finite_stop_an_evaluation_and_name_the_object(make_
     trainer.model.forward = failing_forward
     with pytest.raises(FloatingPointError, match=f"logits are not finite .* with ref_id {rows[1]['ref_id']}:"):
         getattr(trainer, command)(rows)
+
+
+def test_a_hub_that_is_out_of_reach_refuses_the_run_in_one_sentence(make_trainer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", fail)
+    monkeypatch.setattr("transformers.trainer.create_repo", fail)
+    with pytest.raises(OSError, match="The Hub cannot be reached .Connection refused.: check the network"):
+        make_trainer(push_to_hub=True, hub_model_id="someone/x")

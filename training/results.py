@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import numpy as np
 import pandas as pd
+from huggingface_hub import ModelCard
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -167,6 +168,10 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
     """
     args = trainer.args
     origin, trained_on = "Evaluated with `train_hf.py`.", []
+    earlier_card = Path(trainer.model.name_or_path, "README.md")
+    if not args.do_train and earlier_card.is_file():
+        known = ModelCard.load(earlier_card, ignore_metadata_errors=True).data.datasets or []
+        trained_on = [known] if isinstance(known, str) else known
     if args.do_train:
         trained_on = [
             (f"{member.weight:g}*" if member.weight != 1 else "") + public_name(member.name) for member in members

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
+from huggingface_hub.utils import httpx
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from configuration_detris import one_line
 from data.masks import RleMask, encode_mask
 from data.mixture import Mixture
 from data.streaming import StreamedBatches, StreamedRows
@@ -139,13 +141,28 @@ class DetrisTrainer(CheckpointingTrainer):
             card = Path(self.args.output_dir) / "README.md"
             if card.exists():
                 shutil.copy(card, folder)
-            huggingface_hub.upload_folder(
+            commit = huggingface_hub.upload_folder(
                 repo_id=self.hub_model_id,
                 folder_path=folder,
                 commit_message=commit_message,
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
             )
+        print(f"The model was uploaded to {commit.repo_url}.")
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Make the repository on the Hub, or find it. Trainer calls this before anything is trained.
+
+        Raises:
+            OSError: the Hub cannot be reached.
+        """
+        try:
+            super().init_hf_repo(token)
+        except httpx.TransportError as error:
+            raise OSError(
+                f"The Hub cannot be reached ({one_line(error)}): check the network, or leave push_to_hub out and "
+                "upload the finished model later."
+            ) from error
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The batches of this process. Trainer calls this when training begins."""
