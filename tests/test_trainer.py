@@ -3,7 +3,6 @@
 import io
 import json
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -336,7 +335,6 @@ def test_a_hub_that_is_out_of_reach_refuses_the_run_in_one_sentence(make_trainer
     def fail(*args, **kwargs):
         raise httpx.ConnectError("Connection refused")
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", fail)
-    monkeypatch.setattr("transformers.trainer.create_repo", fail)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.create_repo", fail)
     with pytest.raises(OSError, match="The Hub cannot be reached .Connection refused.: check the network"):
         make_trainer(push_to_hub=True, hub_model_id="someone/x")
