@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,10 +111,12 @@ def write_predictions(
     if masks is not None:
         (folder / "masks").mkdir()
         (folder / "overlays").mkdir()
-    with open(folder / "results.jsonl", "w", encoding="utf-8") as file:
+    with open(folder / "results.jsonl", "w", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
         for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
             if masks is not None:
                 image, truth = datasets.Image().decode_example(row["image"]), read_whole_mask(row)
+                image.load()  # before several threads read it
+            pictures = {}  # by path
             for phrase, sentence in enumerate(row["sentences"]):
                 intersection, union, reference_area = row_counts[phrase]
                 result = {
@@ -129,9 +132,14 @@ def write_predictions(
                     mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
                     result["mask"] = f"masks/{name}.png"
                     Image.fromarray(mask * 255).save(folder / result["mask"])
-                    picture = draw_sample(Sample(image, sentence, truth, mask, result["iou"]))
-                    picture.save(folder / "overlays" / f"{name}.jpg")
+                    sample = Sample(image, sentence, truth, mask, result["iou"])
+                    pictures[folder / "overlays" / f"{name}.jpg"] = sample
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            list(pool.map(_save_picture, pictures, pictures.values()))  # an object's at a time, which bounds memory
+
+
+def _save_picture(path: Path, sample: Sample) -> None:
+    draw_sample(sample).save(path)
 
 
 def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
