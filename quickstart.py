@@ -66,6 +66,11 @@ def print_table(runs: dict[str, dict[str, float]], splits: list[str]) -> None:
         )
 
 
+def options_of_scenes(shapes_config: dict) -> dict:
+    """The options with which single scenes of the synthetic set are drawn as `shapes_config` draws all of them."""
+    return {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
+
+
 def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[str, list[Sample]]:
     """Pick the first samples of a split for each family of phrases, good or bad, each of another image.
 
@@ -73,7 +78,7 @@ def family_samples(predictions: Path, split: str, shapes_config: dict) -> dict[s
         predictions: folder in which a run has left `<split>/results.jsonl` and masks.
         shapes_config: the options with which the synthetic set was drawn.
     """
-    scene_options = {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
+    scene_options = options_of_scenes(shapes_config)
     families = {family: {} for family in FAMILIES}  # image_id -> sample
     for line in (predictions / split / "results.jsonl").read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
@@ -103,9 +108,8 @@ def write_examples(folder: Path, shapes_config: dict) -> list[dict]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    options = {"seed": 0} | {name: value for name, value in shapes_config.items() if name != "sizes"}
     lines = []
-    for row in generate_rows(split=GALLERY_SPLIT, count=EXAMPLE_IMAGES, **options):
+    for row in generate_rows(split=GALLERY_SPLIT, count=EXAMPLE_IMAGES, **options_of_scenes(shapes_config)):
         scene = f"scene_{row['image_id'] % MAX_IMAGES}"
         line = {"file_name": f"{scene}.png", "sentences": row["sentences"], "mask": f"{scene}_mask_{len(lines)}.png"}
         row["image"].save(folder / line["file_name"])

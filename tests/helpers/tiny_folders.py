@@ -18,16 +18,26 @@ def save_tiny_folders(backbones: Path, folder: Path) -> Path:
     Args:
         backbones: holds those of both, as `vision` and `text`, such as the fixture `tiny_backbones`.
     """
-    vision, text = str(backbones / "vision"), str(backbones / "text")
-    fields = MODEL_CONFIG | {"image_size": 32, "max_text_length": 24, "mask_threshold": 0.5}
     for name, seed in SEEDS.items():
-        torch.manual_seed(seed)
-        model = DetrisForReferringSegmentation.from_backbones(vision, text, **fields)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.ndim > 1:
-                    parameter.normal_(std=1 / parameter[0].numel() ** 0.5)
-        save = model.save_pretrained if name == "whole" else model.save_adapter
-        save(folder / name)
-        DetrisProcessor.from_config(model.config, CLIPTokenizer.from_pretrained(text)).save_pretrained(folder / name)
+        save_tiny_model(backbones, folder / name, seed, whole=name == "whole", image_size=32, mask_threshold=0.5)
     return folder
+
+
+def save_tiny_model(backbones: Path, folder: Path, seed: int, whole: bool, **fields) -> None:
+    """Save a model whose weights are random, or its adapters, and a processor of 24 tokens.
+
+    Args:
+        backbones: as for `save_tiny_folders`.
+        fields: of its configuration, besides those of `MODEL_CONFIG`.
+    """
+    vision, text = str(backbones / "vision"), str(backbones / "text")
+    torch.manual_seed(seed)
+    fields = MODEL_CONFIG | {"max_text_length": 24} | fields
+    model = DetrisForReferringSegmentation.from_backbones(vision, text, **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1:
+                parameter.normal_(std=1 / parameter[0].numel() ** 0.5)
+    save = model.save_pretrained if whole else model.save_adapter
+    save(folder)
+    DetrisProcessor.from_config(model.config, CLIPTokenizer.from_pretrained(text)).save_pretrained(folder)
