@@ -39,14 +39,14 @@ from data.shapes import generate_rows
 from gallery import PALETTE
 from images_detris import as_rgb
 from load_detris import load_pipeline, named_adapters
-from processing_detris import details_of
+from processing_detris import details_of, foreground
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 20 * 2**20  # of a picture's file
 MAX_PIXELS = 24_000_000  # of a picture: what good cameras take
 MAX_PHRASES, MAX_PHRASE_LENGTH = 20, 300  # characters
-MAX_KEPT = 64_000_000  # probabilities that are kept for a visitor, of four bytes each: pixels times phrases
+MAX_KEPT = 64_000_000  # pixels times phrases that are kept for a visitor: four bytes of probability, one of the mask
 MAX_VISITORS = 8  # whose results are kept; the one who has been away for longest is forgotten first
 DISPLAY_SIDE = 1024  # pixels of a shown picture's longer side; downloads have the picture's own size
 DOWNLOAD_SECONDS = 30
@@ -215,10 +215,26 @@ class Result:
     model: str
     adapter: str | None
     seconds: float
+    latest: tuple[float | None, list[dict]] = field(default=(None, []), init=False)  # a threshold, and what is there
+
+    def details(self, threshold: float) -> list[dict]:
+        """The mask (H, W), score and box of each phrase, as `DetrisProcessor` gives them.
+
+        Those of the latest threshold are kept, because the picture, the table and both files ask for them in turn.
+        """
+        kept, details = self.latest
+        if kept != threshold:
+            details = [
+                details_of(foreground(probabilities, threshold), probabilities)
+                for probabilities in map(torch.from_numpy, self.probabilities)
+            ]
+            details = [{"mask": d["mask"].numpy(), "score": d["score"], "box": d["box"]} for d in details]
+            self.latest = threshold, details
+        return details
 
     def masks(self, threshold: float) -> list[np.ndarray]:
-        """The pixels (H, W) of each phrase, by the rule that `DetrisProcessor` goes by."""
-        return [probabilities > threshold for probabilities in self.probabilities]
+        """The pixels (H, W) of each phrase."""
+        return [details["mask"] for details in self.details(threshold)]
 
     def labels(self) -> list[str]:
         """A name for each phrase that no other has: two phrases may be equal."""
@@ -258,21 +274,18 @@ def describe(result: Result, threshold: float) -> list[dict]:
     `score` is the mean probability inside the mask, `size` (height, width) in pixels; `box` is None where nothing was
     found.
     """
-    records = []
-    for phrase, probabilities, mask in zip(result.phrases, result.probabilities, result.masks(threshold)):
-        details = details_of(torch.from_numpy(mask), torch.from_numpy(probabilities))
-        records.append(
-            {
-                "label": phrase,
-                "score": details["score"],
-                "box": details["box"],
-                "size": list(mask.shape),
-                "threshold": threshold,
-                "model": result.model,
-                "adapter": result.adapter,
-            }
-        )
-    return records
+    return [
+        {
+            "label": phrase,
+            "score": details["score"],
+            "box": details["box"],
+            "size": list(details["mask"].shape),
+            "threshold": threshold,
+            "model": result.model,
+            "adapter": result.adapter,
+        }
+        for phrase, details in zip(result.phrases, result.details(threshold))
+    ]
 
 
 def draw(result: Result, threshold: float, opacity: float) -> gr.AnnotatedImage:
@@ -289,13 +302,13 @@ def draw(result: Result, threshold: float, opacity: float) -> gr.AnnotatedImage:
 def tabulate(result: Result, threshold: float) -> list[list[str]]:
     """The table's rows: score and box of each phrase, and how much of the picture its mask covers."""
     rows = []
-    for label, record, mask in zip(result.labels(), describe(result, threshold), result.masks(threshold)):
-        box = record["box"]
+    for label, details in zip(result.labels(), result.details(threshold)):
+        box = details["box"]
         if box is None:
             rows.append([label, "nothing found", *[""] * 5])
         else:
             sides = box["xmin"], box["ymin"], box["xmax"] - box["xmin"], box["ymax"] - box["ymin"]
-            rows.append([label, f"{record['score']:.3f}", *map(str, sides), f"{mask.mean():.1%}"])
+            rows.append([label, f"{details['score']:.3f}", *map(str, sides), f"{details['mask'].mean():.1%}"])
     return rows
 
 
@@ -484,7 +497,9 @@ def build_page(pipeline: Any) -> gr.Blocks:
                     gr.Examples(examples, [picture, phrases], label=EXAMPLE_NOTE, elem_id="examples")
 
         quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        sliding = quick | {"preprocess": False}  # Gradio would call an empty box beside a slider an error
+        # Gradio would call an empty box beside a slider an error. Two movements may be on their way at once; one after
+        # the other, the masks of the last one stay.
+        sliding = quick | {"preprocess": False, "concurrency_limit": 1}
         found = [result, heat_phrase, heat, findings, summary]
         shown, downloads = [masks, table, packed, listed], [packed, listed]
         runs = gr.on(

@@ -361,7 +361,7 @@ class DetrisProcessor(ProcessorMixin):
         with torch.autocast(logits.device.type, enabled=False):  # half precision would shift the edges of masks
             for phrase_logits, size in zip(logits, sizes):
                 probabilities = undo_letterbox(phrase_logits.float().sigmoid(), size, side)
-                mask = probabilities > threshold
+                mask = foreground(probabilities, threshold)
                 results.append(details_of(mask, probabilities) if output_details else mask)
         return results
 
@@ -463,6 +463,11 @@ def _refuse_infinite(logits: torch.Tensor) -> None:
             f"The logits of phrase {phrase} are not finite, so there is no mask: look for NaN or infinite numbers in "
             "the model's weights and inputs, or take fp32 or bf16 for fp16."
         )
+
+
+def foreground(probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The mask of a map of probabilities: the pixels above the threshold (official `engine/engine.py`)."""
+    return probabilities > threshold
 
 
 def details_of(mask: torch.Tensor, probabilities: torch.Tensor) -> dict[str, Any]:
