@@ -25,9 +25,11 @@ from transformers import HfArgumentParser
 
 import quickstart
 import segment
+from checkpoint_files import skeleton
 from configuration_detris import PEFT_METHODS, DetrisConfig
 from data.images import MIN_WRAPPED
 from data.records import MAX_PHRASE, MAX_PHRASES
+from modeling_detris import DetrisForReferringSegmentation
 from train_hf import build_model
 from training.arguments import (
     DataArguments,
@@ -183,8 +185,8 @@ def check_program(program: str, arguments: list[str]) -> None:
 
 @cache
 def names_of_tests(path: Path) -> list[str]:
-    names = [node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if hasattr(node, "name")]
-    return [name for name in names if name.startswith("test_")]
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
 def check_pytest(arguments: list[str]) -> None:
@@ -424,6 +426,10 @@ def limit(name: str) -> str:
 
 COUNTED = {3: "three", 4: "four", 6: "six", 8: "eight"}
 FIGURES = [
+    ("README.md", r"(\d+) MB instead of \d+", lambda: base_megabytes("adapters", "head")),
+    ("README.md", r"MB instead of (\d+)", lambda: base_megabytes("adapters", "head", "backbones")),
+    ("docs/adapters.md", r"(\d+) MB for base", lambda: base_megabytes("adapters", "head")),
+    ("docs/adapters.md", r"for base instead of (\d+)", lambda: base_megabytes("adapters", "head", "backbones")),
     ("README.md", r"install torch (\S+) first", lambda: required("torch")),
     ("README.md", r"Python (\S+) is all", lambda: "3.11"),
     ("README.md", r"--image_size (\d+) --output_dir runs/mine", lambda: DetrisConfig().image_size),
@@ -460,6 +466,16 @@ FIGURES = [
         lambda: limit("MAX_CLASS_LINES"),
     ),
 ]
+
+
+@cache
+def base_megabytes(*parts: str) -> int:
+    """How large the tensors of these parts of the base model are, in millions of bytes."""
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518}
+    config = DetrisConfig(vision_config=sizes | {"model_type": "dinov2_with_registers", "patch_size": 14})
+    tensors = skeleton(DetrisForReferringSegmentation, config).state_dict()
+    part_of = DetrisForReferringSegmentation.part_of
+    return round(sum(tensor.nbytes for name, tensor in tensors.items() if part_of(name) in parts) / 1e6)
 
 
 @cache
