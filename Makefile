@@ -89,13 +89,16 @@ oldest: .venv-oldest/tests
 FORCE:
 
 # Stamp files: the environment is brought up to date when a lock is newer than they are.
+# The quickstart is one process, for which Python compiles what it imports sooner than pip compiles all packages. The
+# page and the tests, which start many processes, have everything compiled first.
 .venv/installed: requirements.lock
 	test -x $(PYTHON) || $(PYTHON_OF_THE_MACHINE) -m venv .venv
-	$(PYTHON) -m pip install --quiet --requirement requirements.lock
+	$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.lock
 	touch $@
 
 .venv/installed-app: requirements-app.lock .venv/installed
-	$(PYTHON) -m pip install --quiet --requirement requirements-app.lock
+	$(PYTHON) -m pip install --quiet --no-compile --requirement requirements-app.lock
+	$(PYTHON) -m compileall -qq -j 0 .venv/lib || true  # some packages hold templates that are no Python
 	touch $@
 
 .venv/installed-dev: requirements-dev.lock .venv/installed-app
