@@ -20,11 +20,12 @@ from transformers import CLIPTextModelWithProjection, PreTrainedModel
 from transformers.utils import ModelOutput
 
 try:
+    from .adapter_layers_detris import holds_adapters
     from .adapters_detris import BatchFirstAttention, ConvNormReLU
     from .backbones_detris import BACKBONE_CLASSES, FromBackbones
     from .configuration_detris import DetrisConfig
     from .input_checks_detris import are_masks, check_inputs
-    from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from .recording_detris import segment_and_record, wanted_outputs
     from .saving_detris import WholeModelSaving
     from .sharing_detris import AdapterSharing
@@ -32,11 +33,12 @@ try:
 except ImportError:
     if __package__:
         raise
+    from adapter_layers_detris import holds_adapters
     from adapters_detris import BatchFirstAttention, ConvNormReLU
     from backbones_detris import BACKBONE_CLASSES, FromBackbones
     from configuration_detris import DetrisConfig
     from input_checks_detris import are_masks, check_inputs
-    from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES, holds_adapters
+    from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from recording_detris import segment_and_record, wanted_outputs
     from saving_detris import WholeModelSaving
     from sharing_detris import AdapterSharing

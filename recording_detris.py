@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 try:
+    from .adapter_layers_detris import holds_adapters
     from .adapters_detris import BatchFirstAttention
-    from .peft_detris import holds_adapters
 except ImportError:
     if __package__:
         raise
+    from adapter_layers_detris import holds_adapters
     from adapters_detris import BatchFirstAttention
-    from peft_detris import holds_adapters
 
 # What is recorded in this thread. Hooks of another thread, which may use the same model, see their own.
 _recorded_here: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("_recorded_here", default=None)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 # Each module imports only modules that stand above it. The first paragraph is saved with a model or its processor.
 ORDER = """
-    configuration_detris adapters_detris untrusted_pickles checkpoint_files official_layout peft_detris
-    backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
+    configuration_detris adapters_detris adapter_layers_detris untrusted_pickles checkpoint_files official_layout
+    peft_detris backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
     input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
@@ -38,6 +38,7 @@ ORDER = """
     training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
+    benchmarks.counting
 """.split()
 PACKAGES = ("data", "data.shapes", "training")
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.

@@ -14,17 +14,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn import functional as F
 from transformers import CLIPTextModel, Dinov2Model, Dinov2WithRegistersModel
 
+from adapter_layers_detris import DetrisAdapterLayer, TextAdapterLayer, VisionAdapterLayer
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
-from peft_detris import (
-    ADAPTER_FIELDS,
-    HEAD_MODULES,
-    DetrisAdapterConfig,
-    DetrisAdapterLayer,
-    TextAdapterLayer,
-    VisionAdapterLayer,
-    backbone_digest,
-)
+from peft_detris import ADAPTER_FIELDS, HEAD_MODULES, DetrisAdapterConfig, backbone_digest
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

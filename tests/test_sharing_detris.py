@@ -33,8 +33,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 from transformers.integrations import peft as transformers_peft
 
+from adapter_layers_detris import DetrisAdapterLayer
 from modeling_detris import DetrisForReferringSegmentation
-from peft_detris import HEAD_MODULES, DetrisAdapterConfig, DetrisAdapterLayer
+from peft_detris import HEAD_MODULES, DetrisAdapterConfig
 
 LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 FRESH_ADAPTERS = {

@@ -3,6 +3,7 @@
 MODEL_CODE = [
     "configuration_detris.py",
     "adapters_detris.py",
+    "adapter_layers_detris.py",
     "untrusted_pickles.py",
     "checkpoint_files.py",
     "official_layout.py",

@@ -1,0 +1,141 @@
+"""What a computation asks of a device, counted where there is none: launches, reads by the host, graphs, saved bytes.
+
+The counts are of the operations that PyTorch dispatches. On a GPU each of them but a view launches a kernel or more,
+and each read of a result makes the CPU wait until the GPU has done all that it was given before.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Operations whose result, or its size, the host has to know before it goes on.
+READING = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::bincount",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "aten::_unique",
+    "aten::_unique2",
+}
+# Methods that bring a tensor to the host without an operation of their own, if it is on the CPU anyway.
+READING_METHODS = {"torch.Tensor.tolist", "torch.Tensor.numpy", "torch.Tensor.__array__", "torch.Tensor.cpu"}
+# Operations that compute nothing, besides views.
+FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+FREE |= {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias", "aten::set_"}
+
+
+@dataclass
+class Operations:
+    """Counts operations while it is entered as a context.
+
+    Args:
+        on_device: the tensors that stand for those on a device: usually the inputs, parameters and buffers. What is
+            computed from them counts as on the device too, until a read brings it to the host.
+
+    Attributes:
+        launches: operations on the device, views not counted.
+        reads: the names of the operations that made the host read from the device, in their order.
+    """
+
+    on_device: Iterable[torch.Tensor]
+    launches: int = 0
+    reads: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._on_device = WeakIdKeyDictionary()
+        self._mark(list(self.on_device))
+        self._stack = ExitStack()
+        self._stack.enter_context(_Dispatched(self))
+        self._stack.enter_context(_Called(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _mark(self, values: Any) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                self._on_device[value] = True
+
+    def _holds(self, values: Any) -> bool:
+        return any(isinstance(value, torch.Tensor) and value in self._on_device for value in tree_leaves(values))
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, operations: Operations):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = function(*args, **kwargs or {})
+        if self.operations._holds((args, kwargs)):
+            name = function._schema.name
+            if name in READING:
+                self.operations.reads.append(name)
+            if not (function.is_view or name in FREE or name == "aten::_local_scalar_dense"):
+                self.operations.launches += 1
+            self.operations._mark(output)
+        return output
+
+
+class _Called(TorchFunctionMode):
+    def __init__(self, operations: Operations):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = resolve_name(function)
+        if name not in READING_METHODS or not self.operations._holds(args[0]):
+            return function(*args, **kwargs or {})
+        self.operations.reads.append(name)
+        with torch.no_grad():
+            on_host = torch.empty_like(args[0]).copy_(args[0])  # a tensor of its own, which is not on the device
+        self.operations._on_device.pop(on_host, None)
+        return on_host if name == "torch.Tensor.cpu" else function(on_host, *args[1:], **kwargs or {})
+
+
+class CountingBackend:
+    """A backend of `torch.compile` that counts graphs and runs them without compiling anything.
+
+    Attributes:
+        graphs: how many graphs were captured.
+    """
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list) -> Callable:
+        self.graphs += 1
+        return graph.forward
+
+
+def count_saved_bytes(compute: Callable[[], Any], apart_from: Iterable[torch.Tensor] = ()) -> int:
+    """Count the bytes that autograd keeps for the backward pass of what is computed.
+
+    Args:
+        compute: runs the forward pass.
+        apart_from: tensors that lie in memory anyway, such as parameters and inputs.
+    """
+    kept, known = {}, {tensor.untyped_storage()._cdata for tensor in apart_from}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compute()
+        total = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return total
