@@ -24,9 +24,10 @@ from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments
 from .checkpoints import TRAINER_STATE_NAME, read_state
+from .evaluating_trainer import PADDING
 from .report import REPORT, SplitResults, split_results, write_page
 from .rows import dataset_and_split
-from .trainer import PADDING, DetrisTrainer
+from .trainer import DetrisTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,207 @@
+"""The part of the Trainer that evaluates: objects with all their phrases, compared with their true masks."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from accelerate.utils import broadcast, gather_object
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+
+from data.masks import encode_mask
+from processing_detris import foreground
+
+from .collators import EvaluatedObject, EvaluationCollator
+from .mask_bits import pack_masks, packed_bytes, unpack_mask
+from .stopping import leave_signals_to_main_process
+
+METRIC = Path(__file__).parents[1] / "metrics" / "referring_iou"
+PADDING = -100  # in the counts of objects that have fewer phrases than others
+
+
+class SegmentedObject(NamedTuple):
+    """What was found out of an object's `k` phrases."""
+
+    ref_id: int
+    counts: np.ndarray  # (k, 3): pixels in intersection, in union and in the truth
+    masks: list[dict] | None  # a COCO RLE for each phrase, if they are kept
+
+
+class EvaluatingTrainer(Trainer):
+    """Trainer whose evaluation runs over objects, each with all their phrases, and counts pixels on the device.
+
+    It gives no loss, because the mean over a batch would depend on how rows are spread over processes. The host waits
+    for the device once a batch, when it fetches the counts and, if they are kept, the masks.
+
+    Attributes:
+        metric: counts pixels, and turns counts into IoU.
+        predicted_masks: for each object that `predict` ran over, a COCO RLE for each phrase. None unless `save_masks`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.evaluation_collator = EvaluationCollator(kwargs["processing_class"])
+        self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        self.predicted_masks: list[list[dict]] | None = None
+        self.segmented: list[list[SegmentedObject]] = []  # by this process: for each batch its objects
+        super().__init__(*args, compute_metrics=self.compute_referring_iou, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
+        """Batches of objects with all their phrases, of `eval_dataset` unless other rows are given."""
+        loader = torch.utils.data.DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.evaluation_collator,
+            worker_init_fn=leave_signals_to_main_process,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # a loader draws a seed, which must not change training's random numbers
+        )
+        return self.accelerator.prepare(loader)
+
+    get_test_dataloader = get_eval_dataloader
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate the same model in all processes, and put together what they have found.
+
+        Without SyncBatchNorm, each process has running statistics of its own. The main process's are those that get
+        saved, so all processes take them.
+
+        Returns:
+            As predictions the counts `(R, K, 3)` of all `R` objects, padded; as labels their ids `(R,)`.
+        """
+        for buffer in self.model.buffers():
+            broadcast(buffer)
+        self.segmented = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        # The processes take batches by turns. The last ones are filled up with objects of the first.
+        turns = zip(*gather_object([self.segmented]), strict=True)
+        segmented = [one for turn in turns for batch in turn for one in batch][: output.num_samples]
+        if self.predicted_masks is not None:
+            self.predicted_masks = [one.masks for one in segmented]
+        counts, ref_ids = _in_one_array([one.counts for one in segmented]), np.array([one.ref_id for one in segmented])
+        metrics = self.compute_metrics(EvalPrediction(predictions=counts, label_ids=ref_ids))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(predictions=counts, label_ids=ref_ids, metrics=output.metrics | metrics)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Segment the phrases of a batch and compare them with the truth; Trainer calls this for each batch.
+
+        Trainer gets nothing to gather, for which the processes would wait for each other and for their devices at each
+        batch: `evaluation_loop` gathers all at the end.
+
+        Raises:
+            FloatingPointError: logits are not finite. Their masks would be empty, and would be counted as such.
+        """
+        self.segmented.append(self._segment(model, inputs, keeps_masks=self.predicted_masks is not None))
+        return None, None, None
+
+    @torch.no_grad()
+    def segment(self, row: dict) -> list[dict]:
+        """Segment a row's phrases as `predict` has done before, but in this process alone.
+
+        Returns:
+            A COCO RLE for each phrase.
+        """
+        inputs = self._prepare_inputs(self.evaluation_collator([row]))
+        (segmented,) = self._segment(self.model.eval(), inputs, keeps_masks=True)
+        return segmented.masks
+
+    def _segment(self, model: torch.nn.Module, inputs: dict, keeps_masks: bool) -> list[SegmentedObject]:
+        """Segment a batch, of which at most `per_device_eval_batch_size` phrases go through the model at once."""
+        objects, image_index = inputs["objects"], inputs["image_index"]
+        truths = inputs["truths"].split([packed_bytes(one.size) for one in objects])
+        owners = [number for number, one in enumerate(objects) for _ in range(one.phrases)]  # of each phrase
+        counts, finite, packed = [], [], []
+        for first in range(0, len(owners), self.args.eval_batch_size):
+            group = owners[first : first + self.args.eval_batch_size]
+            phrases, images = slice(first, first + len(group)), slice(group[0], group[-1] + 1)
+            logits = model(
+                pixel_values=inputs["pixel_values"][images],
+                input_ids=inputs["input_ids"][phrases],
+                attention_mask=inputs["attention_mask"][phrases],
+                image_index=image_index[phrases] - group[0],
+            ).logits  # (n, h, w)
+            finite.append(logits.isfinite().all(dim=(1, 2)))
+            of_images = Counter(group)  # how many of these phrases each image has
+            for number, image_logits in zip(of_images, logits.split([*of_images.values()]), strict=True):
+                truth = unpack_mask(truths[number], objects[number].size)
+                for masks in self._masks_of_image(image_logits, objects[number].size):
+                    counts.append(self.metric.count_on_device(masks, truth))
+                    if keeps_masks:
+                        packed.append(pack_masks(masks).flatten())
+        found = torch.cat([torch.cat(counts), torch.cat(finite)[:, None]], dim=1)  # (N, 4)
+        return _fetch(objects, found, packed if keeps_masks else None)
+
+    def _masks_of_image(self, logits: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """The masks of an image's phrases, as the processor's post-processing makes them, but without a wait."""
+        processor = self.processing_class
+        for probabilities in processor.restore_probabilities(logits, [size] * len(logits)):
+            yield foreground(probabilities, processor.mask_threshold)
+
+    def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
+        """All figures of the metric, from the counts `(R, K, 3)` of all objects."""
+        counts = results.predictions.reshape(-1, 3)
+        intersection, union, reference_area = counts[counts[:, 0] != PADDING].T
+        return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        """Segment all rows. The predictions returned are counts `(R, K, 3)`, the masks are in `predicted_masks`."""
+        self.predicted_masks = [] if self.args.save_masks else None
+        return super().predict(*args, **kwargs)
+
+
+def _fetch(
+    objects: list[EvaluatedObject], found: torch.Tensor, packed: list[torch.Tensor] | None
+) -> list[SegmentedObject]:
+    """Bring what was found of `N` phrases to the host, all at once, because the host waits here for the device.
+
+    Args:
+        objects: whose phrases these are, one object's after the other's.
+        found (`(N, 4)`): each phrase's counts, and whether its logits are finite.
+        packed: bytes of the phrases' masks in parts of any length; None if they are not kept.
+
+    Raises:
+        FloatingPointError: logits are not finite.
+    """
+    fetched = torch.cat([found.view(torch.uint8).flatten(), *(packed or [])]).cpu().numpy()
+    found_bytes = found.nbytes
+    found, masks, segmented = fetched[:found_bytes].view(np.int32).reshape(-1, 4), fetched[found_bytes:], []
+    for one in objects:
+        of_object, found, rles = found[: one.phrases], found[one.phrases :], None
+        if not of_object[:, 3].all():
+            raise FloatingPointError(
+                f"The logits are not finite for a phrase of the object with ref_id {one.ref_id}: the model is broken, "
+                "or too large for half precision; evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
+            )
+        if packed is not None:
+            pixels, length = one.size[0] * one.size[1], one.phrases * packed_bytes(one.size)
+            bits = np.unpackbits(masks[:length].reshape(one.phrases, -1), axis=1, count=pixels)
+            rles, masks = [encode_mask(mask.reshape(one.size)) for mask in bits], masks[length:]
+        segmented.append(SegmentedObject(one.ref_id, of_object[:, :3].astype(np.int64), rles))
+    return segmented
+
+
+def _in_one_array(counts: list[np.ndarray]) -> np.ndarray:
+    """Counts `(k, 3)` of each of `R` objects as one array `(R, K, 3)`, padded."""
+    phrases = max(map(len, counts))
+    padded = np.full((len(counts), phrases, 3), PADDING)
+    for one, of_object in zip(padded, counts, strict=True):
+        one[: len(of_object)] = of_object
+    return padded
