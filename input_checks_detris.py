@@ -17,11 +17,12 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     image_index: torch.Tensor | None,
     labels: torch.Tensor | None,
-    training: bool,
+    encoded_text: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Raise ValueError if the model's inputs are missing, empty or do not fit each other.
 
-    In `training` the values of labels on a GPU are not checked, because the CPU would have to wait for them.
+    Numbers in them are checked where they `can_be_read`. Elsewhere PyTorch raises RuntimeError when the GPU meets an
+    `image_index` that is out of range, and wrong labels make the loss NaN.
     """
     if pixel_values is None or input_ids is None:
         given, missing = ("phrases", "pixel_values") if pixel_values is None else ("images", "input_ids")
@@ -54,16 +55,30 @@ def check_inputs(
             f"image_index has shape {tuple(image_index.shape)} and type {image_index.dtype}: give one whole number "
             f"for each of the {len(input_ids)} phrases."
         )
-    elif not 0 <= image_index.min() <= image_index.max() < len(pixel_values):
-        raise ValueError(
-            f"image_index is {image_index.tolist()}, which is out of range: there are {len(pixel_values)} images, "
-            "counted from 0."
-        )
+    else:
+        _check_range(image_index, len(pixel_values))
     if labels is not None:
-        _check_labels(config, labels, len(input_ids), training)
+        _check_labels(config, labels, len(input_ids))
+    if encoded_text is not None:
+        _check_encoded_text(config, encoded_text, *input_ids.shape)
 
 
-def _check_labels(config: DetrisConfig, labels: torch.Tensor, phrases: int, training: bool) -> None:
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether the program can read a tensor's numbers without waiting for a GPU or breaking a graph in two."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_range(image_index: torch.Tensor, images: int) -> None:
+    in_range = ((image_index >= 0) & (image_index < images)).all()
+    if not can_be_read(image_index):
+        torch._assert_async(in_range, f"image_index is out of range: there are {images} images, counted from 0.")
+    elif not in_range:
+        raise ValueError(
+            f"image_index is {image_index.tolist()}, which is out of range: there are {images} images, counted from 0."
+        )
+
+
+def _check_labels(config: DetrisConfig, labels: torch.Tensor, phrases: int) -> None:
     size = config.image_size
     if labels.shape != (phrases, size, size):
         raise ValueError(
@@ -72,11 +87,22 @@ def _check_labels(config: DetrisConfig, labels: torch.Tensor, phrases: int, trai
         )
     if labels.is_complex():
         raise ValueError(f"labels has the type {labels.dtype}: give numbers from 0 to 1.")
-    readable = not training or labels.device.type == "cpu"
-    if readable and not torch.compiler.is_compiling() and not are_masks(labels):
+    if can_be_read(labels) and not are_masks(labels):
         raise ValueError(
             f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
             "outside, and numbers between them for soft edges."
+        )
+
+
+def _check_encoded_text(
+    config: DetrisConfig, encoded_text: tuple[torch.Tensor, torch.Tensor], phrases: int, tokens: int
+) -> None:
+    shapes = [tuple(tensor.shape) for tensor in encoded_text]
+    text_config = config.text_config
+    expected = [(phrases, tokens, text_config.hidden_size), (phrases, text_config.projection_dim)]
+    if shapes != expected:
+        raise ValueError(
+            f"encoded_text has the shapes {shapes}: give what encode_text returns for these input_ids, {expected}."
         )
 
 

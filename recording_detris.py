@@ -5,7 +5,7 @@ not exist. transformers' own recording (`_can_record_outputs`) cannot do this: a
 inside its adapter layers, which do not run as a whole when an adapter is active.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -55,15 +55,19 @@ def wanted_outputs(
 
 @torch.compiler.disable  # hooks that come and go would break the graph at each layer
 def segment_and_record(
-    model: PreTrainedModel, hidden_states: bool, attentions: bool, *inputs: torch.Tensor | None
+    segment: Callable[..., dict[str, torch.Tensor]],
+    model: PreTrainedModel,
+    hidden_states: bool,
+    attentions: bool,
+    *inputs: torch.Tensor | None,
 ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
-    """Run `model._segment` on `inputs`, and add to what it returns the hidden states and attentions that are wanted.
+    """Let `segment` run the `model`, and add to what it returns the hidden states and attentions that are wanted.
 
     The last one of `inputs` is `image_index`. What the vision backbone computed once for all phrases of an image is
     repeated for each of them.
     """
     with _recording(model, hidden_states, attentions) as recorded:
-        outputs = model._segment(*inputs)
+        outputs = segment(*inputs)
     image_index = inputs[-1]
     if image_index is not None:
         shared = count_shared_layers(model.vision_model.encoder.layer)
@@ -71,7 +75,8 @@ def segment_and_record(
         for name, count in (("vision_attentions", shared), ("vision_hidden_states", shared + 1 if shared else 0)):
             values = recorded.get(name, [])
             values[:count] = [value[image_index] for value in values[:count]]
-    return outputs | {name: tuple(values) for name, values in recorded.items()}
+    # The text backbone does not run, and so records nothing, if the phrases were encoded before.
+    return outputs | {name: tuple(values) for name, values in recorded.items() if values}
 
 
 def count_shared_layers(layers: nn.ModuleList) -> int:
