@@ -192,7 +192,7 @@ class DetrisTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
     )
-    logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
+    logging_nan_inf_filter: bool = False  # it would wait for the device at each step
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # without it, bf16 is refused on a CPU
@@ -402,6 +402,10 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
         raise ValueError(
             f"warmup_steps is {args.warmup_steps}, but the milestones' schedule has no warm-up: give another "
             "lr_scheduler_type, such as constant_with_warmup."
+        )
+    if args.logging_nan_inf_filter:
+        raise ValueError(
+            "logging_nan_inf_filter is true, but a loss that is not finite stops the training: leave it out."
         )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}: DETRIS's loss has none, give 0.")

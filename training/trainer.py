@@ -12,6 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub.utils import httpx
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from configuration_detris import one_line
 from data.masks import RleMask
@@ -27,6 +28,7 @@ from .evaluating_trainer import EvaluatingTrainer
 from .stopping import leave_signals_to_main_process
 
 STREAMED_RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
+NEVER = 2**62  # a step that no run reaches
 
 
 class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
@@ -59,6 +61,7 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
             train_dataset = self.mixture.rows
         if isinstance(train_dataset, datasets.Dataset):  # the collator decodes masks, and only their boxes
             train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
+        self.first_bad_step: torch.Tensor | None = None  # on the device: the first whose loss was not finite, or NEVER
         super().__init__(
             model=model,
             args=args,
@@ -88,20 +91,50 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train as Trainer does. What a run that was stopped before has noted is forgotten."""
+        self.first_bad_step = None
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """The loss and gradients of a batch. Trainer updates the weights after it.
 
-        Raises:
-            FloatingPointError: the loss is not finite.
+        A loss that is not finite is noted on the device, because the host would have to wait for it at each step.
         """
-        loss = super().training_step(*args, **kwargs)
-        # The sum over all processes, so that all of them stop: one that went on could save weights that others broke.
-        if not torch.isfinite(self.accelerator.reduce(loss)):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}: training stops before this step's "
-                "update, and the last checkpoint is as it was. Lower the learning rate, or try bf16 or fp32 for fp16."
-            )
+        loss, step = super().training_step(*args, **kwargs), self.state.global_step + 1
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), NEVER, device=loss.device)
+        self.first_bad_step = torch.where(loss.isfinite(), self.first_bad_step, self.first_bad_step.clamp(max=step))
         return loss
+
+    def stop_if_loss_was_not_finite(self) -> None:
+        """Stop all processes if one has had a loss that is not finite since this was asked before.
+
+        Raises:
+            FloatingPointError: names the first step with such a loss.
+        """
+        if self.first_bad_step is None:
+            return
+        first = int(self.accelerator.gather(self.first_bad_step).min())
+        if first < NEVER:
+            raise FloatingPointError(
+                f"The loss of step {first} is not finite: training stops after step {self.state.global_step}. The "
+                "weights in memory are lost and are not saved; the last checkpoint is as it was. Lower the learning "
+                "rate, or try bf16 or fp32 for fp16."
+            )
+        self.first_bad_step = None
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Log, evaluate and save what is due, with finite losses alone. Trainer calls this after each step."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.stop_if_loss_was_not_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does. Raises FloatingPointError if a loss or a weight is not finite."""
+        self.stop_if_loss_was_not_finite()
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the model, or its adapters, and the processor. Trainer calls this for checkpoints and at the end."""
