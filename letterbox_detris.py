@@ -120,13 +120,15 @@ def _restoring_matrix(
     original: int, scale: float, bias: float, side: int, length: int, device: torch.device
 ) -> torch.Tensor:
     """One axis of the way back, `(original, length)`: from the map to the square, and from there to the image."""
-    positions = torch.from_numpy(_sampling_positions(original, scale, bias))
-    d = (positions[:, None] - torch.arange(side)).abs()  # (original, side)
-    a = CUBIC_COEFFICIENT
+    positions = torch.from_numpy(_sampling_positions(original, scale, bias))[:, None]
+    neighbours = positions.floor() + torch.arange(-1, 3)  # (original, 4)
+    d, a = (positions - neighbours).abs(), CUBIC_COEFFICIENT
     near = ((a + 2) * d - (a + 3)) * d**2 + 1
     far = (((d - 5) * d + 8) * d - 4) * a
-    warp = torch.where(d <= 1, near, far) * (d < 2)  # a sample beyond the square counts as 0
-    return (warp @ _enlarging_matrix(side, length)).to(device=device, dtype=torch.float32)
+    inside = (neighbours >= 0) & (neighbours < side)  # a sample beyond the square counts as 0
+    weights = torch.where(d <= 1, near, far) * inside
+    enlarged = _enlarging_matrix(side, length)[neighbours.long().clamp(0, side - 1)]  # (original, 4, length)
+    return (weights[:, None] @ enlarged)[:, 0].to(device=device, dtype=torch.float32)
 
 
 @lru_cache(maxsize=CACHED_SIZES)

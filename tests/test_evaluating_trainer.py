@@ -8,12 +8,22 @@ import pytest
 import torch
 from helpers.models import randomize
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from benchmarks.counting import Operations
 from train_hf import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def predict(trainer, rows) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """Counts `(R, K, 3)`, and for each row its masks as lists of pixels."""
+    masks = {}
+
+    def receive(index, one):
+        masks[index] = [one.mask(phrase).tolist() for phrase in range(len(one.counts))]
+
+    counts = trainer.predict(rows, receive=receive).predictions
+    return counts, [masks[index] for index in range(len(rows))]
 
 
 @torch.no_grad()
@@ -58,7 +68,7 @@ def test_phrases_go_through_in_chunks_to_the_same_counts_and_masks(make_trainer,
             return forward(*args, **inputs)
 
         trainer.model.forward = recording_forward
-        outputs[size] = (trainer.predict(talkative).predictions, trainer.predicted_masks)
+        outputs[size] = predict(trainer, talkative)
         phrases = sum(map(len, talkative["sentences"]))
         assert sum(number for number, _ in sizes) == phrases and max(number for number, _ in sizes) == min(
             size, phrases
@@ -83,7 +93,7 @@ def test_ways_of_gathering_change_nothing(config_file, make_trainer, talkative, 
     plain, other = make_trainer(), make_trainer(**options)
     expected, found = plain.predict(talkative), other.predict(talkative)
     assert np.array_equal(found.predictions, expected.predictions)
-    assert other.predicted_masks == plain.predicted_masks
+    assert predict(other, talkative)[1] == predict(plain, talkative)[1]
     figures = {name for name in expected.metrics if "iou" in name or "precision" in name}
     assert figures and all(found.metrics[name] == expected.metrics[name] for name in figures)
     assert other.evaluate(talkative)["eval_mean_iou"] == expected.metrics["test_mean_iou"]
@@ -115,8 +125,9 @@ def test_logits_that_are_not_finite_stop_an_evaluation_and_name_the_object(make_
 @pytest.mark.parametrize("keeps_masks", [False, True])
 def test_the_host_waits_once_a_batch(make_trainer, shapes, monkeypatch, keeps_masks):
     monkeypatch.setattr("input_checks_detris.can_be_read", lambda tensor: False)
-    trainer = make_trainer(per_device_eval_batch_size=3, model_config={"mask_threshold": 0.25})
-    trainer.predicted_masks = [] if keeps_masks else None
+    trainer = make_trainer(per_device_eval_batch_size=4, model_config={"mask_threshold": 0.25})
+    received = {}
+    trainer.receive, trainer.evaluated_rows = received.__setitem__ if keeps_masks else None, 3
     rows = [shapes["val"][index] | {"sentences": ["a", "b", "a b", "b a"][: 4 - index]} for index in range(3)]
     inputs, model = trainer._prepare_inputs(trainer.evaluation_collator(rows)), trainer.model.eval()
     on_device = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
@@ -126,11 +137,13 @@ def test_the_host_waits_once_a_batch(make_trainer, shapes, monkeypatch, keeps_ma
     (segmented,) = trainer.segmented
     assert [one.ref_id for one in segmented] == [row["ref_id"] for row in rows]
     for one, row in zip(segmented, rows, strict=True):
-        assert one.counts.shape == (len(row["sentences"]), 3) and (one.masks is not None) == keeps_masks
-        assert (one.counts[:, 2] == row["mask"].sum()).all()
-        for rle, counts in zip(one.masks or [], one.counts):
-            mask, truth = coco_mask.decode(rle) == 1, row["mask"] == 1
-            assert counts.tolist() == [(mask & truth).sum(), (mask | truth).sum(), truth.sum()]
+        assert one.counts.shape == (len(row["sentences"]), 3) and (one.counts[:, 2] == row["mask"].sum()).all()
+    assert list(received) == (list(range(3)) if keeps_masks else [])
+    for index, one in received.items():
+        truth = rows[index]["mask"] == 1
+        for phrase, counts in enumerate(one.counts.tolist()):
+            mask = one.mask(phrase) == 1
+            assert counts == [(mask & truth).sum(), (mask | truth).sum(), truth.sum()]
 
 
 def test_true_masks_reach_the_device_in_bits(make_trainer, shapes):
@@ -141,3 +154,37 @@ def test_true_masks_reach_the_device_in_bits(make_trainer, shapes):
     assert [(one.ref_id, one.phrases, one.size) for one in inputs["objects"]] == [
         (row["ref_id"], len(row["sentences"]), row["mask"].shape) for row in rows
     ]
+
+
+def test_workers_that_live_on_are_kept_for_the_rows_that_are_evaluated_again(make_trainer, shapes):
+    options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
+    trainer = make_trainer(**options)
+    state = torch.random.get_rng_state()
+    figures, workers = [], set()
+    for _ in range(3):
+        metrics = trainer.evaluate()
+        figures.append({name: value for name, value in metrics.items() if "iou" in name or "precision" in name})
+        loader = trainer.callback_handler.eval_dataloader
+        assert loader.prefetch_factor == 3
+        workers |= {worker.pid for worker in loader._iterator._workers}
+    assert len(workers) == 1 and figures[0] == figures[1] == figures[2]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert trainer.predict(shapes["testA"]).label_ids.tolist() == shapes["testA"]["ref_id"]
+    assert not trainer.callback_handler.eval_dataloader.persistent_workers
+    alone = make_trainer().evaluate()
+    assert figures[0] == {name: alone[name] for name in figures[0]}
+
+
+@pytest.mark.parametrize("process, expected", [(0, [0, 1, 4, 5]), (1, [2, 3, 6])])
+def test_objects_that_fill_up_the_last_batches_are_not_segmented(make_trainer, shapes, monkeypatch, process, expected):
+    """Of 7 objects in batches of 2 for each of two processes, the last one comes with the first, once more."""
+    trainer, rows = make_trainer(), shapes["train"].take(7)
+    received = {}
+    trainer.receive, trainer.evaluated_rows = received.__setitem__, 7
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(type(trainer.args), "process_index", process)
+    for batch in ([0, 1], [4, 5]) if process == 0 else ([2, 3], [6, 0]):
+        inputs = trainer._prepare_inputs(trainer.evaluation_collator([rows[index] for index in batch]))
+        trainer.prediction_step(trainer.model.eval(), inputs, prediction_loss_only=False)
+    assert list(received) == expected
+    assert [one.ref_id for one in received.values()] == [rows[index]["ref_id"] for index in expected]

@@ -1,7 +1,7 @@
 """The part of the Trainer that evaluates: objects with all their phrases, compared with their true masks."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from accelerate.utils import broadcast, gather_object
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from data.masks import encode_mask
 from processing_detris import foreground
 
 from .collators import EvaluatedObject, EvaluationCollator
@@ -28,8 +27,13 @@ class SegmentedObject(NamedTuple):
     """What was found out of an object's `k` phrases."""
 
     ref_id: int
+    size: tuple[int, int]  # of its image: height and width in pixels
     counts: np.ndarray  # (k, 3): pixels in intersection, in union and in the truth
-    masks: list[dict] | None  # a COCO RLE for each phrase, if they are kept
+    masks: np.ndarray | None = None  # (k, b): their bits, if they are kept
+
+    def mask(self, phrase: int) -> np.ndarray:
+        """The mask of a phrase, `(H, W)` in uint8, 0 and 1."""
+        return np.unpackbits(self.masks[phrase], count=self.size[0] * self.size[1]).reshape(self.size)
 
 
 class EvaluatingTrainer(Trainer):
@@ -40,28 +44,41 @@ class EvaluatingTrainer(Trainer):
 
     Attributes:
         metric: counts pixels, and turns counts into IoU.
-        predicted_masks: for each object that `predict` ran over, a COCO RLE for each phrase. None unless `save_masks`.
     """
 
     def __init__(self, *args, **kwargs):
         self.evaluation_collator = EvaluationCollator(kwargs["processing_class"])
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
-        self.predicted_masks: list[list[dict]] | None = None
-        self.segmented: list[list[SegmentedObject]] = []  # by this process: for each batch its objects
+        self.receive: Callable[[int, SegmentedObject], None] | None = None  # what `predict` was given
+        self.segmented: list[list[SegmentedObject]] = []  # by this process: for each batch its objects, without masks
+        self.evaluated_rows = 0  # how many all processes evaluate
+        self.kept_loader: torch.utils.data.DataLoader | None = None  # of `eval_dataset`, with workers that live on
         super().__init__(*args, compute_metrics=self.compute_referring_iou, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
-        """Batches of objects with all their phrases, of `eval_dataset` unless other rows are given."""
+        """Batches of objects with all their phrases, of `eval_dataset` unless other rows are given.
+
+        Workers that live on are kept for `eval_dataset` alone, which is evaluated again and again.
+        """
+        args, rows = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
+        keeps_workers = args.dataloader_persistent_workers and rows is self.eval_dataset
+        if keeps_workers and self.kept_loader is not None:
+            return self.kept_loader
         loader = torch.utils.data.DataLoader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            batch_size=self.args.eval_batch_size,
+            rows,
+            batch_size=args.eval_batch_size,
             collate_fn=self.evaluation_collator,
             worker_init_fn=leave_signals_to_main_process,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=keeps_workers,
+            pin_memory=args.dataloader_pin_memory,
             generator=torch.Generator(),  # a loader draws a seed, which must not change training's random numbers
         )
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        if keeps_workers:
+            self.kept_loader = loader
+        return loader
 
     get_test_dataloader = get_eval_dataloader
 
@@ -83,15 +100,12 @@ class EvaluatingTrainer(Trainer):
         """
         for buffer in self.model.buffers():
             broadcast(buffer)
-        self.segmented = []
+        self.segmented, self.evaluated_rows = [], len(dataloader.dataset)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        # The processes take batches by turns. The last ones are filled up with objects of the first.
-        turns = zip(*gather_object([self.segmented]), strict=True)
-        segmented = [one for turn in turns for batch in turn for one in batch][: output.num_samples]
-        if self.predicted_masks is not None:
-            self.predicted_masks = [one.masks for one in segmented]
+        turns = zip(*gather_object([self.segmented]), strict=True)  # the processes take batches by turns
+        segmented = [one for turn in turns for batch in turn for one in batch]
         counts, ref_ids = _in_one_array([one.counts for one in segmented]), np.array([one.ref_id for one in segmented])
         metrics = self.compute_metrics(EvalPrediction(predictions=counts, label_ids=ref_ids))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -109,24 +123,28 @@ class EvaluatingTrainer(Trainer):
         Raises:
             FloatingPointError: logits are not finite. Their masks would be empty, and would be counted as such.
         """
-        self.segmented.append(self._segment(model, inputs, keeps_masks=self.predicted_masks is not None))
+        first = (len(self.segmented) * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        # Several processes get as many batches each: the last are filled up with objects that were evaluated already.
+        objects = inputs["objects"][: max(self.evaluated_rows - first, 0)]
+        segmented = self._segment(model, inputs | {"objects": objects}, self.receive is not None) if objects else []
+        self.segmented.append([one._replace(masks=None) for one in segmented])
+        if self.receive is not None:
+            for index, one in enumerate(segmented, first):
+                self.receive(index, one)
         return None, None, None
 
     @torch.no_grad()
-    def segment(self, row: dict) -> list[dict]:
-        """Segment a row's phrases as `predict` has done before, but in this process alone.
-
-        Returns:
-            A COCO RLE for each phrase.
-        """
+    def segment(self, row: dict) -> SegmentedObject:
+        """Segment a row's phrases as `predict` has done before, but in this process alone."""
         inputs = self._prepare_inputs(self.evaluation_collator([row]))
         (segmented,) = self._segment(self.model.eval(), inputs, keeps_masks=True)
-        return segmented.masks
+        return segmented
 
     def _segment(self, model: torch.nn.Module, inputs: dict, keeps_masks: bool) -> list[SegmentedObject]:
         """Segment a batch, of which at most `per_device_eval_batch_size` phrases go through the model at once."""
         objects, image_index = inputs["objects"], inputs["image_index"]
-        truths = inputs["truths"].split([packed_bytes(one.size) for one in objects])
+        lengths = [packed_bytes(one.size) for one in objects]
+        truths = inputs["truths"][: sum(lengths)].split(lengths)
         owners = [number for number, one in enumerate(objects) for _ in range(one.phrases)]  # of each phrase
         counts, finite, packed = [], [], []
         for first in range(0, len(owners), self.args.eval_batch_size):
@@ -161,10 +179,20 @@ class EvaluatingTrainer(Trainer):
         intersection, union, reference_area = counts[counts[:, 0] != PADDING].T
         return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
 
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        """Segment all rows. The predictions returned are counts `(R, K, 3)`, the masks are in `predicted_masks`."""
-        self.predicted_masks = [] if self.args.save_masks else None
-        return super().predict(*args, **kwargs)
+    def predict(
+        self, *args, receive: Callable[[int, SegmentedObject], None] | None = None, **kwargs
+    ) -> PredictionOutput:
+        """Segment all rows, as Trainer does. The predictions returned are counts `(R, K, 3)`.
+
+        Args:
+            receive: gets the index of a row, and what was found of it with its masks, as soon as this process has it.
+                Each process gets the rows that it has segmented itself.
+        """
+        self.receive = receive
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.receive = None
 
 
 def _fetch(
@@ -181,20 +209,18 @@ def _fetch(
         FloatingPointError: logits are not finite.
     """
     fetched = torch.cat([found.view(torch.uint8).flatten(), *(packed or [])]).cpu().numpy()
-    found_bytes = found.nbytes
-    found, masks, segmented = fetched[:found_bytes].view(np.int32).reshape(-1, 4), fetched[found_bytes:], []
+    found, bits = fetched[: found.nbytes].view(np.int32).reshape(-1, 4), fetched[found.nbytes :]
+    segmented = []
     for one in objects:
-        of_object, found, rles = found[: one.phrases], found[one.phrases :], None
+        of_object, found = np.split(found, [one.phrases])
         if not of_object[:, 3].all():
             raise FloatingPointError(
                 f"The logits are not finite for a phrase of the object with ref_id {one.ref_id}: the model is broken, "
                 "or too large for half precision; evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
             )
-        if packed is not None:
-            pixels, length = one.size[0] * one.size[1], one.phrases * packed_bytes(one.size)
-            bits = np.unpackbits(masks[:length].reshape(one.phrases, -1), axis=1, count=pixels)
-            rles, masks = [encode_mask(mask.reshape(one.size)) for mask in bits], masks[length:]
-        segmented.append(SegmentedObject(one.ref_id, of_object[:, :3].astype(np.int64), rles))
+        masks, bits = np.split(bits, [one.phrases * packed_bytes(one.size)])
+        masks = None if packed is None else masks.reshape(one.phrases, -1)
+        segmented.append(SegmentedObject(one.ref_id, one.size, of_object[:, :3].astype(np.int64), masks))
     return segmented
 
 
