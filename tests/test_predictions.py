@@ -26,6 +26,10 @@ def segmented(row, masks) -> SegmentedObject:
     return SegmentedObject(row["ref_id"], truth.shape, counts, np.packbits(masks.reshape(len(masks), -1), axis=1))
 
 
+def everything(row) -> SegmentedObject:
+    return segmented(row, np.ones((len(row["sentences"]), *row["mask"].shape), bool))
+
+
 def test_masks_and_pictures_are_whole_when_the_writer_ends(shapes, tmp_path):
     rows, generator = shapes["val"], np.random.default_rng(0)
     masks = [generator.random((len(row["sentences"]), *row["mask"].shape)) < 0.3 for row in rows]
@@ -51,9 +55,7 @@ def test_the_writer_works_while_others_are_segmented_and_keeps_few_in_memory(sha
         return sample.image
 
     monkeypatch.setattr(predictions, "draw_sample", draw)
-    one = segmented(
-        shapes["val"][0], np.ones((len(shapes["val"][0]["sentences"]), *shapes["val"][0]["mask"].shape), bool)
-    )
+    one = everything(shapes["val"][0])
     with PictureWriter(tmp_path, shapes["val"], Metric, shows_progress=False) as writer:
         for _ in range(IN_WORK):
             writer.add(0, one)
@@ -73,9 +75,7 @@ def test_an_error_of_a_thread_is_raised(shapes, tmp_path, monkeypatch, late):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(predictions, "draw_sample", fail)
-    one = segmented(
-        shapes["val"][0], np.ones((len(shapes["val"][0]["sentences"]), *shapes["val"][0]["mask"].shape), bool)
-    )
+    one = everything(shapes["val"][0])
     added = []
     with pytest.raises(OSError, match="No space left"):
         with PictureWriter(tmp_path, shapes["val"], Metric, shows_progress=False) as writer:
