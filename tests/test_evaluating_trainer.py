@@ -175,16 +175,39 @@ def test_workers_that_live_on_are_kept_for_the_rows_that_are_evaluated_again(mak
     assert figures[0] == {name: alone[name] for name in figures[0]}
 
 
-@pytest.mark.parametrize("process, expected", [(0, [0, 1, 4, 5]), (1, [2, 3, 6])])
-def test_objects_that_fill_up_the_last_batches_are_not_segmented(make_trainer, shapes, monkeypatch, process, expected):
+@pytest.mark.parametrize(
+    "options", [{"bf16_full_eval": True}, {"bf16": True}], ids=lambda options: next(iter(options))
+)
+def test_in_bfloat16_masks_are_all_but_the_same(make_trainer, shapes, options):
+    masks, dtypes = [], []
+    for arguments in ({}, options):
+        trainer = make_trainer(do_train=False, model_config={"mask_threshold": 0.5}, **arguments)
+        randomize(trainer.model)
+        masks.append(predict(trainer, shapes["val"])[1])
+        half = trainer.model.mask_head.output_projection.weight.dtype
+        assert half == (torch.bfloat16 if "bf16_full_eval" in arguments else torch.float32)
+    ours, theirs = (np.concatenate([np.ravel(row) for row in each]) == 1 for each in masks)
+    assert 0.1 < theirs.mean() < 0.9 and 0.9 < (ours & theirs).sum() / (ours | theirs).sum() < 1
+
+
+@pytest.mark.parametrize(
+    "process, rows, expected", [(0, 7, [0, 1, 4, 5]), (1, 7, [2, 3, 6]), (1, 6, [2, 3]), (1, 8, [2, 3, 6, 7])]
+)
+def test_objects_that_fill_up_the_last_batches_are_not_segmented(
+    make_trainer, shapes, monkeypatch, process, rows, expected
+):
     """Of 7 objects in batches of 2 for each of two processes, the last one comes with the first, once more."""
-    trainer, rows = make_trainer(), shapes["train"].take(7)
-    received = {}
-    trainer.receive, trainer.evaluated_rows = received.__setitem__, 7
+    trainer, received = make_trainer(), {}
+    trainer.receive, trainer.evaluated_rows = received.__setitem__, rows
+    rows = shapes["train"].take(rows)
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     monkeypatch.setattr(type(trainer.args), "process_index", process)
-    for batch in ([0, 1], [4, 5]) if process == 0 else ([2, 3], [6, 0]):
-        inputs = trainer._prepare_inputs(trainer.evaluation_collator([rows[index] for index in batch]))
+    for batch in ([0, 1], [4, 5]) if process == 0 else ([2, 3], [6, 7]):
+        batch = [rows[index % len(rows)] for index in batch]
+        inputs = trainer._prepare_inputs(trainer.evaluation_collator(batch))
         trainer.prediction_step(trainer.model.eval(), inputs, prediction_loss_only=False)
     assert list(received) == expected
     assert [one.ref_id for one in received.values()] == [rows[index]["ref_id"] for index in expected]
+    assert [one.ref_id for batch in trainer.segmented for one in batch] == [
+        rows[index]["ref_id"] for index in expected
+    ]

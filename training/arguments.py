@@ -407,6 +407,12 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
         raise ValueError(
             "logging_nan_inf_filter is true, but a loss that is not finite stops the training: leave it out."
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name) and args.push_to_hub:
+            raise ValueError(
+                f"{name} rounds the weights in memory, and push_to_hub would upload them so: leave one of them out, or "
+                "evaluate by autocast, with bf16."
+            )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}: DETRIS's loss has none, give 0.")
     if args.metric_for_best_model is not None:

@@ -125,8 +125,10 @@ class EvaluatingTrainer(Trainer):
         """
         first = (len(self.segmented) * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         # Several processes get as many batches each: the last are filled up with objects that were evaluated already.
-        objects = inputs["objects"][: max(self.evaluated_rows - first, 0)]
-        segmented = self._segment(model, inputs | {"objects": objects}, self.receive is not None) if objects else []
+        # One goes through all the same, because a model that is divided among processes needs each of them at first.
+        new = max(self.evaluated_rows - first, 0)
+        inputs["objects"] = inputs["objects"][: max(new, 1)]
+        segmented = self._segment(model, inputs, keeps_masks=self.receive is not None)[:new]
         self.segmented.append([one._replace(masks=None) for one in segmented])
         if self.receive is not None:
             for index, one in enumerate(segmented, first):
