@@ -179,7 +179,7 @@ def test_workers_that_live_on_are_kept_for_the_rows_that_are_evaluated_again(mak
     "options", [{"bf16_full_eval": True}, {"bf16": True}], ids=lambda options: next(iter(options))
 )
 def test_in_bfloat16_masks_are_all_but_the_same(make_trainer, shapes, options):
-    masks, dtypes = [], []
+    masks = []
     for arguments in ({}, options):
         trainer = make_trainer(do_train=False, model_config={"mask_threshold": 0.5}, **arguments)
         randomize(trainer.model)

@@ -222,6 +222,8 @@ class DetrisTrainingArguments(TrainingArguments):
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
         super().__post_init__()
+        if self.dataloader_pin_memory:  # otherwise each batch that is copied would wait for the device
+            self.accelerator_config.non_blocking = True
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % parts:
@@ -410,8 +412,8 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name) and args.push_to_hub:
             raise ValueError(
-                f"{name} rounds the weights in memory, and push_to_hub would upload them so: leave one of them out, or "
-                "evaluate by autocast, with bf16."
+                f"{name} rounds the weights in memory, and push_to_hub would upload them so: leave one of them out, "
+                "or evaluate by autocast, with bf16."
             )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}: DETRIS's loss has none, give 0.")

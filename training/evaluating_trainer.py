@@ -62,7 +62,7 @@ class EvaluatingTrainer(Trainer):
         """
         args, rows = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
         keeps_workers = args.dataloader_persistent_workers and rows is self.eval_dataset
-        if keeps_workers and self.kept_loader is not None:
+        if keeps_workers and self.kept_loader is not None and self.kept_loader.dataset is rows:
             return self.kept_loader
         loader = torch.utils.data.DataLoader(
             rows,

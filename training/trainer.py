@@ -206,7 +206,13 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
         )
         # `accelerator.prepare` would divide the batches among the processes, but they are divided already.
         return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+            loader,
+            args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=args.accelerator_config.non_blocking,
         )
 
     def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
