@@ -225,7 +225,8 @@ def test_an_empty_mask_is_trained_on_as_zeros(make_trainer, generalized):
 @pytest.mark.parametrize("pinned", [True, False])
 def test_batches_in_pinned_memory_are_copied_without_a_wait(make_trainer, prepared, pinned):
     streamed = StreamedRows(parquet_files(str(prepared))["train"])
-    trainers = [make_trainer(rows=rows, dataloader_pin_memory=pinned) for rows in (8, streamed)]
+    options = {"use_cpu": False, "dataloader_pin_memory": pinned}  # `use_cpu` would switch it off
+    trainers = [make_trainer(rows=rows, **options) for rows in (8, streamed)]
     loaders = [trainer.get_train_dataloader() for trainer in trainers] + [trainers[0].get_eval_dataloader()]
     assert [loader.pin_memory for loader in loaders] == [pinned] * 3
     assert [loader._non_blocking for loader in loaders] == [pinned] * 3
