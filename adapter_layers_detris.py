@@ -77,7 +77,7 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
     def _adapt(self, adapter_name: str, *args: torch.Tensor) -> torch.Tensor:
         # Checkpointing computes the layer again during the backward pass. By then the batch norms have counted this
         # batch; counting it twice would make the running statistics differ from those of a run without checkpointing.
-        recomputing = torch._C._current_graph_task_id() != -1
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         with _running_statistics_kept(self) if recomputing else nullcontext():
             return self.scale[adapter_name] * self.detris_adapter[adapter_name](*args)
 

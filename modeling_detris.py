@@ -340,7 +340,7 @@ class DetrisForReferringSegmentation(
         # Without a mask: with one, CLIP would compute other values at padding positions, which the text adapters read.
         words = self.text_model(input_ids, return_dict=True).last_hidden_state  # (N, L, C)
         # The end token is the one with the largest id.
-        end_of_text = words[torch.arange(len(words), device=words.device), input_ids.argmax(dim=1)]  # (N, C)
+        end_of_text = words[torch.arange(words.shape[0], device=words.device), input_ids.argmax(dim=1)]  # (N, C)
         return words, self.text_projection(end_of_text)
 
     def encode_images(
@@ -385,11 +385,11 @@ class DetrisForReferringSegmentation(
         # pretrained table itself is not changed, so each image size is resampled from the original.
         embeddings = self.vision_model.embeddings
         patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
-        class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)
+        class_tokens = embeddings.cls_token.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([class_tokens, patches], dim=1)
         hidden_states = hidden_states + resample_position_table(embeddings.position_embeddings, self.config.grid_size)
         if self.config.prefix_length > 1:
-            registers = embeddings.register_tokens.expand(len(patches), -1, -1)
+            registers = embeddings.register_tokens.expand(patches.shape[0], -1, -1)
             hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
         return embeddings.dropout(hidden_states)
 
