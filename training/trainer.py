@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, is_compiled_module
 from huggingface_hub.utils import httpx
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
@@ -209,6 +209,18 @@ class DetrisTrainer(CheckpointingTrainer):
         return self.accelerator.prepare(loader)
 
     get_test_dataloader = get_eval_dataloader
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, *args) -> torch.nn.Module:
+        """The model as it is trained or evaluated. Trainer calls this.
+
+        With `torch_compile`, Trainer compiles the model for training, or for the first evaluation if nothing is
+        trained. All other evaluations would run uncompiled.
+        """
+        wrapped = super()._wrap_model(model, training, *args)
+        prepared = self.accelerator._models and wrapped is model and not is_compiled_module(model)
+        if training or not self.args.torch_compile or not prepared:
+            return wrapped
+        return torch.compile(model, **self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         """Evaluate the same model in all processes.
