@@ -42,13 +42,6 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         self.detris_adapter = nn.ModuleDict()
         self.scale = {}
 
-    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Checkpoint the layer in training, if transformers has switched that on."""
-        if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
-            # Reentrant checkpointing computes no gradients for a layer whose input needs none.
-            hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
-        return super().__call__(hidden_states, *args, **kwargs)
-
     def make_adapter(self, config: PeftConfig, model_config: PreTrainedConfig) -> nn.Module:
         """Build an adapter that fits the layer."""
         raise NotImplementedError

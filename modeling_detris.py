@@ -24,6 +24,7 @@ try:
     from .adapters_detris import BatchFirstAttention, ConvNormReLU
     from .backbones_detris import BACKBONE_CLASSES, FromBackbones
     from .configuration_detris import DetrisConfig
+    from .gradient_checkpointing_detris import GradientCheckpointing
     from .input_checks_detris import are_masks, check_inputs
     from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from .recording_detris import segment_and_record, wanted_outputs
@@ -37,6 +38,7 @@ except ImportError:
     from adapters_detris import BatchFirstAttention, ConvNormReLU
     from backbones_detris import BACKBONE_CLASSES, FromBackbones
     from configuration_detris import DetrisConfig
+    from gradient_checkpointing_detris import GradientCheckpointing
     from input_checks_detris import are_masks, check_inputs
     from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from recording_detris import segment_and_record, wanted_outputs
@@ -295,7 +297,7 @@ class DetrisMaskHead(nn.Module):
 
 
 class DetrisForReferringSegmentation(
-    AdapterSharing, AdapterSwitching, WholeModelSaving, FromBackbones, PreTrainedModel
+    AdapterSharing, AdapterSwitching, WholeModelSaving, FromBackbones, GradientCheckpointing, PreTrainedModel
 ):
     """
     Segments what phrases name in images (official `model/segmenter.py`).

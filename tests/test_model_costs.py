@@ -1,0 +1,133 @@
+"""What a forward pass and a training step cost: arithmetic, launches and memory, counted without a GPU.
+
+Models of the paper's size lie on the meta device, where operations have shapes and no values.
+"""
+
+import copy
+
+import pytest
+import torch
+from helpers.models import small_config, small_inputs, small_model
+from peft import get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configuration_detris import DetrisConfig
+from modeling_detris import DetrisForReferringSegmentation
+from peft_detris import DetrisAdapterConfig
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+]
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
+
+
+def base_model(**fields) -> DetrisForReferringSegmentation:
+    """A model of the paper's base size on the meta device, in training."""
+    with torch.device("meta"):
+        return DetrisForReferringSegmentation(DetrisConfig(**fields)).train()
+
+
+def base_inputs(count: int) -> dict[str, torch.Tensor]:
+    """Images, phrases and masks for `base_model`, on the meta device."""
+    images, labels = torch.empty(count, 3, 448, 448, device="meta"), torch.empty(count, 448, 448, device="meta")
+    return {
+        "pixel_values": images,
+        "input_ids": torch.zeros(count, 17, dtype=torch.long, device="meta"),
+        "labels": labels,
+    }
+
+
+def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
+    """Check that two models, equal before their backward passes, have the same gradients up to rounding."""
+    pairs = [(name, ours.grad, p.grad) for (name, ours), p in zip(model.named_parameters(), expected.parameters())]
+    scale = torch.stack([gradient.norm() for _, _, gradient in pairs if gradient is not None]).norm()
+    for name, ours, gradient in pairs:
+        assert (ours is None) == (gradient is None), name
+        if gradient is not None:
+            assert (ours - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * scale, name
+
+
+# --- Checkpointing ---------------------------------------------------------------------------------------------------
+
+
+# By hand, in GFLOP a pair: what the layers from the first adapter on cost (forward, for the second time) and the
+# backward pass without checkpointing. Before, a graph reached down to the embeddings: 662 and 651.
+@pytest.mark.parametrize(("fields", "gflop"), [({}, 602), ({"peft_method": "none"}, 180)])
+def test_checkpointing_spares_the_backward_pass_below_the_first_adapter(fields, gflop):
+    model = base_model(**fields)
+    model.gradient_checkpointing_enable()
+    loss = model(**base_inputs(1)).loss
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, abs=1)
+
+
+def detris_in_peft() -> nn.Module:
+    fields = {"vision_adapter_layers": [2], "text_adapter_layers": [1]}
+    peft_config = DetrisAdapterConfig(**fields, vision_adapter_dim=32, text_adapter_dim=16, aligner_dropout=0.0)
+    return get_peft_model(small_model(small_config(peft_method="none")), peft_config)
+
+
+def lora_without_its_first_layers() -> nn.Module:
+    model = small_model(small_config(peft_method="lora"))
+    for name, parameter in model.named_parameters():
+        if "encoder.layer.0." in name or "encoder.layer.1." in name or "encoder.layers.0." in name:
+            parameter.requires_grad = False
+    return model
+
+
+MODELS = {
+    "adapters": lambda: small_model(small_config(vision_adapter_layers=[2], text_adapter_layers=[1])),
+    "adapters in PEFT": detris_in_peft,
+    "lora": lora_without_its_first_layers,
+    "no adapters": lambda: small_model(small_config(peft_method="none")),
+    "unfrozen": lambda: small_model(small_config(freeze_backbones=False, peft_method="none")),
+}
+# Vision layers and text layers that gradients reach.
+REACHED = {"no adapters": ([], []), "unfrozen": ([0, 1, 2, 3], [0, 1, 2])}
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_computes_again_what_gradients_reach_and_nothing_else(name, reentrant, recwarn):
+    plain = MODELS[name]().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    graphs, again = ([], []), ([], [])
+
+    def look(tower, index):
+        def hook(layer, inputs, output):
+            if torch._C._current_graph_task_id() != -1:
+                again[tower].append(index)
+            elif output.requires_grad:
+                graphs[tower].append(index)
+
+        return hook
+
+    layers = (checkpointed.vision_model.encoder.layer, checkpointed.text_model.encoder.layers)
+    for tower in (0, 1):
+        for index, layer in enumerate(layers[tower]):
+            layer.register_forward_hook(look(tower, index))
+            inside = getattr(layer, "base_layer", layer)
+            (inside.norm1 if tower == 0 else inside.layer_norm1).register_forward_hook(look(tower, index))
+    for model in (plain, checkpointed):
+        model(**small_inputs(3), labels=torch.ones(3, 56, 56)).loss.backward()
+    vision, text = REACHED.get(name, ([2, 3], [1, 2]))
+    assert [sorted(set(tower)) for tower in graphs] == [vision, text]
+    assert [sorted(set(tower)) for tower in again] == [vision, text]
+    assert not any("requires_grad" in str(warning.message) for warning in recwarn)
+    assert_same_gradients(checkpointed, plain)
+
+
+def test_checkpointing_can_be_switched_off_again():
+    model = small_model().train()
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    with FlopCounterMode(display=False) as counter:
+        loss = model(**small_inputs(2)).logits.mean()
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() < 2 * forward
