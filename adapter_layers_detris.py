@@ -67,7 +67,7 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
             raise ValueError(f"DETRIS adapters cannot be added up: activate one of {names} with set_adapter.")
         return names[0]
 
-    def _adapt(self, adapter_name: str, *args: torch.Tensor) -> torch.Tensor:
+    def _adapt(self, adapter_name: str, *args: torch.Tensor | None) -> torch.Tensor:
         # Checkpointing computes the layer again during the backward pass. By then the batch norms have counted this
         # batch; counting it twice would make the running statistics differ from those of a run without checkpointing.
         recomputing = torch._C._current_graph_task_id() != -1
@@ -97,7 +97,11 @@ class TextAdapterLayer(DetrisAdapterLayer):
 
 
 class VisionAdapterLayer(DetrisAdapterLayer):
-    """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`."""
+    """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`.
+
+    The first one of the model may get the images themselves, `(B, P, D)`, and `image_index` `(N,)`, the image of each
+    phrase. It computes once an image what does not depend on the words.
+    """
 
     def make_adapter(self, config: PeftConfig, model_config: PreTrainedConfig) -> nn.Module:
         return DenseAligner(
@@ -110,15 +114,23 @@ class VisionAdapterLayer(DetrisAdapterLayer):
             dropout=config.aligner_dropout,
         )
 
-    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_hidden_states: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         adapter_name, layer = self.active_name, self.base_layer
         if adapter_name is None:
             return layer(hidden_states)
         attention_output, _ = layer.attention(layer.norm1(hidden_states))
         hidden_states = hidden_states + layer.drop_path(layer.layer_scale1(attention_output))
         normed = layer.norm2(hidden_states)
-        adapted = self._adapt(adapter_name, normed, text_hidden_states)
-        return hidden_states + layer.drop_path(layer.layer_scale2(layer.mlp(normed) + adapted))
+        mlp_output = layer.mlp(normed)
+        adapted = self._adapt(adapter_name, normed, text_hidden_states, image_index)
+        if image_index is not None:
+            hidden_states, mlp_output = hidden_states[image_index], mlp_output[image_index]
+        return hidden_states + layer.drop_path(layer.layer_scale2(mlp_output + adapted))
 
 
 @contextmanager

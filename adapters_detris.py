@@ -158,12 +158,24 @@ class DenseAligner(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.down(hidden_states).relu()  # (N, P, d)
-        prefix, patches = hidden_states[:, : self.prefix_length], hidden_states[:, self.prefix_length :]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_hidden_states: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """With `image_index` `(N,)`, hidden states of the images `(B, P, D)`, which their phrases share."""
+        if image_index is not None and self.training:
+            # Batch norm counts an image once for each of its phrases.
+            hidden_states, image_index = hidden_states[image_index], None
+        hidden_states = self.down(hidden_states).relu()  # (N or B, P, d)
+        patches = hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, d, g, g)
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N or B, d, g, g)
         # Contiguous for the same reason as in BatchFirstAttention.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
+        if image_index is not None:
+            hidden_states, aligned = hidden_states[image_index], aligned[image_index]
         aligned = self.word_attention(aligned, text_hidden_states)
+        prefix = hidden_states[:, : self.prefix_length]
         return self.up(torch.cat([prefix, aligned], dim=1) + hidden_states)

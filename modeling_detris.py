@@ -364,11 +364,11 @@ class DetrisForReferringSegmentation(
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
             if holds_adapters(layer) and layer.active_name is not None:
+                # Until this layer reads words, an image is computed once for all its phrases.
+                hidden_states = layer(hidden_states, words, image_index)
                 if image_index is not None:
-                    # So far no layer has read words, so an image was computed once for all its phrases.
-                    hidden_states, *features = (states[image_index] for states in (hidden_states, *features))
+                    features = [states[image_index] for states in features]
                     image_index = None
-                hidden_states = layer(hidden_states, words)
             else:
                 hidden_states = layer(hidden_states)
             if index in self.config.feature_layers:

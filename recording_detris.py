@@ -66,11 +66,11 @@ def segment_and_record(
         outputs = model._segment(*inputs)
     image_index = inputs[-1]
     if image_index is not None:
-        shared = count_shared_layers(model.vision_model.encoder.layer)
-        # Besides the outputs of the shared layers, the input of the first one.
-        for name, count in (("vision_attentions", shared), ("vision_hidden_states", shared + 1 if shared else 0)):
+        # Besides the outputs of the shared layers, the input of the first one and the attention of the next one.
+        shared = count_shared_layers(model.vision_model.encoder.layer) + 1
+        for name in ("vision_attentions", "vision_hidden_states"):
             values = recorded.get(name, [])
-            values[:count] = [value[image_index] for value in values[:count]]
+            values[:shared] = [value[image_index] for value in values[:shared]]
     return outputs | {name: tuple(values) for name, values in recorded.items()}
 
 

@@ -131,3 +131,54 @@ def test_checkpointing_can_be_switched_off_again():
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     assert counter.get_total_flops() < 2 * forward
+
+
+# --- Phrases of an image ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_phrases_share_an_image_until_the_first_aligner_reads_their_words():
+    model = base_model().eval()
+    images = base_inputs(1)["pixel_values"]
+
+    def gflop(phrases: int) -> float:
+        words, image_index = torch.empty(phrases, 17, 512, device="meta"), torch.zeros(phrases, device="meta").long()
+        with FlopCounterMode(display=False) as counter:
+            model.encode_images(images, words, image_index)
+        return counter.get_total_flops() / 1e9
+
+    # In multiply-adds, with 1029 tokens of 768 channels, 1024 of them patches.
+    embedding = 1024 * 3 * 14**2 * 768
+    layer = 1029 * 768 * (4 * 768 + 2 * 1029 + 2 * 4 * 768)  # attention, MLP
+    down = 1029 * 768 * 128
+    dense = 1024 * (128 * 64 + 192 * 8 + 9 * 8 * 32 + 224 * 8 + 25 * 8 * 32)
+    shared = 2 * (embedding + 2 * layer + down + dense) / 1e9  # 36.8; without the adapted layer 18.7
+    assert gflop(8) == pytest.approx(8 * gflop(1) - 7 * shared, rel=1e-6)
+
+
+SHARING = pytest.mark.parametrize(
+    "fields",
+    [{"adapter_scale": 0.7}, {"registers": False}, {"vision_adapter_layers": [0]}, {"vision_adapter_layers": [3]}],
+    ids=str,
+)
+
+
+@torch.no_grad()
+@SHARING
+def test_phrases_that_share_an_image_are_segmented_as_alone(fields):
+    model, inputs, image_index = small_model(small_config(**fields)), small_inputs(5, images=3), [2, 0, 2, 2, 0]
+    alone = model(inputs["pixel_values"][image_index], inputs["input_ids"]).logits
+    together = model(**inputs, image_index=torch.tensor(image_index)).logits
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@SHARING
+def test_training_counts_an_image_once_for_each_of_its_phrases(fields):
+    alone = small_model(small_config(**fields)).train()
+    together, inputs, image_index = copy.deepcopy(alone), small_inputs(5, images=3), [2, 0, 2, 2, 0]
+    labels = (torch.rand(5, 56, 56, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    alone(inputs["pixel_values"][image_index], inputs["input_ids"], labels=labels).loss.backward()
+    together(**inputs, image_index=torch.tensor(image_index), labels=labels).loss.backward()
+    assert_same_gradients(together, alone)
+    for ours, expected in zip(together.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
