@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 try:
@@ -196,7 +197,7 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
-class DetrisDecoderLayer(nn.Module):
+class DetrisDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer in which patches attend to patches and then to words (official `DecoderLayer`).
 
     Unusually, the result of each attention is normalised once more before it is added.

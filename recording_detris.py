@@ -103,6 +103,10 @@ def _recording(
             _record_weights(stack, recorded, "vision_attentions", [_unwrapped(x).attention for x in vision_layers])
             _record_weights(stack, recorded, "decoder_attentions", [x.self_attention for x in decoder_layers])
             _record_weights(stack, recorded, "cross_attentions", [x.word_attention for x in decoder_layers])
+            for layer in decoder_layers:
+                # Computed again in the backward pass, without the hooks, a layer would use another attention.
+                stack.callback(setattr, layer, "gradient_checkpointing", layer.gradient_checkpointing)
+                layer.gradient_checkpointing = False
         token = _recorded_here.set(recorded)
         stack.callback(_recorded_here.reset, token)
         yield recorded
