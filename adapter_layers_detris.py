@@ -72,7 +72,7 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         # batch; counting it twice would make the running statistics differ from those of a run without checkpointing.
         recomputing = torch._C._current_graph_task_id() != -1
         with _running_statistics_kept(self) if recomputing else nullcontext():
-            return self.scale[adapter_name] * self.detris_adapter[adapter_name](*args)
+            return self.detris_adapter[adapter_name](*args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT calls this to merge adapters into the layer, which is not possible."""
@@ -93,7 +93,8 @@ class TextAdapterLayer(DetrisAdapterLayer):
         hidden_states = hidden_states + attention_output
         # The adapter reads the residual stream, not its norm (official `ResidualAttentionBlock.forward`).
         adapted = self._adapt(adapter_name, hidden_states)
-        return hidden_states + layer.mlp(layer.layer_norm2(hidden_states)) + adapted
+        hidden_states = hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+        return torch.add(hidden_states, adapted, alpha=self.scale[adapter_name])
 
 
 class VisionAdapterLayer(DetrisAdapterLayer):
@@ -130,7 +131,8 @@ class VisionAdapterLayer(DetrisAdapterLayer):
         adapted = self._adapt(adapter_name, normed, text_hidden_states, image_index)
         if image_index is not None:
             hidden_states, mlp_output = hidden_states[image_index], mlp_output[image_index]
-        return hidden_states + layer.drop_path(layer.layer_scale2(mlp_output + adapted))
+        added = torch.add(mlp_output, adapted, alpha=self.scale[adapter_name])
+        return hidden_states + layer.drop_path(layer.layer_scale2(added))
 
 
 @contextmanager

@@ -287,10 +287,10 @@ class DetrisMaskHead(nn.Module):
         # convolution of the widest map. `fold` shifts and adds the nine maps; its offsets run in the opposite
         # direction to a convolution's, hence the flip. Each tap adds its part of the 1x1 convolution's bias before the
         # shift, because the official code pads with zeros after the 1x1 convolution.
-        kernel = kernel.flip(2)
-        taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
-        tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)  # (N, 9)
-        responses = taps @ feature_map.flatten(2) + tap_biases[:, :, None]  # (N, 9, (4g)²)
+        kernel = kernel.flip(2).transpose(1, 2)  # (N, 9, d / 2)
+        taps = kernel @ self.output_projection.weight.flatten(1)  # (N, 9, d / 2)
+        tap_biases = kernel @ self.output_projection.bias  # (N, 9)
+        responses = torch.baddbmm(tap_biases[:, :, None], taps, feature_map.flatten(2))  # (N, 9, (4g)²)
         # Nine maps are summed, which half precision is too coarse for.
         responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
         logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2)
@@ -387,13 +387,12 @@ class DetrisForReferringSegmentation(
         # Repeats the backbone's own embeddings, except that positions are resampled in the official way. The
         # pretrained table itself is not changed, so each image size is resampled from the original.
         embeddings = self.vision_model.embeddings
-        patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
-        class_tokens = embeddings.cls_token.expand(len(patches), -1, -1)
-        hidden_states = torch.cat([class_tokens, patches], dim=1)
-        hidden_states = hidden_states + resample_position_table(embeddings.position_embeddings, self.config.grid_size)
+        positions = resample_position_table(embeddings.position_embeddings, self.config.grid_size)
+        patches = embeddings.patch_embeddings(pixel_values) + positions[:, 1:]  # (B, g², D)
+        prefix = embeddings.cls_token + positions[:, :1]
         if self.config.prefix_length > 1:
-            registers = embeddings.register_tokens.expand(len(patches), -1, -1)
-            hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
+            prefix = torch.cat([prefix, embeddings.register_tokens], dim=1)  # which have no position
+        hidden_states = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
         return embeddings.dropout(hidden_states)
 
     def _segment(

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_detris
-from benchmarks.counting import count_saved_bytes
+from adapters_detris import ConvNormReLU
+from benchmarks.counting import Operations, count_saved_bytes
 from configuration_detris import DetrisConfig
 from modeling_detris import DetrisForReferringSegmentation
 from peft_detris import DetrisAdapterConfig
@@ -174,6 +175,30 @@ def test_a_training_step_keeps_little_in_memory(monkeypatch, fused_attention):
     assert plain < 12.1
     assert checkpointed < 3.7
     assert checkpointed + again < 5  # in the backward pass, one layer at a time is computed again
+
+
+# --- Launches --------------------------------------------------------------------------------------------------------
+
+
+def launches_of(module: nn.Module, *args, **inputs) -> int:
+    values = [value for value in (*args, *inputs.values()) if isinstance(value, torch.Tensor)]
+    with torch.no_grad(), Operations([*module.parameters(), *module.buffers(), *values]) as operations:
+        module(*args, **inputs)
+    return operations.launches
+
+
+# Of the small model. Before, 328 and 356.
+@pytest.mark.parametrize(("training", "launches"), [(False, 309), (True, 337)])
+def test_a_forward_pass_launches_few_kernels(training, launches):
+    assert launches_of(small_model().train(training), **small_inputs(2)) <= launches
+
+
+# Four projections and the attention; two more for a mask. Before, 9 and 12: inputs and output were copied.
+def test_attention_copies_nothing():
+    layer = small_model().decoder.layers[0]
+    patches, words, padding = torch.randn(2, 16, 32), torch.randn(2, 7, 24), torch.zeros(2, 7, dtype=torch.bool)
+    assert launches_of(layer.self_attention, patches, patches, torch.randn(2, 16, 32)) == 5
+    assert launches_of(layer.word_attention, patches, words, torch.randn(2, 7, 24), padding) == 7
 
 
 # --- Phrases of an image ---------------------------------------------------------------------------------------------
