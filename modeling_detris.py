@@ -178,8 +178,10 @@ class DetrisNeck(nn.Module):
         rows = torch.linspace(-1, 1, height, device=fused.device, dtype=fused.dtype)
         columns = torch.linspace(-1, 1, width, device=fused.device, dtype=fused.dtype)
         rows, columns = torch.meshgrid(rows, columns, indexing="ij")
-        coordinates = torch.stack([columns, rows]).expand(count, -1, -1, -1)  # (N, 2, g, g)
-        return fused + self.coordinate_convolutions(torch.cat([fused, coordinates], dim=1))
+        coordinates = torch.stack([columns, rows], dim=2).expand(count, -1, -1, -1)  # (N, g, g, 2)
+        # Channels last, as the feature maps are: `cat` would not keep that for a map that is expanded.
+        located = torch.cat([fused.permute(0, 2, 3, 1), coordinates], dim=3).permute(0, 3, 1, 2)
+        return fused + self.coordinate_convolutions(located)
 
 
 def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:

@@ -201,6 +201,23 @@ def test_attention_copies_nothing():
     assert launches_of(layer.word_attention, patches, words, torch.randn(2, 7, 24), padding) == 7
 
 
+def test_neck_and_mask_head_keep_channels_last():
+    model, formats = small_model(), []
+
+    def note(module, inputs, output):
+        formats.append([values.is_contiguous(memory_format=torch.channels_last) for values in (*inputs, output)])
+
+    for part in (model.neck, model.mask_head):
+        for module in part.modules():
+            if isinstance(module, (ConvNormReLU, nn.Upsample)):
+                module.register_forward_hook(note)
+    with torch.no_grad():
+        model(**small_inputs(2))
+    assert len(formats) == 10
+    # The neck reads patches out of the tokens, so an image's do not follow those of the image before.
+    assert formats == [[False, True]] * 3 + [[True, True]] * 7
+
+
 # --- Phrases of an image ---------------------------------------------------------------------------------------------
 
 
