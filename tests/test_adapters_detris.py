@@ -57,11 +57,7 @@ def test_attention_is_that_of_pytorch_without_its_copies(widths, padded, need_we
     ours = randomize(BatchFirstAttention(16, 4, dropout=0.5, **widths))
     theirs = torch.nn.MultiheadAttention(16, 4, dropout=0.5, batch_first=True, **widths)
     theirs.load_state_dict(ours.state_dict())
-    inputs = [
-        torch.randn(3, 6, 16),
-        torch.randn(3, 5, widths.get("kdim", 16)),
-        torch.randn(3, 5, widths.get("vdim", 16)),
-    ]
+    query, key, value = torch.randn(3, 6, 16), torch.randn(3, 5, ours.kdim), torch.randn(3, 5, ours.vdim)
     padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]) == 1 if padded else None
     for training in (False, True):
         results = []
@@ -73,7 +69,7 @@ def test_attention_is_that_of_pytorch_without_its_copies(widths, padded, need_we
             result[0].square().sum().backward()
             results.append([*result, attention.in_proj_bias.grad, attention.out_proj.weight.grad])
             attention.zero_grad()
-        for value, expected in zip(*results, strict=True):
-            assert (value is None) == (expected is None)
-            if value is not None:
-                torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+        for computed, expected in zip(*results, strict=True):
+            assert (computed is None) == (expected is None)
+            if computed is not None:
+                torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-5)
