@@ -21,7 +21,7 @@ MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 ORDER = """
     configuration_detris adapters_detris adapter_layers_detris untrusted_pickles checkpoint_files official_layout
     peft_detris backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
-    input_checks_detris recording_detris modeling_detris
+    gradient_checkpointing_detris input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
     metrics.referring_iou.referring_iou
