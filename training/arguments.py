@@ -192,7 +192,7 @@ class DetrisTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
     )
-    logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
+    logging_nan_inf_filter: bool = False  # it would wait for the device at each step
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # without it, bf16 is refused on a CPU
@@ -222,6 +222,8 @@ class DetrisTrainingArguments(TrainingArguments):
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
         super().__post_init__()
+        if self.dataloader_pin_memory:  # otherwise each batch that is copied would wait for the device
+            self.accelerator_config.non_blocking = True
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % parts:
@@ -403,6 +405,16 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
             f"warmup_steps is {args.warmup_steps}, but the milestones' schedule has no warm-up: give another "
             "lr_scheduler_type, such as constant_with_warmup."
         )
+    if args.logging_nan_inf_filter:
+        raise ValueError(
+            "logging_nan_inf_filter is true, but a loss that is not finite stops the training: leave it out."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name) and args.push_to_hub:
+            raise ValueError(
+                f"{name} rounds the weights in memory, and push_to_hub would upload them so: leave one of them out, "
+                "or evaluate by autocast, with bf16."
+            )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}: DETRIS's loss has none, give 0.")
     if args.metric_for_best_model is not None:
