@@ -196,6 +196,10 @@ class DetrisTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # without it, bf16 is refused on a CPU
+    ddp_find_unused_parameters: bool | None = False  # each parameter that is trained gets a gradient in every step
+    # SyncBatchNorm keeps the statistics equal in all processes. Elsewhere the main process's own are those that count:
+    # they get saved, and `DetrisTrainer.evaluation_loop` gives them to the others, so no step has to.
+    ddp_broadcast_buffers: bool | None = False
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
