@@ -201,6 +201,7 @@ class AdapterSharing:
         if kwargs.get("subfolder") and source is not None:
             refuse_file(os.path.join(source, kwargs["subfolder"]))
         check_attention(kwargs.get("attn_implementation"))
+        kwargs["device_map"] = single_device(kwargs.get("device_map"))
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         # PEFT saves adapters without a config.json. Given such a folder, AutoModel calls this with the model that
         # adapter_config.json names, and with the folder under this key.
@@ -230,7 +231,7 @@ class AdapterSharing:
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        device = single_device(kwargs.pop("device_map", None))
+        device = kwargs.pop("device_map")
         attention = kwargs.pop("attn_implementation", None)
         quantization_config = kwargs.pop("quantization_config", None)
         unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *IGNORED_KWARGS}
