@@ -315,7 +315,7 @@ class DetrisForReferringSegmentation(
     input_modalities = ("image", "text")
     model_tags = ["detris", "referring-image-segmentation"]  # of its card on the Hub
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as in both backbones
     _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
 
     def __init__(
@@ -330,6 +330,8 @@ class DetrisForReferringSegmentation(
         self.vision_model = vision_model or vision_class(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
         self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
+        # Given backbones read their own configurations, so an attention that is set must be set in these.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
