@@ -4,13 +4,17 @@ The counts are of the operations that PyTorch dispatches. On a GPU each of them 
 and each read of a result makes the CPU wait until the GPU has done all that it was given before.
 """
 
+import gc
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,6 +37,13 @@ READING_METHODS = {"torch.Tensor.tolist", "torch.Tensor.numpy", "torch.Tensor.__
 FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 FREE |= {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias", "aten::set_"}
 
+POLL_SECONDS = 0.005
+# PyTorch's counter of FLOP does not know the attention that runs on CPUs.
+flop_counter.flop_registry |= {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
+}
+
 
 @dataclass
 class Operations:
@@ -53,7 +64,7 @@ class Operations:
 
     def __enter__(self) -> Self:
         self._on_device = WeakIdKeyDictionary()
-        self._mark(list(self.on_device))
+        self.put_on_device(list(self.on_device))
         self._stack = ExitStack()
         self._stack.enter_context(_Dispatched(self))
         self._stack.enter_context(_Called(self))
@@ -62,7 +73,8 @@ class Operations:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def _mark(self, values: Any) -> None:
+    def put_on_device(self, values: Any) -> None:
+        """Let tensors, in lists and dictionaries too, count as on the device from now on."""
         for value in tree_leaves(values):
             if isinstance(value, torch.Tensor):
                 self._on_device[value] = True
@@ -84,7 +96,7 @@ class _Dispatched(TorchDispatchMode):
                 self.operations.reads.append(name)
             if not (function.is_view or name in FREE or name == "aten::_local_scalar_dense"):
                 self.operations.launches += 1
-            self.operations._mark(output)
+            self.operations.put_on_device(output)
         return output
 
 
@@ -139,3 +151,40 @@ def count_saved_bytes(compute: Callable[[], Any], apart_from: Iterable[torch.Ten
         total = sum(storage.nbytes() for storage in kept.values())
     del output
     return total
+
+
+class PeakMemory:
+    """Tells how many `bytes` the computation inside takes at most, besides what lay in memory before.
+
+    On a GPU PyTorch counts them. On a CPU they are this process's resident ones, looked up every few milliseconds.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._process = psutil.Process()
+            self._before = self._most = self._process.memory_info().rss
+            self._ended = threading.Event()
+            self._thread = threading.Thread(target=self._poll, daemon=True)
+            self._thread.start()
+        return self
+
+    def _poll(self) -> None:
+        while not self._ended.wait(POLL_SECONDS):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device == "cuda":
+            self._most = torch.cuda.max_memory_allocated()
+        else:
+            self._ended.set()
+            self._thread.join()
+            self._most = max(self._most, self._process.memory_info().rss)
+        self.bytes = self._most - self._before
