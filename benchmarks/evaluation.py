@@ -63,9 +63,9 @@ def count_batch(trainer: DetrisTrainer, batch: datasets.Dataset) -> dict[str, fl
     operations = Operations([*trainer.model.parameters(), *trainer.model.buffers()])
     step = trainer.prediction_step
 
-    def step_on_device(model: nn.Module, inputs: dict, *args: Any) -> Any:
+    def step_on_device(model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         operations.put_on_device(inputs)  # where the loader has put all tensors
-        return step(model, inputs, *args)
+        return step(model, inputs, *args, **kwargs)
 
     trainer.prediction_step = step_on_device
     try:

@@ -113,7 +113,7 @@ class Contestant:
         run: does it once.
         forward: its forward pass, whose graphs are counted; None if they are not.
         tensors: its weights and inputs, which lie on the device.
-        counted: does the same in a form whose operations can be counted; None for `run`.
+        counted: does the same without being compiled, so that GFLOP can be counted; None if `run` is not compiled.
         weights: bytes of its parameters and buffers.
     """
 
@@ -233,13 +233,18 @@ def make_training(settings: Settings, batch: int, compiled: bool, checkpointed: 
         with settings.autocast():
             return model(**inputs).loss
 
-    tensors, weights = [*tensors_of(model), *inputs.values()], size_of(model)
-    run = eager = partial(step, model)
+    contestant = Contestant(
+        f"{OURS}, {batch} image{'s' if batch > 1 else ''}",
+        partial(step, model),
+        forward,
+        [*tensors_of(model), *inputs.values()],
+        weights=size_of(model),
+    )
     if compiled:
         torch._dynamo.reset()
-        run = partial(step, torch.compile(model, fullgraph=True, backend=settings.backend))
-    name = f"{OURS}, {batch} image{'s' if batch > 1 else ''}"
-    return Contestant(name, run, forward, tensors, eager, weights)
+        called = torch.compile(model, fullgraph=True, backend=settings.backend)
+        contestant = replace(contestant, run=partial(step, called), forward=None, counted=contestant.run)
+    return contestant
 
 
 # --- how it is measured -------------------------------------------------------------------------------------------
@@ -250,15 +255,17 @@ def measure(settings: Settings, contestants: list[Contestant]) -> list[dict[str,
 
     The first contestant is the bare backbone, to which times are compared, the second tells the device's peak.
     """
-    rows = {contestant.name: {"name": contestant.name} for contestant in contestants}
-    running = []
+    rows, running = {contestant.name: {"name": contestant.name} for contestant in contestants}, []
     for contestant in tqdm(contestants, desc="counting"):
-        try:
-            rows[contestant.name] |= count(contestant, settings.device)
-            contestant.run()
+        row = rows[contestant.name]
+        for look in (weigh, count_operations, count_graphs):
+            try:
+                row |= look(contestant, settings.device)
+            except FAILURES as error:
+                message = one_line(str(error).strip().partition("\n")[0])
+                row.setdefault("error", f"{type(error).__name__}: {message}")
+        if "error" not in row:
             running.append(contestant)
-        except FAILURES as error:
-            rows[contestant.name]["error"] = f"{type(error).__name__}: {one_line(error)}"
     seconds = {contestant.name: [] for contestant in running}
     for _ in tqdm(range(settings.rounds), desc="rounds"):
         for contestant in running:
@@ -280,28 +287,31 @@ def figures_of(seconds: list[float], gflop: float, backbone: list[float], peak: 
     }
 
 
-def count(contestant: Contestant, device: str) -> dict[str, float]:
-    """Run a contestant once for its memory, once for its operations and once for its graphs."""
+def weigh(contestant: Contestant, device: str) -> dict[str, float]:
+    """Measure the memory of its first run, which is the only one that finds no memory left over from another."""
     with PeakMemory(device) as memory:
         contestant.run()
-    figures = {"memory_mib": (contestant.weights + memory.bytes) / MEBIBYTE}
-    flops = FlopCounterMode(display=False)
-    with flops, Operations(contestant.tensors) as operations:
+    return {"memory_mib": (contestant.weights + memory.bytes) / MEBIBYTE}
+
+
+def count_operations(contestant: Contestant, device: str) -> dict[str, float]:
+    """Count GFLOP, and launches and host reads unless it is compiled: what is compiled dispatches no operations."""
+    with FlopCounterMode(display=False) as flops, Operations(contestant.tensors) as operations:
         (contestant.counted or contestant.run)()
-    figures |= {"gflop": flops.get_total_flops() / 1e9, "reads": len(operations.reads)}
-    if contestant.counted in (None, contestant.run):  # a compiled one launches fewer, which are not dispatched
-        figures["launches"] = operations.launches
-    if contestant.forward is not None:
-        figures["graphs"] = count_graphs(contestant.forward)
+    figures = {"gflop": flops.get_total_flops() / 1e9}
+    if contestant.counted is None:
+        figures |= {"launches": operations.launches, "reads": len(operations.reads)}
     return figures
 
 
-def count_graphs(forward: Callable[[], Any]) -> int:
+def count_graphs(contestant: Contestant, device: str) -> dict[str, float]:
+    """Count the graphs that `torch.compile` makes of its forward pass."""
+    if contestant.forward is None:
+        return {}
+    torch._dynamo.reset()
     backend = CountingBackend()
-    torch._dynamo.reset()
-    torch.compile(forward, backend=backend)()
-    torch._dynamo.reset()
-    return backend.graphs
+    torch.compile(contestant.forward, backend=backend)()
+    return {"graphs": backend.graphs}
 
 
 def clock(run: Callable[[], Any], device: str) -> float:
