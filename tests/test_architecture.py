@@ -50,7 +50,7 @@ LEFT_BEHIND = r"\.git|\.venv.*|\.(pytest|ruff)_cache|\.hypothesis|__pycache__|ru
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
     Makefile pyproject.toml requirements.txt requirements.lock requirements-app.txt requirements-app.lock
-    requirements-dev.txt requirements-dev.lock
+    requirements-onnx.txt requirements-dev.txt requirements-dev.lock
     .gitignore .pre-commit-config.yaml .ci
     backbones benchmarks configs data docs metrics tests training
 """.split()

@@ -392,11 +392,17 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
     with torch.no_grad():
         second.mask_head.output_projection.bias += 1
     allowed = [logits_of(second)] + ([logits_of(first)] if before else [])
+    save(second, after, tmp_path / "undisturbed")
+    whole = files_of(tmp_path / "undisturbed")
+    loaded = DetrisForReferringSegmentation.from_pretrained(tmp_path / "undisturbed")
+    assert torch.equal(logits_of(loaded), allowed[0])
+    if before:
+        save(first, before, tmp_path / "before")
     outcomes, moment = set(), 0
     while True:
         folder = tmp_path / str(moment)
         if before:
-            save(first, before, folder)
+            shutil.copytree(tmp_path / "before", folder)
         if killed_while_saving(second, after, folder, moment) == 0:
             break
         try:
@@ -407,11 +413,14 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_loads(saved,
             (index,) = (index for index, logits in enumerate(allowed) if torch.equal(loaded, logits))
             outcomes.add(("new", "old")[index])
         save(second, after, folder)  # removes what the killed saving has left
-        assert torch.equal(logits_of(DetrisForReferringSegmentation.from_pretrained(folder)), allowed[0])
-        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        assert files_of(folder) == whole
         shutil.rmtree(folder)
         moment += 1
     assert moment > 5 and "refused" in outcomes and ("old" in outcomes) == (before is not None)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def killed_while_saving(model, way: str, folder: Path, moment: int) -> int:
