@@ -40,7 +40,7 @@ READING_METHODS = {"torch.Tensor.tolist", "torch.Tensor.numpy", "torch.Tensor.__
 FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 FREE |= {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias", "aten::set_", "prim::device"}
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02
 # PyTorch's counter of FLOP does not know the attention that runs on CPUs.
 flop_counter.flop_registry |= {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
@@ -192,7 +192,7 @@ def count_saved_bytes(compute: Callable[[], Any], apart_from: Iterable[torch.Ten
 class PeakMemory:
     """Tells how many `bytes` the computation inside takes at most, besides what lay in memory before.
 
-    On a GPU PyTorch counts them. On a CPU they are this process's resident ones, looked up every few milliseconds.
+    On a GPU PyTorch counts them. On a CPU they are this process's resident ones, looked up many times a second.
     """
 
     def __init__(self, device: str):

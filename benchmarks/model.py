@@ -44,7 +44,6 @@ from .counting import CountingBackend, Operations, PeakMemory
 from .data import MEBIBYTE
 from .evaluation import PHRASES_OF_AN_OBJECT, arguments_of, count_batch, prepare_model, prepare_set, time_run
 
-ROOT = Path(__file__).parents[1]
 VISION = {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14}
 TEXT = {"model_type": "clip_text_model", "bos_token_id": 49406, "eos_token_id": 49407}
 # The recipes of configs/; "small" is base around DINOv2's small model.
@@ -75,7 +74,11 @@ MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product whose sp
 WORKERS = {"cpu": 0, "cuda": 4}  # that load the images to evaluate on
 BACKBONE, MATRICES, OURS = "bare backbone", "product of matrices", "DETRIS"
 # What a compiler or a device that is too small raises; the row says so, and the run goes on.
-FAILURES = (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError)
+FAILURES = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch.OutOfMemoryError,
+)
 
 
 # --- what is compared ---------------------------------------------------------------------------------------------
@@ -392,17 +395,17 @@ STAGES = {
 
 # --- results ------------------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "seconds": ("seconds", "{:.3g}"),
-    "ratio": ("to the bare backbone", "{:.2f}"),
-    "gflop": ("GFLOP", "{:,.1f}"),
-    "gflop_per_second": ("GFLOP/s", "{:,.0f}"),
-    "share_of_peak": ("of the peak", "{:.2f}"),
-    "share_in_model": ("in the model", "{:.2f}"),
-    "memory_mib": ("memory, MiB", "{:,.0f}"),
-    "graphs": ("graphs", "{}"),
-    "launches": ("launches", "{:,}"),
-    "reads": ("host reads", "{}"),
+COLUMNS = {  # what a row holds -> the column's head, and digits behind the point
+    "seconds": ("seconds", 4),
+    "ratio": ("to the bare backbone", 2),
+    "gflop": ("GFLOP", 1),
+    "gflop_per_second": ("GFLOP/s", 0),
+    "share_of_peak": ("of the peak", 2),
+    "share_in_model": ("in the model", 2),
+    "memory_mib": ("memory, MiB", 0),
+    "graphs": ("graphs", 0),
+    "launches": ("launches", 0),
+    "reads": ("host reads", 0),
 }
 
 
@@ -481,7 +484,7 @@ def make_table(results: dict[str, Any]) -> str:
     ]
     for stage, rows in results["stages"].items():
         for row in (row for row in rows if row["name"] != MATRICES):
-            cells = [form.format(row[key]) if key in row else "–" for key, (_, form) in COLUMNS.items()]
+            cells = [f"{row[key]:,.{digits}f}" if key in row else "–" for key, (_, digits) in COLUMNS.items()]
             if "error" in row:
                 cells[0] = row["error"].replace("|", "\\|")
             lines.append(f"| {STAGES[stage][0]}: {row['name']} | {' | '.join(cells)} |")
@@ -506,7 +509,9 @@ def parse(argv: list[str]) -> tuple[Settings, str | None]:
     )
     parser.add_argument("--workers", type=int, help="processes that load images for the evaluation")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--against", metavar="MODULE:FUNCTION", help="another implementation, timed beside this one")
+    parser.add_argument(
+        "--against", metavar="MODULE:FUNCTION", help="another implementation, timed in pair and phrases"
+    )
     options = vars(parser.parse_args(argv))
     stage = options.pop("stage")
     options["output"] = options["output"].absolute()
@@ -542,7 +547,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in STAGES:
         if name not in results["stages"]:
             print(f"--- {name}", flush=True)
-            subprocess.run([sys.executable, "-m", "benchmarks.model", *argv, "--stage", name], check=True)
+            ended = subprocess.run([sys.executable, "-m", "benchmarks.model", *argv, "--stage", name])
+            if ended.returncode:
+                sys.exit(
+                    f"The stage {name} ended with status {ended.returncode}: the same command goes on from there."
+                )
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

@@ -195,7 +195,7 @@ def test_what_is_checkpointed_saves_its_inputs_alone(use_reentrant):
 def test_peak_memory():
     with PeakMemory("cpu") as memory:
         block = torch.ones(16 * MEBIBYTE)
-        time.sleep(20 * POLL_SECONDS)
+        time.sleep(10 * POLL_SECONDS)
         del block
     assert 63 * MEBIBYTE < memory.bytes < 80 * MEBIBYTE
 
