@@ -3,7 +3,7 @@
 # make test         all tests
 # make test-fast    those that are not marked as slow, in three minutes at most on two cores
 # make style        ruff: lint and format
-# make lock         resolve requirements.txt, requirements-app.txt and requirements-dev.txt anew into the .lock files
+# make lock         resolve all requirements*.txt anew into the .lock files
 # make newest       all tests with the newest packages that the requirements allow; WITH=transformers==5.23.0 asks for one
 # make oldest       all tests with the oldest packages that they allow
 # make backbones    pretrain the small frozen backbones in backbones/ anew (28 minutes on two cores)
@@ -48,9 +48,9 @@ style: .venv/installed-dev
 backbones: .venv/installed
 	$(PYTHON) -m backbones.pretrain --output_dir backbones
 
-# The versions are those that suit all three files together.
+# The versions are those that suit all files together. The tests need what export_onnx.py needs, so it is in their lock.
 # A CPU build of torch calls its version 2.13.0+cpu, which cannot be installed on other machines.
-ALL_REQUIREMENTS = requirements.txt requirements-app.txt requirements-dev.txt
+ALL_REQUIREMENTS = requirements.txt requirements-app.txt requirements-onnx.txt requirements-dev.txt
 INTO_LOCK = .venv-lock/bin/python -m pip install --quiet
 FREEZE = .venv-lock/bin/python -m pip freeze | sed 's/+cpu$$//'
 
@@ -66,14 +66,14 @@ lock:
 	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements-app.txt
 	(echo "# Made by make lock: what make app installs on top of requirements.lock." \
 		&& $(FREEZE) | grep -vxFf requirements.lock) > requirements-app.lock
-	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements-dev.txt
+	$(INTO_LOCK) --constraint .venv-lock.txt --requirement requirements-onnx.txt --requirement requirements-dev.txt
 	(echo "# Made by make lock: what make test installs on top of the two others." \
 		&& $(FREEZE) | grep -vxFf requirements.lock -f requirements-app.lock) > requirements-dev.lock
 	rm -rf .venv-lock .venv-lock.txt
 
-newest: REQUIREMENTS = cat requirements.txt requirements-dev.txt
+newest: REQUIREMENTS = cat requirements.txt requirements-onnx.txt requirements-dev.txt
 newest: .venv-newest/tests
-oldest: REQUIREMENTS = sed 's/>=\([^,]*\),.*/==\1/' requirements.txt requirements-dev.txt
+oldest: REQUIREMENTS = sed 's/>=\([^,]*\),.*/==\1/' requirements.txt requirements-onnx.txt requirements-dev.txt
 oldest: .venv-oldest/tests
 
 .venv-%/tests: PYTHON = .venv-$*/bin/python

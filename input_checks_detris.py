@@ -35,30 +35,28 @@ def check_inputs(
         )
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (phrases, tokens).")
-    if not len(pixel_values) or not len(input_ids):
-        raise ValueError(
-            f"The batch is empty ({len(pixel_values)} images, {len(input_ids)} phrases): give at least one of each."
-        )
+    images, phrases = pixel_values.shape[0], input_ids.shape[0]  # not by `len`, which would fix them in a graph
+    if images == 0 or phrases == 0:
+        raise ValueError(f"The batch is empty ({images} images, {phrases} phrases): give at least one of each.")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: give that of input_ids, "
             f"{tuple(input_ids.shape)}."
         )
     if image_index is None:
-        if len(pixel_values) != len(input_ids):
+        if images != phrases:
             raise ValueError(
-                f"There are {len(input_ids)} phrases for {len(pixel_values)} images: give image_index, the image of "
-                "each phrase."
+                f"There are {phrases} phrases for {images} images: give image_index, the image of each phrase."
             )
     elif image_index.shape != input_ids.shape[:1] or image_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"image_index has shape {tuple(image_index.shape)} and type {image_index.dtype}: give one whole number "
-            f"for each of the {len(input_ids)} phrases."
+            f"for each of the {phrases} phrases."
         )
     else:
-        _check_range(image_index, len(pixel_values))
+        _check_range(image_index, images)
     if labels is not None:
-        _check_labels(config, labels, len(input_ids))
+        _check_labels(config, labels, phrases)
     if encoded_text is not None:
         _check_encoded_text(config, encoded_text, *input_ids.shape)
 
@@ -71,7 +69,7 @@ def can_be_read(tensor: torch.Tensor) -> bool:
 def _check_range(image_index: torch.Tensor, images: int) -> None:
     in_range = ((image_index >= 0) & (image_index < images)).all()
     if not can_be_read(image_index):
-        torch._assert_async(in_range, f"image_index is out of range: there are {images} images, counted from 0.")
+        torch._assert_async(in_range, "image_index is out of range: images are counted from 0.")
     elif not in_range:
         raise ValueError(
             f"image_index is {image_index.tolist()}, which is out of range: there are {images} images, counted from 0."

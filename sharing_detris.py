@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 try:
-    from .backbones_detris import absolute_if_local, refuse_file
+    from .backbones_detris import absolute_if_local, check_attention, refuse_file
     from .checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import (
@@ -37,7 +37,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from backbones_detris import absolute_if_local, refuse_file
+    from backbones_detris import absolute_if_local, check_attention, refuse_file
     from checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import (
@@ -200,6 +200,8 @@ class AdapterSharing:
         refuse_file(source)
         if kwargs.get("subfolder") and source is not None:
             refuse_file(os.path.join(source, kwargs["subfolder"]))
+        check_attention(kwargs.get("attn_implementation"))
+        kwargs["device_map"] = single_device(kwargs.get("device_map"))
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         # PEFT saves adapters without a config.json. Given such a folder, AutoModel calls this with the model that
         # adapter_config.json names, and with the folder under this key.
@@ -229,7 +231,7 @@ class AdapterSharing:
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        device = single_device(kwargs.pop("device_map", None))
+        device = kwargs.pop("device_map")
         attention = kwargs.pop("attn_implementation", None)
         quantization_config = kwargs.pop("quantization_config", None)
         unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *IGNORED_KWARGS}
@@ -250,11 +252,11 @@ class AdapterSharing:
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
         model._load_adapter(source, adapter_config, BUILT_IN_ADAPTER, is_trainable=True, hub_kwargs=hub_kwargs)
+        model = model.to(device=device, dtype=dtype or torch.float32).eval()
+        model.config.dtype = model.dtype
         if attention is not None:
             model.set_attn_implementation(attention)
-        model = model.to(dtype or torch.float32).eval()
-        model.config.dtype = model.dtype
-        return model if device is None else model.to(device)
+        return model
 
     @classmethod
     def _read_named_backbones(

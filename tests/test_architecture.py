@@ -21,7 +21,7 @@ MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 ORDER = """
     configuration_detris adapters_detris adapter_layers_detris untrusted_pickles checkpoint_files official_layout
     peft_detris backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
-    input_checks_detris recording_detris modeling_detris
+    gradient_checkpointing_detris input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
     metrics.referring_iou.referring_iou
@@ -38,7 +38,7 @@ ORDER = """
     training.evaluating_trainer training.trainer training.report training.predictions training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
-    benchmarks.counting
+    benchmarks.counting benchmarks.evaluation benchmarks.model
 """.split()
 PACKAGES = ("data", "data.shapes", "training")
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.
@@ -50,7 +50,7 @@ LEFT_BEHIND = r"\.git|\.venv.*|\.(pytest|ruff)_cache|\.hypothesis|__pycache__|ru
 AT_THE_ROOT = """
     README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md
     Makefile pyproject.toml requirements.txt requirements.lock requirements-app.txt requirements-app.lock
-    requirements-dev.txt requirements-dev.lock
+    requirements-onnx.txt requirements-dev.txt requirements-dev.lock
     .gitignore .pre-commit-config.yaml .ci
     backbones benchmarks configs data docs metrics tests training
 """.split()

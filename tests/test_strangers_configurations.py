@@ -59,12 +59,16 @@ def try_configurations(file: str, folder: Path) -> None:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    fields = {"peft_method": "detris+lora", "lora_rank": 2}
+    fields = {"peft_method": "detris+lora", "lora_rank": 2, "feature_layers": [0]}
+    fields |= {"vision_adapter_layers": [1], "text_adapter_layers": [0]}
     saved = folder / "saved"
+    # As few layers as there can be, because hundreds of models are built.
+    config = small_config(vision={"num_hidden_layers": 2}, **fields)
+    config.text_config.num_hidden_layers = 1
     if file == "config.json":
-        small_model(small_config(**fields)).save_pretrained(saved)
+        small_model(config).save_pretrained(saved)
     else:
-        save_backbones(folder)
+        save_backbones(folder, config=config)
         backbones = str(folder / "vision"), str(folder / "text")
         DetrisForReferringSegmentation.from_backbones(*backbones, **BACKBONE_FIELDS | fields).save_adapter(saved)
     path = saved / file.split()[0]

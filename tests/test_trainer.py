@@ -1,12 +1,14 @@
 """DetrisTrainer: optimizer and schedule, training, losses that are not finite, streamed rows, the Hub."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from helpers.runs import losses
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from benchmarks.counting import Operations
 from data.streaming import StreamedRows, parquet_files
@@ -64,6 +66,31 @@ def test_another_schedule_of_transformers_takes_the_place_of_milestones(make_tra
         trainer.optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(0.5e-3)
+
+
+def test_a_step_that_overflows_in_fp16_moves_neither_weights_nor_schedule(make_trainer, monkeypatch):
+    """On a CPU accelerate refuses fp16, so the trainer gets what fp16 brings with it: a scaler of gradients."""
+    build = Trainer._build_accelerator_args
+    monkeypatch.setattr(Trainer, "_build_accelerator_args", lambda *a, **k: build(*a, **k) | {"mixed_precision": "no"})
+    trainer = make_trainer(rows=4, max_steps=5, milestones=[3], fp16=True)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight, seen = trainer.model.mask_head.output_projection.weight, []
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if len(seen) in (1, 2):
+                weight.grad[0, 0] = torch.inf
+
+        def on_step_end(self, args, state, control, **kwargs):
+            scale, schedule = trainer.accelerator.scaler.get_scale(), trainer.lr_scheduler
+            seen.append((weight.detach().clone(), scale, schedule.last_epoch, schedule.get_last_lr()[0]))
+
+    trainer.add_callback(Record())
+    trainer.train()
+    weights, scales, steps, learning_rates = zip(*seen)
+    assert [not torch.equal(*pair) for pair in itertools.pairwise(weights)] == [False, False, True, True]
+    assert scales == (1024, 512, 256, 256, 256)
+    assert steps == (1, 1, 1, 2, 3) and learning_rates == pytest.approx([1e-3] * 4 + [1e-4])
 
 
 # --- training -------------------------------------------------------------------------------------------------------

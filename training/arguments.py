@@ -53,6 +53,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "'4bit' or '8bit' for the frozen backbones (bitsandbytes, CUDA); needs save_adapter_only."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the backbones: eager, sdpa, flex_attention, flash_attention_2 (with bf16 or fp16), "
+            "or another name that transformers knows. Default: sdpa."
+        },
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input; else the model's."})
     max_text_length: int | None = field(default=None, metadata={"help": "Tokens of a phrase; else the model's."})
 
@@ -61,6 +68,7 @@ class ModelArguments:
         DetrisConfig.refuse_unknown(self.model_config)
         _check_texts(self)
         _check_not_empty(self, "model_name_or_path", "vision_backbone", "text_backbone", "tokenizer", "peft_method")
+        _check_not_empty(self, "attn_implementation")
         for name in ("image_size", "max_text_length"):
             _check_number(name, getattr(self, name), COUNT, optional=True)
         backbones = [self.vision_backbone, self.text_backbone]
@@ -196,6 +204,10 @@ class DetrisTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # without it, bf16 is refused on a CPU
+    ddp_find_unused_parameters: bool | None = False  # each parameter that is trained gets a gradient in every step
+    # SyncBatchNorm keeps the statistics equal in all processes. Elsewhere the main process's own are those that count:
+    # they get saved, and `EvaluatingTrainer.evaluation_loop` gives them to the others, so no step has to.
+    ddp_broadcast_buffers: bool | None = False
     overwrite_output_dir: bool = field(
         default=False,
         metadata={

@@ -9,7 +9,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, is_compiled_module
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
@@ -81,6 +81,18 @@ class EvaluatingTrainer(Trainer):
         return loader
 
     get_test_dataloader = get_eval_dataloader
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, *args) -> torch.nn.Module:
+        """The model as it is trained or evaluated. Trainer calls this.
+
+        With `torch_compile`, Trainer compiles the model for training, or for the first evaluation if nothing is
+        trained. All other evaluations would run uncompiled.
+        """
+        wrapped = super()._wrap_model(model, training, *args)
+        prepared = self.accelerator._models and wrapped is model and not is_compiled_module(model)
+        if training or not self.args.torch_compile or not prepared:
+            return wrapped
+        return torch.compile(model, **self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def evaluation_loop(
         self,

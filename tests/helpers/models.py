@@ -216,9 +216,9 @@ BACKBONE_FIELDS = {
 }
 
 
-def save_backbones(folder, registers=True, text="projection", dtype=torch.float32):
+def save_backbones(folder, registers=True, text="projection", dtype=torch.float32, config=None):
     """Save small backbones whose position table is 5x5 as `folder/vision` and `folder/text`; return their weights."""
-    config = small_config(registers)
+    config = config or small_config(registers)
     vision = (Dinov2WithRegistersModel if registers else Dinov2Model)(config.vision_config)
     if text == "projection":
         text_model = CLIPTextModelWithProjection(config.text_config)
