@@ -32,6 +32,7 @@ ORDER = """
     data.streaming data.mixture data.check data.prepare
 
     model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment app
+    export_onnx
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
     training.run_folder training.stopping training.checkpointing_trainer training.mask_bits

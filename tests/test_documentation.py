@@ -57,6 +57,7 @@ OTHERS = {"wget", "sha256sum", "unzip", "for", "pre-commit", "source"}  # progra
 OF_THE_MAINTAINERS = "../shared/conformance/check.py"
 MODULES = {
     "convert_detris_checkpoint.py": "convert_detris_checkpoint",
+    "export_onnx.py": "export_onnx",
     "data.check": "data.check",
     "data.prepare": "data.prepare",
     "benchmarks.data": "benchmarks.data",

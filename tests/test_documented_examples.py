@@ -32,8 +32,8 @@ from train_hf import build_model
 from training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-README, TRAINING, ADAPTERS, DATA = (
-    ROOT / name for name in ("README.md", "docs/training.md", "docs/adapters.md", "docs/data.md")
+README, TRAINING, ADAPTERS, DATA, EXPORT = (
+    ROOT / name for name in ("README.md", "docs/training.md", "docs/adapters.md", "docs/data.md", "docs/export.md")
 )
 pytestmark = pytest.mark.slow
 
@@ -127,6 +127,17 @@ def test_the_readmes_python_runs_where_only_the_models_folder_is(quick, environm
         "the circle",
     ]
     assert shapes == "2 (96, 96) (96, 96) (96, 96)"
+
+
+def test_the_examples_of_export_run(quick, environment):
+    (export,) = python_commands(block_with(EXPORT, "export_onnx.py", "bash"))
+    use, compiled = (block_with(EXPORT, text, "python") for text in ("onnxruntime", "torch.compile"))
+    code = f"""COMMANDS = [{export}]{RUN_COMMANDS}{use}
+exported = masks
+{compiled.replace("torch.compile(model, ", "torch.compile(model, backend='eager', ")}
+print(*(bool((mask == other).all()) and tuple(mask.shape) for mask, other in zip(exported, masks, strict=True)))"""
+    printed = run_program([sys.executable, "-c", code], quick, environment | {"PYTHONPATH": str(ROOT)})
+    assert printed.startswith("Wrote detris.onnx (") and printed.splitlines()[-1] == "(96, 96) (96, 96)"
 
 
 def test_what_the_quickstart_prints_at_its_end_runs(quick, environment, monkeypatch, capsys):
