@@ -34,8 +34,8 @@ ORDER = """
     model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment app
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
-    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.report
-    training.results
+    training.run_folder training.stopping training.sharding training.checkpointing_trainer training.trainer
+    training.report training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
     benchmarks.counting
