@@ -70,6 +70,7 @@ class AdapterSharing:
         dtype: torch.dtype | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """
         Save adapters and their head as PEFT does, with the code and a configuration that names the frozen backbones.
@@ -81,6 +82,7 @@ class AdapterSharing:
             dtype (`torch.dtype`, *optional*): precision to save in, such as `torch.bfloat16` for half the size.
             push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder.
             repo_id (`str`, *optional*): the repository on the Hub that the folder is meant for.
+            state_dict (`dict`, *optional*): the model's, if it was gathered from several devices.
 
         Raises:
             ValueError: if there are no such adapters, the backbones have been trained too, the folder is where the
@@ -101,7 +103,7 @@ class AdapterSharing:
                 "freeze_backbones is False, so the backbones are not what they came from: save the whole model by "
                 "save_pretrained."
             )
-        tensors = self.get_adapter_state_dict(adapter_name)
+        tensors = self.get_adapter_state_dict(adapter_name, state_dict)
         if dtype is not None:
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         with errors_begin_with("The adapters cannot be saved"):

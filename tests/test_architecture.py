@@ -35,7 +35,7 @@ ORDER = """
     export_onnx
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
-    training.run_folder training.stopping training.checkpointing_trainer training.mask_bits
+    training.run_folder training.stopping training.sharding training.checkpointing_trainer training.mask_bits
     training.evaluating_trainer training.trainer training.report training.predictions training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes

@@ -233,6 +233,8 @@ class DetrisTrainingArguments(TrainingArguments):
         if not self.do_train:  # nothing is evaluated or saved on the way
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
+        # Each process reads the backbones: with FSDP, transformers would else fill them in all but one with noise.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
         if self.dataloader_pin_memory:  # otherwise each batch that is copied would wait for the device
             self.accelerator_config.non_blocking = True
@@ -299,6 +301,13 @@ def check_combination(
     if training_args.resume_from_checkpoint and not training_args.do_train:
         raise ValueError(
             "resume_from_checkpoint goes on with training: give --do_train, or model_name_or_path instead."
+        )
+    if training_args.resume_from_checkpoint and (
+        training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):
+        raise ValueError(
+            "A run with FSDP cannot be resumed, because its checkpoints hold no optimizer that another run can read: "
+            "resume a run without FSDP, or start a new one from the checkpoint by --model_name_or_path."
         )
     if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
         raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
@@ -386,6 +395,8 @@ def _check_texts(args: Any) -> None:
     for name, kind in get_type_hints(type(args)).items():
         value = getattr(args, name)
         optional = kind == str | None
+        if name == "fsdp" and value is True:  # without a value on the command line
+            continue
         if (optional or kind is str) and not (optional and value is None or isinstance(value, (str, os.PathLike))):
             raise ValueError(f"{name} is {short_repr(value)}: give text, between quotes if it is in a file.")
 

@@ -25,6 +25,7 @@ from .arguments import DetrisTrainingArguments
 from .checkpointing_trainer import CheckpointingTrainer
 from .collators import TellEpoch, TrainingCollator
 from .evaluating_trainer import EvaluatingTrainer
+from .sharding import of_its_own_class, prepare_sharding
 from .stopping import leave_signals_to_main_process
 
 STREAMED_RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
@@ -72,6 +73,8 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
             optimizer_cls_and_kwargs=(torch.optim.Adam, adam_arguments(model, args)),
             callbacks=[TellEpoch(collator), CheckStreamingWorkers(), *(callbacks or [])],
         )
+        if self.is_fsdp_enabled:
+            prepare_sharding(self.accelerator, model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -137,25 +140,30 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the model, or its adapters, and the processor. Trainer calls this for checkpoints and at the end."""
-        if not self.args.save_adapter_only:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.model.save_adapter(folder)
-            self.processing_class.save_pretrained(folder)
+        """Write the model, or its adapters, and the processor. Trainer calls this for checkpoints and at the end.
+
+        `state_dict` is whole where the model is divided among processes, and else None.
+        """
+        with of_its_own_class(self.model):
+            if not self.args.save_adapter_only:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                folder = output_dir or self.args.output_dir
+                self.model.save_adapter(folder, state_dict=state_dict)
+                self.processing_class.save_pretrained(folder)
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
         """Upload the model or its adapters, the processor and the card, and nothing else that `output_dir` holds."""
+        state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.is_world_process_zero():
             return
         if self.hub_model_id is None:
             self.init_hf_repo()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, of_its_own_class(self.model):
             if self.args.save_adapter_only:
-                self.model.save_adapter(folder, repo_id=self.hub_model_id)
+                self.model.save_adapter(folder, repo_id=self.hub_model_id, state_dict=state_dict)
             else:
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
             card = Path(self.args.output_dir) / "README.md"
             if card.exists():
