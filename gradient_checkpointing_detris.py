@@ -41,7 +41,8 @@ def _run_layer(
     if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in (hidden_states, *args)):
         if not any(parameter.requires_grad for parameter in layer.parameters()):
             return compute(hidden_states, *args)
-        if getattr(checkpoint_function, "keywords", {}).get("use_reentrant", True):
-            # Reentrant checkpointing computes no gradients for a layer whose inputs need none.
+        reentrant = getattr(checkpoint_function, "keywords", {}).get("use_reentrant", True)
+        if reentrant and not torch.compiler.is_compiling():
+            # Reentrant checkpointing computes no gradients for a layer whose inputs need none. A compiled graph does.
             hidden_states = hidden_states.detach().requires_grad_()
     return checkpoint_function(compute, hidden_states, *args)

@@ -24,7 +24,7 @@ from peft_detris import DetrisAdapterConfig
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated"),
 ]
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 
@@ -125,6 +125,19 @@ def test_checkpointing_computes_again_what_gradients_reach_and_nothing_else(name
     assert [sorted(set(tower)) for tower in graphs] == [vision, text]
     assert [sorted(set(tower)) for tower in again] == [vision, text]
     assert not any("requires_grad" in str(warning.message) for warning in recwarn)
+    assert_same_gradients(checkpointed, plain)
+
+
+@pytest.mark.slow
+@REENTRANT
+def test_checkpointing_is_a_part_of_one_graph(reentrant):
+    plain = small_model(small_config(text_adapter_layers=[1])).train()
+    checkpointed, input_ids = copy.deepcopy(plain), small_inputs(3)["input_ids"]
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    compiled = torch.compile(checkpointed.encode_text, fullgraph=True, backend="aot_eager")
+    for encode_text in (plain.encode_text, compiled):
+        words, sentences = encode_text(input_ids)
+        (words.square().mean() + sentences.sum()).backward()
     assert_same_gradients(checkpointed, plain)
 
 
