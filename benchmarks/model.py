@@ -269,15 +269,21 @@ def measure(settings: Settings, contestants: list[Contestant]) -> list[dict[str,
                 row.setdefault("error", f"{type(error).__name__}: {message}")
         if "error" not in row:
             running.append(contestant)
-    seconds = {contestant.name: [] for contestant in running}
-    for _ in tqdm(range(settings.rounds), desc="rounds"):
-        for contestant in running:
-            seconds[contestant.name].append(clock(contestant.run, settings.device))
+    seconds = take_turns(settings, running)
     backbone, matrices = (seconds[contestant.name] for contestant in contestants[:2])
     peak = [rows[MATRICES]["gflop"] / taken for taken in matrices]  # GFLOP/s in each round
     for name, taken in seconds.items():
         rows[name] |= figures_of(taken, rows[name]["gflop"], backbone, peak)
     return list(rows.values())
+
+
+def take_turns(settings: Settings, contestants: list[Contestant]) -> dict[str, list[float]]:
+    """Time all contestants, round after round, and return the seconds of each by its name."""
+    seconds = {contestant.name: [] for contestant in contestants}
+    for _ in tqdm(range(settings.rounds), desc="rounds"):
+        for contestant in contestants:
+            seconds[contestant.name].append(clock(contestant.run, settings.device))
+    return seconds
 
 
 def figures_of(seconds: list[float], gflop: float, backbone: list[float], peak: list[float]) -> dict[str, float]:
@@ -370,16 +376,18 @@ def measure_evaluation(settings: Settings, pictures: bool) -> list[dict[str, Any
         phrases, phrases_of_batch = (sum(map(len, part["sentences"])) for part in (rows, batch))
         counts = count_batch(trainer, batch)
         compared = backbone_and_matrices(settings, trainer.args.eval_batch_size)
-        before = measure(settings, compared)
+        others = measure(settings, compared)
         timed = time_run(prepared, settings.device)
-    after = measure(settings, compared)
-    backbone, matrices = (statistics.mean((one["seconds"], other["seconds"])) for one, other in zip(before, after))
+    after = take_turns(settings, compared)
+    backbone, matrices = (
+        statistics.mean((before["seconds"], statistics.median(after[before["name"]]))) for before in others
+    )
     bare = backbone / trainer.args.eval_batch_size * phrases  # for as many images as there are phrases
     row = {"name": f"{OURS}, {phrases} phrases", "share_in_model": timed["share_in_model"]} | counts
     row["gflop"] *= phrases / phrases_of_batch
     row["memory_mib"] = (size_of(trainer.model) + timed["bytes"]) / MEBIBYTE
-    row |= figures_of([timed["seconds"]], row["gflop"], [bare], [before[1]["gflop"] / matrices])
-    return [*after, row]
+    row |= figures_of([timed["seconds"]], row["gflop"], [bare], [others[1]["gflop"] / matrices])
+    return [*others, row]
 
 
 STAGES = {

@@ -28,7 +28,10 @@ from benchmarks.model import (
 )
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+]
 TIMED = {"name", "seconds", "ratio", "gflop", "gflop_per_second", "share_of_peak", "memory_mib"}
 COUNTED = {"launches", "reads"}
 
@@ -113,10 +116,7 @@ def test_training_steps(argv, tmp_path, stage, without_graphs):
     rows = measured(tmp_path)[stage]
     assert list(rows) == [f"{BACKBONE}, 2 images", MATRICES, f"{OURS}, 2 images"]
     ours = rows[f"{OURS}, 2 images"]
-    if "error" in ours:  # the row says why, and the run has gone on
-        assert stage == "step_compiled" and "Unsupported" in ours["error"] and "seconds" not in ours
-    else:
-        assert ours.keys() == (TIMED if stage == "step_compiled" else TIMED | COUNTED)
+    assert ours.keys() == (TIMED if stage == "step_compiled" else TIMED | COUNTED)
     assert ours["gflop"] > rows[f"{BACKBONE}, 2 images"]["gflop"]
 
 
