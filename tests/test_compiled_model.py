@@ -27,7 +27,7 @@ def nothing_compiled():
 
 
 def tiny_model(registers=True, **fields):
-    """A model of few layers, so that compiling takes little time. The first of its two vision layers reads no words."""
+    """A model of few layers, so that compiling takes little time; the first of two vision layers reads no words."""
     fields |= {"vision_adapter_layers": [1], "text_adapter_layers": [0], "feature_layers": [0]}
     text_config = small_config().text_config.to_dict() | {"num_hidden_layers": 1}
     return small_model(small_config(registers, {"num_hidden_layers": 2}, text_config=text_config, **fields))
