@@ -42,13 +42,6 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
         self.detris_adapter = nn.ModuleDict()
         self.scale = {}
 
-    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Checkpoint the layer in training, if transformers has switched that on."""
-        if self.gradient_checkpointing and self.training and not hidden_states.requires_grad:
-            # Reentrant checkpointing computes no gradients for a layer whose input needs none.
-            hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
-        return super().__call__(hidden_states, *args, **kwargs)
-
     def make_adapter(self, config: PeftConfig, model_config: PreTrainedConfig) -> nn.Module:
         """Build an adapter that fits the layer."""
         raise NotImplementedError
@@ -74,12 +67,12 @@ class DetrisAdapterLayer(GradientCheckpointingLayer, BaseTunerLayer):
             raise ValueError(f"DETRIS adapters cannot be added up: activate one of {names} with set_adapter.")
         return names[0]
 
-    def _adapt(self, adapter_name: str, *args: torch.Tensor) -> torch.Tensor:
+    def _adapt(self, adapter_name: str, *args: torch.Tensor | None) -> torch.Tensor:
         # Checkpointing computes the layer again during the backward pass. By then the batch norms have counted this
         # batch; counting it twice would make the running statistics differ from those of a run without checkpointing.
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         with _running_statistics_kept(self) if recomputing else nullcontext():
-            return self.scale[adapter_name] * self.detris_adapter[adapter_name](*args)
+            return self.detris_adapter[adapter_name](*args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT calls this to merge adapters into the layer, which is not possible."""
@@ -100,11 +93,16 @@ class TextAdapterLayer(DetrisAdapterLayer):
         hidden_states = hidden_states + attention_output
         # The adapter reads the residual stream, not its norm (official `ResidualAttentionBlock.forward`).
         adapted = self._adapt(adapter_name, hidden_states)
-        return hidden_states + layer.mlp(layer.layer_norm2(hidden_states)) + adapted
+        hidden_states = hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+        return torch.add(hidden_states, adapted, alpha=self.scale[adapter_name])
 
 
 class VisionAdapterLayer(DetrisAdapterLayer):
-    """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`."""
+    """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`.
+
+    The first one of the model may get the images themselves, `(B, P, D)`, and `image_index` `(N,)`, the image of each
+    phrase. It computes once an image what does not depend on the words.
+    """
 
     def make_adapter(self, config: PeftConfig, model_config: PreTrainedConfig) -> nn.Module:
         return DenseAligner(
@@ -117,15 +115,24 @@ class VisionAdapterLayer(DetrisAdapterLayer):
             dropout=config.aligner_dropout,
         )
 
-    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_hidden_states: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         adapter_name, layer = self.active_name, self.base_layer
         if adapter_name is None:
             return layer(hidden_states)
         attention_output, _ = layer.attention(layer.norm1(hidden_states))
         hidden_states = hidden_states + layer.drop_path(layer.layer_scale1(attention_output))
         normed = layer.norm2(hidden_states)
-        adapted = self._adapt(adapter_name, normed, text_hidden_states)
-        return hidden_states + layer.drop_path(layer.layer_scale2(layer.mlp(normed) + adapted))
+        mlp_output = layer.mlp(normed)
+        adapted = self._adapt(adapter_name, normed, text_hidden_states, image_index)
+        if image_index is not None:
+            hidden_states, mlp_output = hidden_states[image_index], mlp_output[image_index]
+        added = torch.add(mlp_output, adapted, alpha=self.scale[adapter_name])
+        return hidden_states + layer.drop_path(layer.layer_scale2(added))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
@@ -83,7 +84,7 @@ class TextAdapter(nn.Module):
 
 
 class BatchFirstAttention(nn.MultiheadAttention):
-    """Multi-head attention that rounds in the same way whether its weights are frozen or not.
+    """Multi-head attention without the copies that PyTorch makes of its inputs and output.
 
     Shapes: query `(N, Q, d)`, key and value `(N, K, ·)` and `key_padding_mask` `(N, K)`, which is true where a key is
     padding, to `(N, Q, d)`; with `need_weights` also the weights `(N, num_heads, Q, K)`.
@@ -97,19 +98,25 @@ class BatchFirstAttention(nn.MultiheadAttention):
         key_padding_mask: torch.Tensor | None = None,
         need_weights: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # With `batch_first`, PyTorch projects transposed views. It multiplies them in one way if the weights need
-        # gradients and in another if they do not, so the last digits would change once adapters are frozen.
-        query, key_first = query.transpose(0, 1).contiguous(), key.transpose(0, 1).contiguous()
-        value_first = key_first if value is key else value.transpose(0, 1).contiguous()
-        attended, weights = super().forward(
-            query,
-            key_first,
-            value_first,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            average_attn_weights=False,
-        )
-        attended = attended.transpose(0, 1).contiguous()
+        if self._qkv_same_embed_dim:
+            projections = self.in_proj_weight.chunk(3)
+        else:
+            projections = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        query, key, value = (
+            F.linear(states, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for states, weight, bias in zip((query, key, value), projections, self.in_proj_bias.chunk(3), strict=True)
+        )  # (N, num_heads, Q or K, d / num_heads)
+        mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]  # (N, 1, 1, K)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = query @ key.transpose(2, 3) / math.sqrt(self.head_dim)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            weights = F.dropout(scores.softmax(dim=3), dropout)
+            attended = weights @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        attended = self.out_proj(attended.transpose(1, 2).flatten(2))
         return (attended, weights) if need_weights else attended
 
 
@@ -158,12 +165,24 @@ class DenseAligner(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, hidden_states: torch.Tensor, text_hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.down(hidden_states).relu()  # (N, P, d)
-        prefix, patches = hidden_states[:, : self.prefix_length], hidden_states[:, self.prefix_length :]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        text_hidden_states: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """With `image_index` `(N,)`, hidden states of the images `(B, P, D)`, which their phrases share."""
+        if image_index is not None and self.training:
+            # Batch norm counts an image once for each of its phrases.
+            hidden_states, image_index = hidden_states[image_index], None
+        hidden_states = self.down(hidden_states).relu()  # (N or B, P, d)
+        patches = hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, d, g, g)
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N or B, d, g, g)
         # Contiguous for the same reason as in BatchFirstAttention.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
+        if image_index is not None:
+            hidden_states, aligned = hidden_states[image_index], aligned[image_index]
         aligned = self.word_attention(aligned, text_hidden_states)
+        prefix = hidden_states[:, : self.prefix_length]
         return self.up(torch.cat([prefix, aligned], dim=1) + hidden_states)

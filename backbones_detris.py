@@ -95,6 +95,7 @@ class FromBackbones:
         vision_revision: str | None = None,
         text_revision: str | None = None,
         quantization_config: QuantizationConfigMixin | None = None,
+        attn_implementation: str | dict[str, str] | None = None,
         **config_fields,
     ) -> Self:
         """
@@ -111,6 +112,8 @@ class FromBackbones:
                 Branch, tag or commit on the Hub.
             quantization_config (*optional*):
                 Loads the frozen backbones quantised, such as `transformers.BitsAndBytesConfig`.
+            attn_implementation (`str` or `dict`, *optional*):
+                The attention of both backbones, or of each, as for [`set_attn_implementation`].
             **config_fields: further fields of [`DetrisConfig`].
 
         Returns:
@@ -119,8 +122,9 @@ class FromBackbones:
         Raises:
             OSError: if a file, folder or Hub id cannot be read.
             ValueError: if a backbone is of another kind, its weights do not fit its configuration or hold NaN or
-                infinity, or the backbones and fields do not fit together.
+                infinity, the backbones and fields do not fit together, or the attention cannot be used.
         """
+        check_attention(attn_implementation)
         DetrisConfig.refuse_unknown(config_fields)
         vision_model, text_model = cls._read_backbones(
             vision, text, vision_revision, text_revision, quantization_config
@@ -133,18 +137,37 @@ class FromBackbones:
             "text_backbone_revision": commit_of(text, text_revision),
         }
         config = DetrisConfig(**config_fields)
-        return cls(config, vision_model, text_model).eval()
+        model = cls(config, vision_model, text_model).eval()
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """
+        Let the backbones compute attention in another way. The attentions of aligners and decoder stay PyTorch's.
+
+        Args:
+            attn_implementation (`str` or `dict`):
+                `"eager"`, `"sdpa"`, `"flash_attention_2"`, `"flex_attention"` or another name that transformers knows,
+                for both backbones; or a `dict` with a name for `"vision_config"`, for `"text_config"` or for both.
+            allow_all_kernels (`bool`, *optional*, defaults to `False`):
+                Whether attention may be a kernel from any repository of the Hub.
+
+        Raises:
+            ValueError: if there is no such attention, or it cannot be used on this machine.
+        """
+        check_attention(attn_implementation)
+        with as_value_error(f"attn_implementation {attn_implementation!r} cannot be used"):
+            super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
     @staticmethod
     def _backbone_configs(vision_model: PreTrainedModel, text_model: PreTrainedModel) -> dict[str, dict]:
-        """Copy the backbones' configurations as fields of [`DetrisConfig`].
-
-        When a backbone is built, its configuration is given the attention that it uses. A copy made then keeps it.
-        """
-        return {
-            "vision_config": vision_model.config.to_dict() | {"_name_or_path": ""},
-            "text_config": text_model.config.to_dict() | {"_name_or_path": ""},
-        }
+        """Copy the backbones' configurations as fields of [`DetrisConfig`], without the places they were read from."""
+        for backbone in (vision_model, text_model):
+            backbone.config._name_or_path = ""
+        return {"vision_config": vision_model.config.to_dict(), "text_config": text_model.config.to_dict()}
 
     @classmethod
     def _read_backbones(
@@ -294,6 +317,24 @@ def _build_from_original(
     ]
     weights = official_to_ours(tensors, model_class, config, table, error_prefix, remedy)
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def check_attention(attn_implementation: Any) -> None:
+    """Raise ValueError if this is neither a name nor names by the model's parts; None passes.
+
+    transformers would pass over the name of a part that the model does not have.
+    """
+    names = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation or ""}
+    if not (
+        {*names} <= {"", "vision_config", "text_config"} and all(isinstance(name, str) for name in names.values())
+    ):
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}: give a name such as 'sdpa', or a dict of names for "
+            "'vision_config', 'text_config' or both."
+        )
 
 
 # --- places --------------------------------------------------------------------------------------------------------

@@ -68,16 +68,16 @@ def letterbox_mask(mask: BoxedMask, square: np.ndarray) -> None:
 
 
 def undo_letterbox(probabilities: torch.Tensor, size: tuple[int, int], side: int) -> torch.Tensor:
-    """Warp a map of probabilities `(h, w)` of the square back to the image, `(height, width)` of `size`.
+    """Warp maps of probabilities `(…, h, w)` of the square back to their image, `(…, height, width)` of `size`.
 
     The official code enlarges the map to the square, bicubically and with aligned corners, and then warps it
-    bicubically. Both steps are linear and treat rows and columns apart, so two matrix products do the work, and no map
-    of the square's size is made.
+    bicubically. Both steps are linear and treat rows and columns apart, so two matrix products do the work for all
+    maps of an image, and no map of the square's size is made.
     """
     height, width = size
     scale, bias_y, bias_x = _geometry(height, width, side)
-    rows = _restoring_matrix(height, scale, bias_y, side, probabilities.shape[0], probabilities.device)
-    columns = _restoring_matrix(width, scale, bias_x, side, probabilities.shape[1], probabilities.device)
+    rows = _restoring_matrix(height, scale, bias_y, side, probabilities.shape[-2], probabilities.device)
+    columns = _restoring_matrix(width, scale, bias_x, side, probabilities.shape[-1], probabilities.device)
     return rows @ probabilities @ columns.T
 
 
@@ -120,16 +120,22 @@ def _restoring_matrix(
     original: int, scale: float, bias: float, side: int, length: int, device: torch.device
 ) -> torch.Tensor:
     """One axis of the way back, `(original, length)`: from the map to the square, and from there to the image."""
-    positions = torch.from_numpy(_sampling_positions(original, scale, bias))
-    d = (positions[:, None] - torch.arange(side)).abs()  # (original, side)
-    a = CUBIC_COEFFICIENT
+    positions = torch.from_numpy(_sampling_positions(original, scale, bias))[:, None]
+    neighbours = positions.floor() + torch.arange(-1, 3)  # (original, 4)
+    d, a = (positions - neighbours).abs(), CUBIC_COEFFICIENT
     near = ((a + 2) * d - (a + 3)) * d**2 + 1
     far = (((d - 5) * d + 8) * d - 4) * a
-    warp = torch.where(d <= 1, near, far) * (d < 2)  # a sample beyond the square counts as 0
-    enlarge = F.interpolate(  # the official enlargement, written as the matrix of what it does to a unit vector
-        torch.eye(length, dtype=torch.float64)[None, None], (side, length), mode="bicubic", align_corners=True
-    )[0, 0]  # (side, length)
-    return (warp @ enlarge).to(device=device, dtype=torch.float32)
+    inside = (neighbours >= 0) & (neighbours < side)  # a sample beyond the square counts as 0
+    weights = torch.where(d <= 1, near, far) * inside
+    enlarged = _enlarging_matrix(side, length)[neighbours.long().clamp(0, side - 1)]  # (original, 4, length)
+    return (weights[:, None] @ enlarged)[:, 0].to(device=device, dtype=torch.float32)
+
+
+@lru_cache(maxsize=CACHED_SIZES)
+def _enlarging_matrix(side: int, length: int) -> torch.Tensor:
+    """One axis of the official enlargement `(side, length)`: the matrix of what it does to unit vectors."""
+    unit_vectors = torch.eye(length, dtype=torch.float64)[None, None]
+    return F.interpolate(unit_vectors, (side, length), mode="bicubic", align_corners=True)[0, 0]
 
 
 def _geometry(height: int, width: int, side: int) -> tuple[float, float, float]:

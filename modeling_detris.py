@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 try:
@@ -24,6 +25,7 @@ try:
     from .adapters_detris import BatchFirstAttention, ConvNormReLU
     from .backbones_detris import BACKBONE_CLASSES, FromBackbones
     from .configuration_detris import DetrisConfig
+    from .gradient_checkpointing_detris import GradientCheckpointing
     from .input_checks_detris import are_masks, check_inputs
     from .peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from .recording_detris import segment_and_record, wanted_outputs
@@ -37,6 +39,7 @@ except ImportError:
     from adapters_detris import BatchFirstAttention, ConvNormReLU
     from backbones_detris import BACKBONE_CLASSES, FromBackbones
     from configuration_detris import DetrisConfig
+    from gradient_checkpointing_detris import GradientCheckpointing
     from input_checks_detris import are_masks, check_inputs
     from peft_detris import ADAPTER_PARAMETER, BACKBONE_MODULES
     from recording_detris import segment_and_record, wanted_outputs
@@ -175,8 +178,10 @@ class DetrisNeck(nn.Module):
         rows = torch.linspace(-1, 1, height, device=fused.device, dtype=fused.dtype)
         columns = torch.linspace(-1, 1, width, device=fused.device, dtype=fused.dtype)
         rows, columns = torch.meshgrid(rows, columns, indexing="ij")
-        coordinates = torch.stack([columns, rows]).expand(count, -1, -1, -1)  # (N, 2, g, g)
-        return fused + self.coordinate_convolutions(torch.cat([fused, coordinates], dim=1))
+        coordinates = torch.stack([columns, rows], dim=2).expand(count, -1, -1, -1)  # (N, g, g, 2)
+        # Channels last, as the feature maps are: `cat` would not keep that for a map that is expanded.
+        located = torch.cat([fused.permute(0, 2, 3, 1), coordinates], dim=3).permute(0, 3, 1, 2)
+        return fused + self.coordinate_convolutions(located)
 
 
 def _sine_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -194,7 +199,7 @@ def _sine_positions_2d(grid_size: int, dim: int, device: torch.device) -> torch.
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
-class DetrisDecoderLayer(nn.Module):
+class DetrisDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer in which patches attend to patches and then to words (official `DecoderLayer`).
 
     Unusually, the result of each attention is normalised once more before it is added.
@@ -284,10 +289,10 @@ class DetrisMaskHead(nn.Module):
         # convolution of the widest map. `fold` shifts and adds the nine maps; its offsets run in the opposite
         # direction to a convolution's, hence the flip. Each tap adds its part of the 1x1 convolution's bias before the
         # shift, because the official code pads with zeros after the 1x1 convolution.
-        kernel = kernel.flip(2)
-        taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
-        tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)  # (N, 9)
-        responses = taps @ feature_map.flatten(2) + tap_biases[:, :, None]  # (N, 9, (4g)²)
+        kernel = kernel.flip(2).transpose(1, 2)  # (N, 9, d / 2)
+        taps = kernel @ self.output_projection.weight.flatten(1)  # (N, 9, d / 2)
+        tap_biases = kernel @ self.output_projection.bias  # (N, 9)
+        responses = torch.baddbmm(tap_biases[:, :, None], taps, feature_map.flatten(2))  # (N, 9, (4g)²)
         # Nine maps are summed, which half precision is too coarse for.
         responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
         logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2)
@@ -295,7 +300,7 @@ class DetrisMaskHead(nn.Module):
 
 
 class DetrisForReferringSegmentation(
-    AdapterSharing, AdapterSwitching, WholeModelSaving, FromBackbones, PreTrainedModel
+    AdapterSharing, AdapterSwitching, WholeModelSaving, FromBackbones, GradientCheckpointing, PreTrainedModel
 ):
     """
     Segments what phrases name in images (official `model/segmenter.py`).
@@ -310,7 +315,7 @@ class DetrisForReferringSegmentation(
     input_modalities = ("image", "text")
     model_tags = ["detris", "referring-image-segmentation"]  # of its card on the Hub
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as in both backbones
     _no_split_modules = ["VisionAdapterLayer", "TextAdapterLayer", "DetrisDecoderLayer"]
 
     def __init__(
@@ -325,6 +330,8 @@ class DetrisForReferringSegmentation(
         self.vision_model = vision_model or vision_class(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
         self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
+        # Given backbones read their own configurations, so an attention that is set must be set in these.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)
         self.mask_head = DetrisMaskHead(config)
@@ -362,11 +369,11 @@ class DetrisForReferringSegmentation(
         features = []
         for index, layer in enumerate(self.vision_model.encoder.layer):
             if holds_adapters(layer) and layer.active_name is not None:
+                # Until this layer reads words, an image is computed once for all its phrases.
+                hidden_states = layer(hidden_states, words, image_index)
                 if image_index is not None:
-                    # So far no layer has read words, so an image was computed once for all its phrases.
-                    hidden_states, *features = (states[image_index] for states in (hidden_states, *features))
+                    features = [states[image_index] for states in features]
                     image_index = None
-                hidden_states = layer(hidden_states, words)
             else:
                 hidden_states = layer(hidden_states)
             if index in self.config.feature_layers:
@@ -384,13 +391,12 @@ class DetrisForReferringSegmentation(
         # Repeats the backbone's own embeddings, except that positions are resampled in the official way. The
         # pretrained table itself is not changed, so each image size is resampled from the original.
         embeddings = self.vision_model.embeddings
-        patches = embeddings.patch_embeddings(pixel_values)  # (B, g², D)
-        class_tokens = embeddings.cls_token.expand(patches.shape[0], -1, -1)
-        hidden_states = torch.cat([class_tokens, patches], dim=1)
-        hidden_states = hidden_states + resample_position_table(embeddings.position_embeddings, self.config.grid_size)
+        positions = resample_position_table(embeddings.position_embeddings, self.config.grid_size)
+        patches = embeddings.patch_embeddings(pixel_values) + positions[:, 1:]  # (B, g², D)
+        prefix = embeddings.cls_token + positions[:, :1]
         if self.config.prefix_length > 1:
-            registers = embeddings.register_tokens.expand(patches.shape[0], -1, -1)
-            hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
+            prefix = torch.cat([prefix, embeddings.register_tokens], dim=1)  # which have no position
+        hidden_states = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
         return embeddings.dropout(hidden_states)
 
     def _segment(

@@ -434,8 +434,8 @@ def backbone_digest(model: nn.Module) -> str | None:
     """SHA-256 of the names, shapes and weights of the backbones of a DETRIS, or of a PEFT model around one.
 
     Returns:
-        `str` of 64 hexadecimal digits, or `None` if some weights are not held in float32: rounded or quantised weights
-        do not tell which weights they were made from.
+        `str` of 64 hexadecimal digits, or `None` if some weights are not held in float32, because rounded or quantised
+        weights do not tell which weights they were made from, or if they are divided among several devices.
     """
     weights = {
         name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): parameter
@@ -447,7 +447,7 @@ def backbone_digest(model: nn.Module) -> str | None:
     for name, parameter in sorted(weights.items()):
         if not name.startswith(BACKBONE_MODULES):
             continue
-        if parameter.dtype != torch.float32 or parameter.is_meta:
+        if parameter.dtype != torch.float32 or parameter.is_meta or type(parameter) is not nn.Parameter:
             return None
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().numpy())

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import ftfy
@@ -43,6 +44,7 @@ logger = logging.get_logger(__name__)
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"  # on the Hub; all CLIP models have the same tokenizer
 MAX_TEXT_LENGTH = 1_024  # tokens; CLIP's text model reads 77
 MIN_STD = 1 / 255  # one grey level
+RESTORED_AT_ONCE = 2**25  # pixels of masks that are brought to their image's size together, in 128 MiB of float32
 # Fields of saved files that tell transformers which classes to load.
 CLASS_FIELDS = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
 # One can iterate over these too, but not to get phrases.
@@ -357,13 +359,31 @@ class DetrisProcessor(ProcessorMixin):
         threshold = checked_threshold(self.mask_threshold if threshold is None else threshold, "threshold")
         sizes = _sizes_of_phrases(logits, target_sizes, original_sizes, image_index)
         _refuse_infinite(logits)
-        side, results = self.image_processor.size["height"], []
-        with torch.autocast(logits.device.type, enabled=False):  # half precision would shift the edges of masks
-            for phrase_logits, size in zip(logits, sizes):
-                probabilities = undo_letterbox(phrase_logits.float().sigmoid(), size, side)
-                mask = foreground(probabilities, threshold)
-                results.append(details_of(mask, probabilities) if output_details else mask)
+        results = []
+        for probabilities in self.restore_probabilities(logits, sizes):
+            masks = foreground(probabilities, threshold)
+            results += map(details_of, masks, probabilities) if output_details else masks
         return results
+
+    def restore_probabilities(self, logits: torch.Tensor, sizes: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Bring logits of `N` phrases to the sizes of their images. Nothing is checked, and nobody waits for a GPU.
+
+        Args:
+            logits (`(N, h, w)`): of any floating type.
+            sizes: the height and width in pixels of each phrase's image.
+
+        Yields:
+            Probabilities `(n, height, width)` in float32 of the next `n` phrases, whose images have the same size.
+            Interpolation can overshoot 0 and 1 a little. `foreground` makes masks of them.
+        """
+        side, first = self.image_processor.size["height"], 0
+        for size, phrases in groupby(map(tuple, sizes)):
+            last = first + len(list(phrases))
+            for part in logits[first:last].split(max(1, RESTORED_AT_ONCE // (size[0] * size[1]))):
+                with torch.autocast(logits.device.type, enabled=False):  # half precision would shift masks' edges
+                    probabilities = undo_letterbox(part.float().sigmoid(), size, side)
+                yield probabilities
+            first = last
 
 
 DetrisImageProcessor.register_for_auto_class()

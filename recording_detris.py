@@ -70,11 +70,11 @@ def segment_and_record(
         outputs = segment(*inputs)
     image_index = inputs[-1]
     if image_index is not None:
-        shared = count_shared_layers(model.vision_model.encoder.layer)
-        # Besides the outputs of the shared layers, the input of the first one.
-        for name, count in (("vision_attentions", shared), ("vision_hidden_states", shared + 1 if shared else 0)):
+        # Besides the outputs of the shared layers, the input of the first one and the attention of the next one.
+        shared = count_shared_layers(model.vision_model.encoder.layer) + 1
+        for name in ("vision_attentions", "vision_hidden_states"):
             values = recorded.get(name, [])
-            values[:count] = [value[image_index] for value in values[:count]]
+            values[:shared] = [value[image_index] for value in values[:shared]]
     # The text backbone does not run, and so records nothing, if the phrases were encoded before.
     return outputs | {name: tuple(values) for name, values in recorded.items() if values}
 
@@ -108,6 +108,10 @@ def _recording(
             _record_weights(stack, recorded, "vision_attentions", [_unwrapped(x).attention for x in vision_layers])
             _record_weights(stack, recorded, "decoder_attentions", [x.self_attention for x in decoder_layers])
             _record_weights(stack, recorded, "cross_attentions", [x.word_attention for x in decoder_layers])
+            for layer in decoder_layers:
+                # Computed again in the backward pass, without the hooks, a layer would use another attention.
+                stack.callback(setattr, layer, "gradient_checkpointing", layer.gradient_checkpointing)
+                layer.gradient_checkpointing = False
         token = _recorded_here.set(recorded)
         stack.callback(_recorded_here.reset, token)
         yield recorded

@@ -29,7 +29,7 @@ try:
         skeleton,
         weight_files,
     )
-    from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with, one_line
     from .handler import EndpointHandler  # so that it is saved with every model, like all that is imported here
     from .peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from .pipeline_detris import CUSTOM_PIPELINES
@@ -47,7 +47,7 @@ except ImportError:
         skeleton,
         weight_files,
     )
-    from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
+    from configuration_detris import DetrisConfig, as_value_error, errors_begin_with, one_line
     from handler import EndpointHandler  # noqa: F401
     from peft_detris import BUILT_IN_ADAPTER, PeftMethod
     from pipeline_detris import CUSTOM_PIPELINES
@@ -161,7 +161,8 @@ class WholeModelSaving:
         """
         source = pretrained_model_name_or_path
         hub_kwargs = hub_kwargs_of(kwargs)
-        refuse_several_devices(kwargs.get("device_map"))
+        if kwargs.get("max_memory") is not None:
+            raise ValueError("max_memory divides a model among devices, but DETRIS runs on one: leave it out.")
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False: a DETRIS is only saved as safetensors, so leave it out.")
         config = cls._read_config(source, hub_kwargs, kwargs)
@@ -180,9 +181,6 @@ class WholeModelSaving:
                 check_shapes(shapes, shapes_of(skeleton(cls, config).state_dict()))
         with errors_begin_with(source), as_value_error("it cannot be loaded"):
             model = super().from_pretrained(source, *args, config=config, **kwargs)
-        refuse_several_devices(getattr(model, "hf_device_map", None))
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError(f"{source}: max_memory is too little for the model, which is not divided: leave it out.")
         copy_out_of_file(model)
         with errors_begin_with(source):
             check_finite(model.state_dict())
@@ -211,22 +209,31 @@ class WholeModelSaving:
             return cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs, **changes)
 
 
-def refuse_several_devices(device_map: Any) -> None:
-    """Raise ValueError if a `device_map` divides the model, whose parts must lie on one device."""
-    devices = sorted(set(map(str, device_map.values()))) if isinstance(device_map, dict) else [str(device_map)]
+def single_device(device_map: Any) -> Any:
+    """The device that a `device_map` puts the whole model on; `None` if it is `None`.
+
+    Raises:
+        ValueError: if it divides the model, whose parts read each other's weights, or if there is no such device.
+    """
+    devices = {
+        str(device): device for device in (device_map.values() if isinstance(device_map, dict) else [device_map])
+    }
     if len(devices) > 1 or not {"disk", "meta"}.isdisjoint(devices):
         raise ValueError(
-            f"device_map puts parts of the model on {devices}: DETRIS runs on one device, so name that, as "
+            f"device_map puts parts of the model on {sorted(devices)}: DETRIS runs on one device, so name that, as "
             "device_map='cuda:0' does."
         )
-
-
-def single_device(device_map: Any) -> Any:
-    """The device that a `device_map` puts the whole model on; `None` if it is `None`."""
-    refuse_several_devices(device_map)
-    device = next(iter(device_map.values())) if isinstance(device_map, dict) else device_map
+    device = next(iter(devices.values()), None)
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"device_map names {device!r}, which is no device of this machine: give another, such as 'cpu'. "
+                f"({one_line(error)})"
+            ) from error
     return device
 
 

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 try:
-    from .backbones_detris import absolute_if_local, refuse_file
+    from .backbones_detris import absolute_if_local, check_attention, refuse_file
     from .checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from .configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from .peft_detris import (
@@ -37,7 +37,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from backbones_detris import absolute_if_local, refuse_file
+    from backbones_detris import absolute_if_local, check_attention, refuse_file
     from checkpoint_files import HUB_KWARGS, check_finite, hub_kwargs_of
     from configuration_detris import DetrisConfig, as_value_error, errors_begin_with
     from peft_detris import (
@@ -70,6 +70,7 @@ class AdapterSharing:
         dtype: torch.dtype | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """
         Save adapters and their head as PEFT does, with the code and a configuration that names the frozen backbones.
@@ -81,6 +82,7 @@ class AdapterSharing:
             dtype (`torch.dtype`, *optional*): precision to save in, such as `torch.bfloat16` for half the size.
             push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder.
             repo_id (`str`, *optional*): the repository on the Hub that the folder is meant for.
+            state_dict (`dict`, *optional*): the model's, if it was gathered from several devices.
 
         Raises:
             ValueError: if there are no such adapters, the backbones have been trained too, the folder is where the
@@ -101,7 +103,7 @@ class AdapterSharing:
                 "freeze_backbones is False, so the backbones are not what they came from: save the whole model by "
                 "save_pretrained."
             )
-        tensors = self.get_adapter_state_dict(adapter_name)
+        tensors = self.get_adapter_state_dict(adapter_name, state_dict)
         if dtype is not None:
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         with errors_begin_with("The adapters cannot be saved"):
@@ -200,6 +202,8 @@ class AdapterSharing:
         refuse_file(source)
         if kwargs.get("subfolder") and source is not None:
             refuse_file(os.path.join(source, kwargs["subfolder"]))
+        check_attention(kwargs.get("attn_implementation"))
+        kwargs["device_map"] = single_device(kwargs.get("device_map"))
         adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
         # PEFT saves adapters without a config.json. Given such a folder, AutoModel calls this with the model that
         # adapter_config.json names, and with the folder under this key.
@@ -229,7 +233,7 @@ class AdapterSharing:
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        device = single_device(kwargs.pop("device_map", None))
+        device = kwargs.pop("device_map")
         attention = kwargs.pop("attn_implementation", None)
         quantization_config = kwargs.pop("quantization_config", None)
         unknown = kwargs.keys() - {*HUB_KWARGS, "subfolder", *IGNORED_KWARGS}
@@ -250,11 +254,11 @@ class AdapterSharing:
         model = cls(config, vision_model, text_model)
         model.name_or_path = os.fspath(source)
         model._load_adapter(source, adapter_config, BUILT_IN_ADAPTER, is_trainable=True, hub_kwargs=hub_kwargs)
+        model = model.to(device=device, dtype=dtype or torch.float32).eval()
+        model.config.dtype = model.dtype
         if attention is not None:
             model.set_attn_implementation(attention)
-        model = model.to(dtype or torch.float32).eval()
-        model.config.dtype = model.dtype
-        return model if device is None else model.to(device)
+        return model
 
     @classmethod
     def _read_named_backbones(

@@ -42,6 +42,9 @@ from training.run_folder import PrepareFolderOnTrainBegin, lock_run_folder
 from training.stopping import RunStopped, StopAtSignal, how_to_go_on
 from training.trainer import DetrisTrainer
 
+# Arguments that go to the model as they are, if they are given.
+OVERRIDES = ("image_size", "max_text_length", "peft_method", "attn_implementation")
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +55,7 @@ def build_model(args: ModelArguments) -> tuple[DetrisForReferringSegmentation, D
         OSError: a folder or Hub id cannot be read.
         ValueError: a field of the configuration is invalid, or the tokenizer has more symbols than the model reads.
     """
-    overrides = {name: getattr(args, name) for name in ("image_size", "max_text_length", "peft_method")}
+    overrides = {name: getattr(args, name) for name in OVERRIDES}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if args.quantize_backbones is not None:
         overrides["quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[args.quantize_backbones])

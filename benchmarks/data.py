@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from data.check import PUBLISHED
+from data.check import PUBLISHED, Counts
 from data.masks import RleMask
 from data.streaming import StreamedBatches, StreamedRows, parquet_files
 from letterbox_detris import letterbox_maps
@@ -54,24 +54,33 @@ MEBIBYTE = 2**20
 # --- the set ------------------------------------------------------------------------------------------------------
 
 
-def write_refer(root: Path, seed: int = 0) -> None:
-    """Write a set with as many images, objects and phrases as RefCOCO's splits have by its publication."""
+def write_refer(
+    root: Path, seed: int = 0, splits: dict[str, Counts] = PUBLISHED[NAME], annotated: int = ANNOTATIONS
+) -> None:
+    """Write a set, by default with as many images, objects and phrases as RefCOCO's splits have by its publication.
+
+    Args:
+        root: is made, and holds the set once it is whole.
+        splits: how many images, objects and phrases each split has.
+        annotated: how many objects have polygons; to most of RefCOCO's no phrase refers.
+    """
     rng = np.random.default_rng(seed)
     scratch = root.with_name(f"{root.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     folder = scratch / "images" / "train2014"
     folder.mkdir(parents=True)
     (scratch / "refcoco").mkdir()
-    photographs = [_write_photograph(folder, index, rng) for index in tqdm(range(DISTINCT_IMAGES), desc="photographs")]
+    distinct = min(DISTINCT_IMAGES, sum(counts.images for counts in splits.values()))
+    photographs = [_write_photograph(folder, index, rng) for index in tqdm(range(distinct), desc="photographs")]
 
     images, annotations, refs = [], [], []
-    total = sum(counts.objects for counts in PUBLISHED[NAME].values())
+    total = sum(counts.objects for counts in splits.values())
     progress = tqdm(total=total, desc="objects")
-    for split, counts in PUBLISHED[NAME].items():
+    for split, counts in splits.items():
         first = len(images)
         for image_id in range(first, first + counts.images):
             name, (height, width) = f"COCO_train2014_{image_id:012d}.jpg", SIZES[image_id % len(SIZES)]
-            os.link(photographs[image_id % DISTINCT_IMAGES], folder / name)
+            os.link(photographs[image_id % distinct], folder / name)
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         sentences = _shares(counts.phrases, counts.objects)
         for number in range(counts.objects):
@@ -82,7 +91,7 @@ def write_refer(root: Path, seed: int = 0) -> None:
     progress.close()
     for photograph in photographs:
         photograph.unlink()
-    for ann_id in tqdm(range(len(annotations), ANNOTATIONS), desc="other objects"):
+    for ann_id in tqdm(range(len(annotations), annotated), desc="other objects"):
         annotations.append(_annotation(ann_id, images[ann_id % len(images)], rng))
     categories = [{"id": index, "name": f"thing {index}", "supercategory": "things"} for index in range(1, 81)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
@@ -207,12 +216,15 @@ def load_train(output: Path) -> datasets.Dataset:
     return rows.cast_column("mask", RleMask(decode=False))
 
 
-def make_collator() -> TrainingCollator:
-    """Make the training collator with a tokenizer that knows only CLIP's bytes, because nothing is downloaded."""
+def make_tokenizer() -> CLIPTokenizer:
+    """Make a tokenizer that knows only CLIP's bytes, 514 symbols, because nothing is downloaded."""
     symbols = list(bytes_to_unicode().values())
     symbols += [f"{symbol}</w>" for symbol in symbols] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
-    return TrainingCollator(DetrisProcessor(DetrisImageProcessor(), tokenizer), seed=0)
+    return CLIPTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
+
+
+def make_collator() -> TrainingCollator:
+    return TrainingCollator(DetrisProcessor(DetrisImageProcessor(), make_tokenizer()), seed=0)
 
 
 def measure_loader(output: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ import torch
 from helpers.adapter_twins import dense_aligner_twin, text_adapter_twin, weights_of
 from helpers.models import randomize
 
-from adapters_detris import DenseAligner, TextAdapter
+from adapters_detris import BatchFirstAttention, DenseAligner, TextAdapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,3 +48,28 @@ def test_aligner_drops_attention_weights_in_training_only():
     assert torch.equal(aligner(hidden_states, words), aligner(hidden_states, words))
     aligner.word_attention.train()
     assert not torch.equal(aligner(hidden_states, words), aligner(hidden_states, words))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 10, "vdim": 12}], ids=["one width", "three widths"])
+def test_attention_is_that_of_pytorch_without_its_copies(widths, padded, need_weights):
+    ours = randomize(BatchFirstAttention(16, 4, dropout=0.5, **widths))
+    theirs = torch.nn.MultiheadAttention(16, 4, dropout=0.5, batch_first=True, **widths)
+    theirs.load_state_dict(ours.state_dict())
+    query, key, value = torch.randn(3, 6, 16), torch.randn(3, 5, ours.kdim), torch.randn(3, 5, ours.vdim)
+    padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]) == 1 if padded else None
+    for training in (False, True):
+        results = []
+        for attention in (ours.train(training), theirs.train(training)):
+            torch.manual_seed(1)  # the same weights are dropped
+            options = {} if attention is ours else {"average_attn_weights": False}
+            result = attention(query, key, value, key_padding_mask=padding, need_weights=need_weights, **options)
+            result = result if isinstance(result, tuple) else (result, None)
+            result[0].square().sum().backward()
+            results.append([*result, attention.in_proj_bias.grad, attention.out_proj.weight.grad])
+            attention.zero_grad()
+        for computed, expected in zip(*results, strict=True):
+            assert (computed is None) == (expected is None)
+            if computed is not None:
+                torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ MAX_LINES, MAX_TEST_LINES, MAX_CLASS_LINES = 600, 700, 350
 ORDER = """
     configuration_detris adapters_detris adapter_layers_detris untrusted_pickles checkpoint_files official_layout
     peft_detris backbones_detris switching_detris pipeline_detris handler repository_files saving_detris sharing_detris
-    input_checks_detris recording_detris modeling_detris
+    gradient_checkpointing_detris input_checks_detris recording_detris modeling_detris
     letterbox_detris images_detris processing_detris
 
     metrics.referring_iou.referring_iou
@@ -35,11 +35,11 @@ ORDER = """
     export_onnx
 
     training training.processes training.arguments training.rows training.collators training.checkpoints
-    training.run_folder training.stopping training.checkpointing_trainer training.trainer training.report
-    training.results
+    training.run_folder training.stopping training.sharding training.checkpointing_trainer training.mask_bits
+    training.evaluating_trainer training.trainer training.report training.predictions training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
-    benchmarks.counting
+    benchmarks.counting benchmarks.evaluation benchmarks.model
 """.split()
 PACKAGES = ("data", "data.shapes", "training")
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.

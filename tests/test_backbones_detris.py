@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.elsewhere import run_elsewhere
-from helpers.folders import change_json, change_tensors
+from helpers.folders import build, change_json, change_tensors, save_whole_and_adapter
 from helpers.hostile_torchscript import Written
 from helpers.models import (
     BACKBONE_FIELDS,
     assert_starts_as_the_paper_says,
     is_backbone,
+    logits_of,
     save_backbones,
     small_inputs,
     trainable,
 )
 from helpers.original_backbones import save_originals
-from transformers import CLIPTextModelWithProjection
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, PreTrainedModel
+from transformers.integrations import flex_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 from backbones_detris import read_clip_text, read_dinov2
 from modeling_detris import DetrisForReferringSegmentation
@@ -182,9 +187,9 @@ def test_original_files_are_read_where_only_the_models_code_is(tmp_path, one_thr
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Folder with the backbones `vision` and `text`."""
+    """Folder with the backbones `vision` and `text`, and around them the model `whole` and the adapters `adapter`."""
     folder = tmp_path_factory.mktemp("saved")
-    save_backbones(folder)
+    save_whole_and_adapter(folder)
     return folder
 
 
@@ -262,3 +267,89 @@ def test_backbones_that_are_no_numbers_are_refused(saved, tmp_path):
     change_tensors(text / "model.safetensors", lambda t: t["text_projection.weight"].fill_(math.nan))
     with pytest.raises(ValueError, match="text_projection.weight holds NaN"):
         DetrisForReferringSegmentation.from_backbones(str(saved / "vision"), str(text), **BACKBONE_FIELDS)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["from_backbones", "whole", "adapter", "set"])
+def load(request, saved):
+    """A way to ask for an attention."""
+    if request.param == "from_backbones":
+        return lambda attention: build(saved, attn_implementation=attention)
+    if request.param == "set":
+        return lambda attention: set_attention(build(saved), attention)
+    return lambda attention: DetrisForReferringSegmentation.from_pretrained(
+        saved / request.param, attn_implementation=attention
+    )
+
+
+def set_attention(model, attention):
+    model.set_attn_implementation(attention)
+    return model
+
+
+def attentions_of(model) -> list[str]:
+    """What the layers themselves will use, also those inside adapter layers, of vision and of text."""
+    used = []
+    for backbone, layers in (
+        (model.vision_model, model.vision_model.encoder.layer),
+        (model.text_model, model.text_model.encoder.layers),
+    ):
+        configs = [module.config for layer in layers for module in layer.modules() if hasattr(module, "is_causal")]
+        assert len(configs) == len(layers)
+        (name,) = {config._attn_implementation for config in (backbone.config, *configs)}
+        used.append(name)
+    return used
+
+
+def test_an_attention_reaches_every_layer_of_both_backbones(load):
+    assert attentions_of(load("flex_attention")) == ["flex_attention"] * 2
+    assert attentions_of(load("eager")) == ["eager"] * 2
+
+
+def test_each_backbone_can_have_its_own_attention(load):
+    assert attentions_of(load({"vision_config": "eager"})) == ["eager", "sdpa"]
+    assert attentions_of(load({"text_config": "eager", "vision_config": "flex_attention"})) == [
+        "flex_attention",
+        "eager",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [3, {"vision": "eager"}, {"vision_config": None}, ["eager"]])
+def test_what_names_no_attention_is_refused(load, wrong):
+    with pytest.raises(ValueError, match=r"attn_implementation is .*: give a name such as 'sdpa', or a dict"):
+        load(wrong)
+
+
+def test_an_attention_that_there_is_not_is_refused(load):
+    with pytest.raises(ValueError, match='attn_implementation="nonsense"'):
+        load("nonsense")
+    if not is_flash_attn_2_available():
+        with pytest.raises(ValueError, match="FlashAttention2 .* doesn't seem to be installed"):
+            load("flash_attention_2")
+
+
+@pytest.mark.slow
+def test_all_attentions_give_the_same_logits(saved, monkeypatch):
+    """Flex attention without its compiler, and for flash attention, which needs a GPU, one that is called as it is."""
+    monkeypatch.setattr(flex_attention, "WrappedFlexAttention", lambda training: lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *args, **kwargs: None)
+    causal = []
+
+    def like_flash(module, query, key, value, attention_mask, scaling, is_causal=None, **kwargs):
+        assert attention_mask is None
+        causal.append(module.is_causal if is_causal is None else is_causal)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal[-1], scale=scaling)
+        return attended.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", like_flash)
+    model = DetrisForReferringSegmentation.from_pretrained(saved / "whole", attn_implementation="eager")
+    expected = logits_of(model)
+    for attention in ("sdpa", "flex_attention", "flash_attention_2"):
+        model.set_attn_implementation(attention)
+        assert torch.allclose(logits_of(model), expected, atol=1e-5 * expected.abs().max())
+        with pytest.raises(ValueError, match=f'{attention} attention, .*returns no weights: .*="eager"'):
+            model(**small_inputs(), output_attentions=True)
+    assert causal == [True] * 3 + [False] * 4  # the layers of the text, then those of the image

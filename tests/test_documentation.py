@@ -61,6 +61,7 @@ MODULES = {
     "data.check": "data.check",
     "data.prepare": "data.prepare",
     "benchmarks.data": "benchmarks.data",
+    "benchmarks.model": "benchmarks.model",
     "benchmarks.two_processes": "benchmarks.two_processes",
 }
 # Named in backticks, and no files of this repository.

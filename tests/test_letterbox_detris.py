@@ -173,6 +173,15 @@ def test_masks_equal_brute_force(processor, height, width):
     np.testing.assert_allclose(details["probabilities"].numpy()[tuple(places.T)], expected.clip(0, 1), atol=1e-5)
 
 
+def test_another_size_of_images_costs_no_new_enlargement(processor, monkeypatch):
+    interpolate, enlarged = F.interpolate, []
+    monkeypatch.setattr(F, "interpolate", lambda *args, **kwargs: enlarged.append(1) or interpolate(*args, **kwargs))
+    outputs = SimpleNamespace(logits=torch.zeros(1, 13, 13))  # of a size that no other test has
+    for size in [(30, 41), (31, 42), (57, 43)]:
+        processor.post_process_referring_segmentation(outputs, [size])
+    assert len(enlarged) == 1
+
+
 def test_a_mask_survives_the_way_there_and_back(processor):
     mask = cv2.circle(np.zeros((90, 120), np.uint8), (70, 40), 25, 1, -1).astype(bool)
     labels = processor.image_processor(picture(90, 120), segmentation_maps=mask, return_tensors="pt").labels

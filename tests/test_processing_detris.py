@@ -5,6 +5,7 @@ The official implementation printed what is in `fixtures/tokens.json`.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN
 from transformers.utils import PaddingStrategy
 
+from benchmarks.counting import Operations
 from processing_detris import DetrisImageProcessor, DetrisProcessor
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -355,6 +357,30 @@ def test_details_are_those_of_the_masks(processor, dtype):
             assert all((probabilities[place] > least or least == 1) for place in inside)
     assert details[3]["box"] is None  # at a threshold of 1
     assert any(found["mask"].any() for found in details)  # where interpolation overshoots, as without details
+
+
+def test_all_masks_of_an_image_are_restored_together(processor, monkeypatch):
+    """More of them ask no more of a device, and those of other sizes between them keep their places."""
+    generator, launches = torch.manual_seed(6), []
+    for phrases in (1, 8):
+        outputs = SimpleNamespace(logits=torch.randn(phrases, 16, 16, generator=generator))
+        processor.post_process_referring_segmentation(outputs, [(30, 44)] * phrases)  # matrices are computed once
+        with Operations([outputs.logits]) as operations:
+            processor.post_process_referring_segmentation(outputs, [(30, 44)] * phrases)
+        launches.append(operations.launches)
+    assert launches[0] == launches[1] <= 10
+
+    sizes = [(30, 44), (30, 44), (57, 3), (30, 44), (12, 12), (12, 12), (12, 12), (30, 44)]
+    restore = partial(processor.post_process_referring_segmentation, threshold=0.4, output_details=True)
+    alone = [
+        restore(SimpleNamespace(logits=logits[None]), [size])
+        for logits, size in zip(outputs.logits, sizes, strict=True)
+    ]
+    for at_once in (2**25, 30 * 44, 1):  # pixels
+        monkeypatch.setattr("processing_detris.RESTORED_AT_ONCE", at_once)
+        for found, (expected,), size in zip(restore(outputs, sizes), alone, sizes, strict=True):
+            assert found["mask"].shape == size and found["box"] == expected["box"]
+            assert torch.allclose(found["probabilities"], expected["probabilities"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [-1, 2, math.nan, math.inf, "0.5", True, [0.5]])

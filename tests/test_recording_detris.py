@@ -395,7 +395,7 @@ def test_attention_that_returns_no_weights_is_refused(part):
 
 
 def test_backbones_read_from_elsewhere_are_asked_themselves(tmp_path):
-    """Their configurations are copied into the model's."""
+    """Their configurations are taken into the model's."""
     save_backbones(tmp_path)
     fields = {name: getattr(small_config(), name) for name in ("feature_layers", "vision_adapter_layers")}
     fields |= {"text_adapter_layers": [0], "image_size": 56, "max_text_length": 7}

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.counting import Operations
+
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = str(ROOT / "metrics" / "referring_iou")
 EMPTY, FULL, HALF = [[0, 0]], [[1, 1]], [[1, 0]]
@@ -91,6 +93,16 @@ def test_kinds_of_masks_agree(metric):
     for ours in kinds:
         for theirs in kinds:
             assert metric.count(ours(prediction), theirs(reference)) == expected
+
+
+def test_masks_on_a_device_are_counted_there(metric):
+    generator = np.random.default_rng(5)
+    predictions, reference = generator.random((4, 9, 7)) < 0.4, generator.random((9, 7)) < 0.6
+    expected = [[(mask & reference).sum(), (mask | reference).sum(), reference.sum()] for mask in predictions]
+    on_device = torch.from_numpy(predictions), torch.from_numpy(reference)
+    with Operations(on_device) as operations:
+        counts = metric.count_on_device(*on_device)
+    assert operations.reads == [] and counts.tolist() == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

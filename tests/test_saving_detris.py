@@ -136,24 +136,56 @@ def test_unknown_arguments_are_refused_by_name(saved, kind):
         DetrisForReferringSegmentation.from_pretrained(saved / kind, hotswap=True)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), "auto"])
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"neck": "cpu"}, {}, torch.device("cpu"), "auto"])
 def test_a_device_map_of_one_device_is_followed(saved, kind, device_map):
     model = DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map=device_map)
     assert torch.equal(logits_of(model), logits_of(DetrisForReferringSegmentation.from_pretrained(saved / kind)))
 
 
-@pytest.mark.parametrize("device_map", ["meta", {"": "disk"}, {"": "meta"}])
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """Fails if a file of a model is opened."""
+    for name in ("_read_config", "_read_backbones"):
+        monkeypatch.setattr(DetrisForReferringSegmentation, name, None)
+
+
+@pytest.mark.parametrize("device_map", ["meta", "disk", {"": "disk"}, {"": "meta"}])
+@pytest.mark.usefixtures("nothing_is_read")
 def test_a_device_map_of_no_device_is_refused(saved, kind, device_map, tmp_path):
     with pytest.raises(ValueError, match="parts of the model on .*one device"):
         DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map=device_map, offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize("rest", ["disk", "meta", 0])
+@pytest.mark.usefixtures("nothing_is_read")
 def test_a_device_map_that_divides_the_model_is_refused(saved, kind, rest, tmp_path):
-    with pytest.raises(ValueError, match=rf"parts of the model on .*'{rest}'.*one device"):
-        DetrisForReferringSegmentation.from_pretrained(
-            saved / kind, device_map={"": "cpu", "neck": rest}, offload_folder=tmp_path
-        )
+    for device_map in ({"": "cpu", "neck": rest}, {"vision_model": "cpu", "": rest}):
+        with pytest.raises(ValueError, match=rf"parts of the model on .*'{rest}'.*one device"):
+            DetrisForReferringSegmentation.from_pretrained(
+                saved / kind, device_map=device_map, offload_folder=tmp_path
+            )
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", 99, {"": "cuda:99"}, [0]])
+@pytest.mark.usefixtures("nothing_is_read")
+def test_a_device_that_there_is_not_is_refused(saved, kind, device_map):
+    with pytest.raises(ValueError, match="device_map names .*, which is no device of this machine: give another"):
+        DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"": "auto"}])
+def test_of_several_devices_one_is_taken(saved, kind, device_map, monkeypatch):
+    """Where transformers would divide the model among all of them. Here `cpu` stands for the accelerator."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu", 0))
+    monkeypatch.setattr("transformers.integrations.accelerate.infer_auto_device_map", None)
+    model = DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map=device_map)
+    assert model.device.type == "cpu"
+
+
+def test_a_limit_of_memory_that_would_divide_the_model_is_refused(saved, kind):
+    with pytest.raises((TypeError, ValueError), match="max_memory.*leave it out"):
+        DetrisForReferringSegmentation.from_pretrained(saved / kind, device_map="auto", max_memory={"cpu": "1KB"})
 
 
 def test_attention_reaches_both_backbones(saved, kind):

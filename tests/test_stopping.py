@@ -199,10 +199,23 @@ def test_a_second_interrupt_ends_at_once(arguments, tmp_path, monkeypatch):
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
     stop, args = StopAtSignal(), SimpleNamespace(world_size=2, device="cpu")
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: stop._receive(signal.SIGTERM, None))
     assert not stop._agree(args)  # the others have not heard of it
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     assert stop._agree(args) and stop.received == signal.SIGTERM
+
+
+def test_processes_agree_without_their_devices(monkeypatch):
+    """On the device "meta" nothing can be read: a GPU would first do all its work."""
+    stop, reduced = StopAtSignal(), []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, op, group: reduced.append((tensor.device.type, group))
+    )
+    for _ in range(3):
+        assert not stop._agree(SimpleNamespace(world_size=2, device="meta"))
+    assert reduced == [("cpu", "gloo")] * 3
 
 
 @pytest.mark.slow

@@ -147,6 +147,17 @@ def test_the_tokenizer_is_the_one_named_or_the_models_own(model_arguments, tiny_
     assert vocabulary(text_backbone=str(weights), tokenizer=model_arguments["text_backbone"]) == own
 
 
+def test_the_attention_of_a_run_reaches_new_and_saved_models(model_arguments, tmp_path):
+    model, processor = build_model(
+        ModelArguments(**model_arguments, model_config=MODEL_CONFIG, attn_implementation="eager")
+    )
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    saved, _ = build_model(ModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager"))
+    for backbone in (model.vision_model, model.text_model, saved.vision_model, saved.text_model):
+        assert backbone.config._attn_implementation == "eager"
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 

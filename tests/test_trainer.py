@@ -1,19 +1,17 @@
-"""DetrisTrainer: optimizer and schedule, training, streamed rows, evaluation."""
+"""DetrisTrainer: optimizer and schedule, training, losses that are not finite, streamed rows, the Hub."""
 
-import io
-import json
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import randomize
 from helpers.runs import losses
 from huggingface_hub.utils import httpx
-from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
 
+from benchmarks.counting import Operations
 from data.streaming import StreamedRows, parquet_files
-from train_hf import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +66,31 @@ def test_another_schedule_of_transformers_takes_the_place_of_milestones(make_tra
         trainer.optimizer.step()
         scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(0.5e-3)
+
+
+def test_a_step_that_overflows_in_fp16_moves_neither_weights_nor_schedule(make_trainer, monkeypatch):
+    """On a CPU accelerate refuses fp16, so the trainer gets what fp16 brings with it: a scaler of gradients."""
+    build = Trainer._build_accelerator_args
+    monkeypatch.setattr(Trainer, "_build_accelerator_args", lambda *a, **k: build(*a, **k) | {"mixed_precision": "no"})
+    trainer = make_trainer(rows=4, max_steps=5, milestones=[3], fp16=True)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight, seen = trainer.model.mask_head.output_projection.weight, []
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if len(seen) in (1, 2):
+                weight.grad[0, 0] = torch.inf
+
+        def on_step_end(self, args, state, control, **kwargs):
+            scale, schedule = trainer.accelerator.scaler.get_scale(), trainer.lr_scheduler
+            seen.append((weight.detach().clone(), scale, schedule.last_epoch, schedule.get_last_lr()[0]))
+
+    trainer.add_callback(Record())
+    trainer.train()
+    weights, scales, steps, learning_rates = zip(*seen)
+    assert [not torch.equal(*pair) for pair in itertools.pairwise(weights)] == [False, False, True, True]
+    assert scales == (1024, 512, 256, 256, 256)
+    assert steps == (1, 1, 1, 2, 3) and learning_rates == pytest.approx([1e-3] * 4 + [1e-4])
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -128,25 +151,75 @@ def test_the_checkpoint_with_the_best_mean_iou_is_kept(make_trainer):
     assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[1], weights[2])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(make_trainer, tmp_path, value):
-    trainer = make_trainer(max_steps=6, save_strategy="steps", save_steps=2)
-    model, forward, calls = trainer.model, trainer.model.forward, []
+def fail_at(trainer, step: int, value: float) -> list[torch.Tensor]:
+    """Spoil the loss of a call of the model's; return a list that gets the mask head's weights before each call."""
+    model, forward, seen = trainer.model, trainer.model.forward, []
 
     def failing_forward(*args, **kwargs):
         output = forward(*args, **kwargs)
-        calls.append(model.mask_head.output_projection.weight.detach().clone())
-        if len(calls) == 4:
-            output.loss = output.loss * value
+        if model.training:
+            seen.append(model.mask_head.output_projection.weight.detach().clone())
+            if len(seen) == step:
+                output.loss = output.loss * value
         return output
 
     model.forward = failing_forward
-    with pytest.raises(FloatingPointError, match="step 4"):
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options, last",
+    [
+        ({"logging_steps": 1}, 4),
+        ({"logging_steps": 100, "save_steps": 2}, 4),  # found out when the next checkpoint is due
+        ({"logging_steps": 3, "save_steps": 2, "save_total_limit": 1}, 4),
+        ({"logging_steps": 5, "save_steps": 100}, 5),
+        ({"logging_steps": 100, "save_steps": 100}, 7),  # when training ends
+        ({"logging_steps": 100, "save_steps": 100, "eval_strategy": "steps", "eval_steps": 5}, 5),
+        ({"logging_steps": 100, "save_steps": 100, "gradient_accumulation_steps": 2, "max_steps": 4}, 4),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_step(make_trainer, tmp_path, options, last):
+    trainer = make_trainer(rows=8, **{"max_steps": 7, "save_strategy": "steps", "save_steps": 2} | options)
+    accumulated = trainer.args.gradient_accumulation_steps
+    weights = fail_at(trainer, 4, float("inf" if last == 5 else "nan"))
+    bad = -(-4 // accumulated)
+    with pytest.raises(FloatingPointError, match=f"^The loss of step {bad} is not finite: .* after step {last}. The"):
         trainer.train()
-    assert torch.equal(model.mask_head.output_projection.weight, calls[-1])
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    saved = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
-    assert torch.equal(saved["mask_head.output_projection.weight"], calls[2])
+    assert trainer.state.global_step == last and len(weights) == last * accumulated
+    assert all(np.isfinite(list(entry.values())).all() for entry in trainer.state.log_history)
+    assert all(entry["step"] < bad for entry in trainer.state.log_history)
+    checkpoints = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert checkpoints == ({"checkpoint-2"} if trainer.args.save_steps == 2 else set())
+    for name in checkpoints:
+        saved = load_file(tmp_path / "run" / name / "model.safetensors")
+        assert torch.equal(saved["mask_head.output_projection.weight"], weights[2])
+    with pytest.raises(FloatingPointError, match=f"step {bad}"):  # also if the program goes on
+        trainer.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_nothing_is_read_from_the_device_between_two_logs(make_trainer, monkeypatch):
+    """What Trainer has in a step is on the device; the CPU stands for one, and so tensors are marked as on it."""
+    monkeypatch.setattr("input_checks_detris.can_be_read", lambda tensor: False)
+    trainer, steps = make_trainer(rows=8, max_steps=5, logging_steps=5, gradient_accumulation_steps=2), []
+    on_device = torch.zeros((), dtype=torch.int64)
+    operations = Operations([on_device, *trainer.model.parameters(), *trainer.model.buffers()])
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: {name: on_device + value for name, value in prepare(inputs).items()}
+
+    class CountTwoSteps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+            if state.global_step == 2:
+                operations.__enter__()
+            if state.global_step == 4:
+                operations.__exit__()
+
+    trainer.add_callback(CountTwoSteps())
+    trainer.train()
+    assert steps == [0, 1, 2, 3, 4] and operations.launches > 1000
+    assert operations.reads == []
 
 
 def test_activation_checkpointing_and_bfloat16_are_trainers_own_switches(make_trainer):
@@ -174,6 +247,16 @@ def test_an_empty_mask_is_trained_on_as_zeros(make_trainer, generalized):
     trainer.train_dataset = generalized["train"]
     trainer.train()
     assert len(losses(trainer)) == 2 and np.isfinite(losses(trainer)).all()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_batches_in_pinned_memory_are_copied_without_a_wait(make_trainer, prepared, pinned):
+    streamed = StreamedRows(parquet_files(str(prepared))["train"])
+    options = {"use_cpu": False, "dataloader_pin_memory": pinned}  # `use_cpu` would switch it off
+    trainers = [make_trainer(rows=rows, **options) for rows in (8, streamed)]
+    loaders = [trainer.get_train_dataloader() for trainer in trainers] + [trainers[0].get_eval_dataloader()]
+    assert [loader.pin_memory for loader in loaders] == [pinned] * 3
+    assert [loader._non_blocking for loader in loaders] == [pinned] * 3
 
 
 # --- streamed rows --------------------------------------------------------------------------------------------------
@@ -232,103 +315,7 @@ def test_a_streamed_run_is_not_resumed_by_another_number_of_workers(make_trainer
         make_trainer(max_steps=3).train(resume_from_checkpoint=checkpoint)
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_counts_equal_those_of_one_phrase_at_a_time(make_trainer, shapes):
-    trainer = make_trainer(model_config={"mask_threshold": 0.25})  # untrained, it segments half of the images
-    output = trainer.predict(shapes["val"])
-    model, processor = trainer.model.eval(), trainer.processing_class
-    assert output.label_ids.tolist() == shapes["val"]["ref_id"]
-    ious = []
-    for row, counts in zip(shapes["val"], output.predictions, strict=True):
-        image = Image.open(io.BytesIO(row["image"]["bytes"]))
-        assert (counts[len(row["sentences"]) :] == -100).all()
-        for sentence, count in zip(row["sentences"], counts.tolist()):
-            inputs = processor(images=image, text=sentence, return_tensors="pt")
-            logits = model(inputs["pixel_values"], inputs["input_ids"])
-            (mask,) = processor.post_process_referring_segmentation(logits, [image.size[::-1]])
-            mask, truth = mask.numpy(), row["mask"] == 1
-            assert count == pytest.approx([(mask & truth).sum(), (mask | truth).sum(), truth.sum()], abs=2)
-            ious.append((mask & truth).sum() / (mask | truth).sum())
-    assert 0.01 < np.mean(ious) < 0.99
-    assert output.metrics["test_mean_iou"] == pytest.approx(np.mean(ious), abs=1e-3)
-    assert trainer.evaluate()["eval_mean_iou"] == output.metrics["test_mean_iou"]
-
-
-@pytest.fixture
-def talkative(shapes):
-    """Val, in which the second object has 101 phrases, all others at most 3."""
-    phrases = [f"the {number} thing" for number in range(101)]
-    return shapes["val"].map(lambda row, index: {"sentences": phrases if index == 1 else row["sentences"]}, True)
-
-
-def test_phrases_go_through_in_chunks_to_the_same_counts_and_masks(make_trainer, talkative):
-    """Of at most `per_device_eval_batch_size` phrases, whose images alone go through with them."""
-    outputs = {}
-    for size in (1, 8, 1000):
-        trainer = make_trainer(model_config={"mask_threshold": 0.35}, per_device_eval_batch_size=size)
-        randomize(trainer.model)  # so that each phrase gets a mask of its own
-        forward, sizes = trainer.model.forward, []
-
-        def recording_forward(*args, forward=forward, sizes=sizes, **inputs):
-            sizes.append((len(inputs["input_ids"]), len(inputs["pixel_values"])))
-            return forward(*args, **inputs)
-
-        trainer.model.forward = recording_forward
-        outputs[size] = (trainer.predict(talkative).predictions, trainer.predicted_masks)
-        phrases = sum(map(len, talkative["sentences"]))
-        assert sum(number for number, _ in sizes) == phrases and max(number for number, _ in sizes) == min(
-            size, phrases
-        )
-        if size == 1:
-            assert len(sizes) == phrases
-        assert all(images <= number for number, images in sizes) or size == 1000
-    whole_counts, whole_masks = outputs.pop(1000)
-    for counts, masks in outputs.values():
-        assert np.array_equal(counts, whole_counts) and masks == whole_masks
-    segmented = whole_counts[..., 1][whole_counts[..., 0] >= 0]
-    assert len(segmented) == phrases and len(set(segmented.tolist())) > 9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}],
-    ids=lambda options: next(iter(options)),
-)
-def test_ways_of_gathering_change_nothing(config_file, make_trainer, talkative, tmp_path, options):
-    plain, other = make_trainer(), make_trainer(**options)
-    expected, found = plain.predict(talkative), other.predict(talkative)
-    assert np.array_equal(found.predictions, expected.predictions)
-    assert other.predicted_masks == plain.predicted_masks
-    figures = {name for name in expected.metrics if "iou" in name or "precision" in name}
-    assert figures and all(found.metrics[name] == expected.metrics[name] for name in figures)
-    assert other.evaluate(talkative)["eval_mean_iou"] == expected.metrics["test_mean_iou"]
-    arguments = [config_file, "--do_predict", "--test_splits", "val", "--do_eval"]
-    arguments += [f"--{name}={value}" for name, value in options.items()]
-    main(arguments)
-    assert json.loads((tmp_path / "run" / "table.json").read_text())[0]["phrases"] > 0
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_logits_that_are_not_finite_stop_an_evaluation_and_name_the_object(make_trainer, shapes, value, command):
-    """As masks they would be empty: mIoU 0, and right for every phrase that names nothing."""
-    trainer, rows = make_trainer(), shapes["val"]
-    forward, seen = trainer.model.forward, []
-
-    def failing_forward(*args, **inputs):
-        output = forward(*args, **inputs)
-        seen.extend(range(len(output.logits)))
-        if len(seen) > len(rows[0]["sentences"]):
-            output.logits[-1, 0, 0] = value
-        return output
-
-    trainer.model.forward = failing_forward
-    with pytest.raises(FloatingPointError, match=f"logits are not finite .* with ref_id {rows[1]['ref_id']}:"):
-        getattr(trainer, command)(rows)
+# --- the Hub --------------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_that_is_out_of_reach_refuses_the_run_in_one_sentence(make_trainer, monkeypatch):

@@ -81,6 +81,11 @@ def test_the_defaults_are_the_papers(model_arguments):
         ({"max_train_samples": -1}, "max_train_samples is -1: give a whole number of at least 1"),
         ({"metric_for_best_model": "miou"}, "metric_for_best_model is 'miou': give one of mean_iou"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        (
+            {"bf16_full_eval": True, "push_to_hub": True},
+            "bf16_full_eval rounds the weights .* or evaluate by autocast",
+        ),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter is true, .* leave it out"),
     ],
 )
 def test_an_invalid_argument_is_refused_by_name(config, tmp_path, changes, message):

@@ -53,6 +53,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "'4bit' or '8bit' for the frozen backbones (bitsandbytes, CUDA); needs save_adapter_only."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the backbones: eager, sdpa, flex_attention, flash_attention_2 (with bf16 or fp16), "
+            "or another name that transformers knows. Default: sdpa."
+        },
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input; else the model's."})
     max_text_length: int | None = field(default=None, metadata={"help": "Tokens of a phrase; else the model's."})
 
@@ -61,6 +68,7 @@ class ModelArguments:
         DetrisConfig.refuse_unknown(self.model_config)
         _check_texts(self)
         _check_not_empty(self, "model_name_or_path", "vision_backbone", "text_backbone", "tokenizer", "peft_method")
+        _check_not_empty(self, "attn_implementation")
         for name in ("image_size", "max_text_length"):
             _check_number(name, getattr(self, name), COUNT, optional=True)
         backbones = [self.vision_backbone, self.text_backbone]
@@ -192,10 +200,14 @@ class DetrisTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
     )
-    logging_nan_inf_filter: bool = False  # a loss that is not finite stops the training
+    logging_nan_inf_filter: bool = False  # it would wait for the device at each step
     remove_unused_columns: bool = False  # the collators read the rows, not the model
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     use_cpu: bool = not torch.accelerator.is_available()  # without it, bf16 is refused on a CPU
+    ddp_find_unused_parameters: bool | None = False  # each parameter that is trained gets a gradient in every step
+    # SyncBatchNorm keeps the statistics equal in all processes. Elsewhere the main process's own are those that count:
+    # they get saved, and `EvaluatingTrainer.evaluation_loop` gives them to the others, so no step has to.
+    ddp_broadcast_buffers: bool | None = False
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
@@ -221,7 +233,11 @@ class DetrisTrainingArguments(TrainingArguments):
         if not self.do_train:  # nothing is evaluated or saved on the way
             self.eval_strategy = self.save_strategy = "no"
             self.load_best_model_at_end = False
+        # Each process reads the backbones: with FSDP, transformers would else fill them in all but one with noise.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
+        if self.dataloader_pin_memory:  # otherwise each batch that is copied would wait for the device
+            self.accelerator_config.non_blocking = True
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % parts:
@@ -285,6 +301,13 @@ def check_combination(
     if training_args.resume_from_checkpoint and not training_args.do_train:
         raise ValueError(
             "resume_from_checkpoint goes on with training: give --do_train, or model_name_or_path instead."
+        )
+    if training_args.resume_from_checkpoint and (
+        training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):
+        raise ValueError(
+            "A run with FSDP cannot be resumed, because its checkpoints hold no optimizer that another run can read: "
+            "resume a run without FSDP, or start a new one from the checkpoint by --model_name_or_path."
         )
     if training_args.do_train and model_args.quantize_backbones and not training_args.save_adapter_only:
         raise ValueError("Quantised backbones cannot be saved: give --save_adapter_only too.")
@@ -372,6 +395,8 @@ def _check_texts(args: Any) -> None:
     for name, kind in get_type_hints(type(args)).items():
         value = getattr(args, name)
         optional = kind == str | None
+        if name == "fsdp" and value is True:  # without a value on the command line
+            continue
         if (optional or kind is str) and not (optional and value is None or isinstance(value, (str, os.PathLike))):
             raise ValueError(f"{name} is {short_repr(value)}: give text, between quotes if it is in a file.")
 
@@ -403,6 +428,16 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
             f"warmup_steps is {args.warmup_steps}, but the milestones' schedule has no warm-up: give another "
             "lr_scheduler_type, such as constant_with_warmup."
         )
+    if args.logging_nan_inf_filter:
+        raise ValueError(
+            "logging_nan_inf_filter is true, but a loss that is not finite stops the training: leave it out."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name) and args.push_to_hub:
+            raise ValueError(
+                f"{name} rounds the weights in memory, and push_to_hub would upload them so: leave one of them out, "
+                "or evaluate by autocast, with bf16."
+            )
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}: DETRIS's loss has none, give 0.")
     if args.metric_for_best_model is not None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor.experimental import implicit_replication
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -69,7 +70,8 @@ class CheckpointingTrainer(Trainer):
         """
         self.resumed = Path(resume_from_checkpoint)
         if (self.resumed / ADAPTER_CONFIG_NAME).exists():
-            self.model.load_adapter(resume_from_checkpoint)
+            with implicit_replication():  # the model may be divided among processes
+                self.model.load_adapter(resume_from_checkpoint)
         else:
             check_tensors(self.resumed, self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -78,7 +80,8 @@ class CheckpointingTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the model, or its adapters, from the best checkpoint. Trainer calls this when training ends."""
         if Path(self.state.best_model_checkpoint, ADAPTER_CONFIG_NAME).exists():
-            self.model.load_adapter(self.state.best_model_checkpoint)
+            with implicit_replication():  # the model may be divided among processes
+                self.model.load_adapter(self.state.best_model_checkpoint)
         else:
             check_tensors(Path(self.state.best_model_checkpoint), self.model)
             super()._load_best_model()

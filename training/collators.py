@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -61,8 +63,17 @@ class TellEpoch(TrainerCallback):
         self.collator.epoch.fill_(int(state.epoch or 0))  # a run that is resumed within an epoch begins at a fraction
 
 
+@dataclass(frozen=True)
+class EvaluatedObject:
+    """What the host knows of an object in a batch, so that it need not ask the device."""
+
+    ref_id: int
+    phrases: int  # how many there are
+    size: tuple[int, int]  # of its image: height and width in pixels
+
+
 class EvaluationCollator:
-    """Rows to a batch with all their phrases, and the masks (H, W) at original size to compare with.
+    """Rows to a batch with all their phrases, and the masks at original size to compare with.
 
     Args:
         processor: turns images and phrases into tensors.
@@ -72,16 +83,26 @@ class EvaluationCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """The model's inputs for `B` objects and `N` phrases, with `original_sizes`, `masks` and `ref_ids` of objects.
+        """The model's inputs for `B` objects and `N` phrases, the `objects`, and their true masks.
+
+        Returns:
+            `pixel_values`, `input_ids`, `attention_mask` and `image_index` as tensors; `objects`, a list of
+            `EvaluatedObject`; `truths`, a tensor of the bytes of all masks, one after the other (`mask_bits.py`).
 
         Raises:
             OSError, ValueError: a part of a row is broken; the message names the row.
         """
         sentences = [read_phrases(row) for row in rows]
         inputs = self.processor(images=DecodedOnAccess(read_image, rows), text=sentences, return_tensors="pt")
-        masks, ref_ids = [read_whole_mask(row) for row in rows], torch.tensor([row["ref_id"] for row in rows])
+        masks = [read_whole_mask(row) for row in rows]
+        objects = [
+            EvaluatedObject(row["ref_id"], len(phrases), mask.shape)
+            for row, phrases, mask in zip(rows, sentences, masks, strict=True)
+        ]
         # `pixel_values` comes first: Trainer takes the first tensor's length for the number of rows.
-        return {**inputs, "masks": masks, "ref_ids": ref_ids}
+        inputs = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask", "image_index")}
+        truths = torch.from_numpy(np.concatenate([np.packbits(mask) for mask in masks]))
+        return inputs | {"truths": truths, "objects": objects}
 
 
 class DecodedOnAccess(Sequence):

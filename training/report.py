@@ -27,7 +27,7 @@ from data.decoding import read_whole_mask
 from data.masks import RleMask
 from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample
 
-from .trainer import PADDING
+from .evaluating_trainer import PADDING
 
 REPORT = "report.html"
 MAX_POINTS = 500  # of a curve

@@ -3,30 +3,25 @@
 import json
 import logging
 import re
-import shutil
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import evaluate
-import numpy as np
 import pandas as pd
 from huggingface_hub import ModelCard
-from PIL import Image
-from pycocotools import mask as coco_mask
+from transformers.trainer_utils import PredictionOutput
 
-from data.decoding import read_whole_mask
 from data.mixture import Member, public_name
-from gallery import Sample, draw_sample
 from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments
 from .checkpoints import TRAINER_STATE_NAME, read_state
+from .evaluating_trainer import PADDING
+from .predictions import PictureWriter, make_anew, write_results
 from .report import REPORT, SplitResults, split_results, write_page
 from .rows import dataset_and_split
-from .trainer import PADDING, DetrisTrainer
+from .trainer import DetrisTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +56,8 @@ def evaluate_and_predict(
     for split, rows in test_rows.items():
         # Files get this name, too, and there are files called "train" and "eval" that training writes.
         name = f"test_{split}" if split in ("train", "eval") else re.sub("[:/]", "_", split)
-        output = trainer.predict(rows, metric_key_prefix=name)
+        folder = Path(args.output_dir, "predictions", name)
+        output = predict(trainer, rows, name, folder)
         metrics |= report(trainer, name, output.metrics)
         figures = _figures(output.metrics, name)
         dataset, split_name = dataset_and_split(split, "")
@@ -72,14 +68,32 @@ def evaluate_and_predict(
         if not any(result.items() <= other.items() for other in results):  # do_eval may have run over the same split
             results.append(result | figures)
         if trainer.is_world_process_zero():
-            folder = Path(args.output_dir, "predictions", name)
-            write_predictions(folder, rows, output.predictions, trainer.predicted_masks, trainer.metric)
+            write_results(folder, rows, output.predictions, trainer.metric, with_masks=args.save_masks)
             splits.append(split_results(label, rows, output.predictions, trainer.metric))
     if lines:
         lines.append(_mean(lines))
         if trainer.is_world_process_zero():
             print(f"\n{write_table(Path(args.output_dir), lines)}\n")
     return Evaluated(metrics, results, lines, splits)
+
+
+def predict(trainer: DetrisTrainer, rows: datasets.Dataset, name: str, folder: Path) -> PredictionOutput:
+    """Segment rows; meanwhile each process writes masks and pictures of those it segments, if `save_masks` says so.
+
+    Args:
+        name: begins the names of the metrics.
+        folder: is made anew.
+    """
+    main = trainer.is_world_process_zero()
+    if main:
+        make_anew(folder)
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.save_masks:
+        return trainer.predict(rows, metric_key_prefix=name)
+    with PictureWriter(folder, rows, trainer.metric, shows_progress=main and not trainer.args.disable_tqdm) as writer:
+        output = trainer.predict(rows, metric_key_prefix=name, receive=writer.add)
+    trainer.accelerator.wait_for_everyone()  # the results are written when all pictures are
+    return output
 
 
 def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
@@ -92,54 +106,6 @@ def report(trainer: DetrisTrainer, name: str, metrics: dict[str, float]) -> dict
     trainer.log_metrics(name, metrics)
     trainer.save_metrics(name, metrics)
     return metrics
-
-
-def write_predictions(
-    folder: Path, rows: datasets.Dataset, counts: np.ndarray, masks: list[list[dict]] | None, metric: evaluate.Metric
-) -> None:
-    """Write a line of `results.jsonl` for each phrase, its mask (PNG, 0 and 255), and a picture of the mask.
-
-    Args:
-        folder: is made anew, so that nothing of an earlier run is left in it.
-        rows: the `R` objects that were segmented.
-        counts (`(R, K, 3)`): pixels in intersection, in union and in the truth.
-        masks: for each row, a COCO RLE for each phrase; `None` leaves masks and pictures out.
-        metric: turns counts into IoU.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if masks is not None:
-        (folder / "masks").mkdir()
-        (folder / "overlays").mkdir()
-    with open(folder / "results.jsonl", "w", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
-        for index, (row, row_counts) in enumerate(zip(rows, counts.tolist(), strict=True)):
-            if masks is not None:
-                image, truth = datasets.Image().decode_example(row["image"]), read_whole_mask(row)
-                image.load()  # before several threads read it
-            pictures = {}  # by path
-            for phrase, sentence in enumerate(row["sentences"]):
-                intersection, union, reference_area = row_counts[phrase]
-                result = {
-                    "ref_id": row["ref_id"],
-                    "image_id": row["image_id"],
-                    "sentence": sentence,
-                    "iou": float(metric.iou(intersection, union)),
-                    "intersection": intersection,
-                    "union": union,
-                    "reference_area": reference_area,
-                }
-                if masks is not None:
-                    mask, name = coco_mask.decode(masks[index][phrase]), f"{row['ref_id']}_{phrase}"
-                    result["mask"] = f"masks/{name}.png"
-                    Image.fromarray(mask * 255).save(folder / result["mask"])
-                    sample = Sample(image, sentence, truth, mask, result["iou"])
-                    pictures[folder / "overlays" / f"{name}.jpg"] = sample
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            list(pool.map(_save_picture, pictures, pictures.values()))  # an object's at a time, which bounds memory
-
-
-def _save_picture(path: Path, sample: Sample) -> None:
-    draw_sample(sample).save(path)
 
 
 def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,7 +184,7 @@ def write_report(trainer: DetrisTrainer, data_args: DataArguments, evaluated: Ev
             data_args.eval_split,
             table,
             evaluated.splits,
-            segment=lambda row: coco_mask.decode(trainer.segment(row)[0]),
+            segment=lambda row: trainer.segment(row).mask(0),
         )
         print(f"Curves, figures and masks of the run are in {path}.\n")
     except Exception:

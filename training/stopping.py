@@ -32,6 +32,7 @@ class StopAtSignal(TrainerCallback):
     def __init__(self):
         self.received = 0  # number of the signal
         self.agreed = False  # by all processes
+        self.group: torch.distributed.ProcessGroup | None = None  # of all processes, on their CPUs
 
     def __enter__(self) -> "StopAtSignal":
         self.before = {}
@@ -53,11 +54,15 @@ class StopAtSignal(TrainerCallback):
         os.write(2, f"\n{signal.Signals(number).name}: stopping. A second Ctrl-C ends the run at once.\n".encode())
 
     def _agree(self, args: TrainingArguments) -> bool:
-        """Whether any process has received a signal. All processes call this at the same place."""
+        """Whether any process has received a signal. All processes call this at the same place.
+
+        They agree by their CPUs, because an answer of a GPU would come only when it has done all its work.
+        """
         received = self.received
         if args.world_size > 1:
-            of_all = torch.tensor(received, device=args.device)
-            torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX)
+            self.group = self.group or torch.distributed.new_group(backend="gloo")
+            of_all = torch.tensor(received)
+            torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX, group=self.group)
             received = int(of_all)
         self.received = received or self.received  # a signal may have come meanwhile: all agree on it next time
         self.agreed = bool(received)

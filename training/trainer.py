@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import huggingface_hub
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast, is_compiled_module
 from huggingface_hub.utils import httpx
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from configuration_detris import one_line
-from data.masks import RleMask, encode_mask
+from data.masks import RleMask
 from data.mixture import Mixture
 from data.streaming import StreamedBatches, StreamedRows
 from modeling_detris import DetrisForReferringSegmentation
@@ -26,19 +23,17 @@ from processing_detris import DetrisProcessor
 
 from .arguments import DetrisTrainingArguments
 from .checkpointing_trainer import CheckpointingTrainer
-from .collators import EvaluationCollator, TellEpoch, TrainingCollator
+from .collators import TellEpoch, TrainingCollator
+from .evaluating_trainer import EvaluatingTrainer
+from .sharding import of_its_own_class, prepare_sharding
 from .stopping import leave_signals_to_main_process
 
-METRIC = Path(__file__).parents[1] / "metrics" / "referring_iou"
 STREAMED_RUNS = "streamed_runs"  # in the log history, of which every checkpoint has a copy
-PADDING = -100  # what Trainer fills arrays of unequal length with when it gathers them
+NEVER = 2**62  # a step that no run reaches
 
 
-class DetrisTrainer(CheckpointingTrainer):
+class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
     """Trainer with DETRIS's optimizer, schedule and evaluation.
-
-    Evaluation runs over objects, each with all its phrases. It gives no loss, because the mean over a batch would
-    depend on how rows are spread over processes.
 
     Args:
         model: is trained or evaluated in place.
@@ -49,9 +44,7 @@ class DetrisTrainer(CheckpointingTrainer):
         callbacks: callbacks besides this trainer's own.
 
     Attributes:
-        metric: counts pixels, and turns counts into IoU.
         mixture: what `train_dataset` is, if it is a mixture.
-        predicted_masks: for each object that `predict` ran over, a COCO RLE for each phrase. None unless `save_masks`.
     """
 
     def __init__(
@@ -69,9 +62,7 @@ class DetrisTrainer(CheckpointingTrainer):
             train_dataset = self.mixture.rows
         if isinstance(train_dataset, datasets.Dataset):  # the collator decodes masks, and only their boxes
             train_dataset = train_dataset.cast_column("mask", RleMask(decode=False))
-        self.evaluation_collator = EvaluationCollator(processor)
-        self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
-        self.predicted_masks: list[list[dict]] | None = None
+        self.first_bad_step: torch.Tensor | None = None  # on the device: the first whose loss was not finite, or NEVER
         super().__init__(
             model=model,
             args=args,
@@ -79,10 +70,11 @@ class DetrisTrainer(CheckpointingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
-            compute_metrics=self.compute_referring_iou,
             optimizer_cls_and_kwargs=(torch.optim.Adam, adam_arguments(model, args)),
             callbacks=[TellEpoch(collator), CheckStreamingWorkers(), *(callbacks or [])],
         )
+        if self.is_fsdp_enabled:
+            prepare_sharding(self.accelerator, model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -102,41 +94,76 @@ class DetrisTrainer(CheckpointingTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train as Trainer does. What a run that was stopped before has noted is forgotten."""
+        self.first_bad_step = None
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """The loss and gradients of a batch. Trainer updates the weights after it.
 
-        Raises:
-            FloatingPointError: the loss is not finite.
+        A loss that is not finite is noted on the device, because the host would have to wait for it at each step.
         """
-        loss = super().training_step(*args, **kwargs)
-        # The sum over all processes, so that all of them stop: one that went on could save weights that others broke.
-        if not torch.isfinite(self.accelerator.reduce(loss)):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}: training stops before this step's "
-                "update, and the last checkpoint is as it was. Lower the learning rate, or try bf16 or fp32 for fp16."
-            )
+        loss, step = super().training_step(*args, **kwargs), self.state.global_step + 1
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), NEVER, device=loss.device)
+        self.first_bad_step = torch.where(loss.isfinite(), self.first_bad_step, self.first_bad_step.clamp(max=step))
         return loss
 
+    def stop_if_loss_was_not_finite(self) -> None:
+        """Stop all processes if one has had a loss that is not finite since this was asked before.
+
+        Raises:
+            FloatingPointError: names the first step with such a loss.
+        """
+        if self.first_bad_step is None:
+            return
+        first = int(self.accelerator.gather(self.first_bad_step).min())
+        if first < NEVER:
+            raise FloatingPointError(
+                f"The loss of step {first} is not finite: training stops after step {self.state.global_step}. The "
+                "weights in memory are lost and are not saved; the last checkpoint is as it was. Lower the learning "
+                "rate, or try bf16 or fp32 for fp16."
+            )
+        self.first_bad_step = None
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Log, evaluate and save what is due, with finite losses alone. Trainer calls this after each step."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.stop_if_loss_was_not_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does. Raises FloatingPointError if a loss or a weight is not finite."""
+        self.stop_if_loss_was_not_finite()
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the model, or its adapters, and the processor. Trainer calls this for checkpoints and at the end."""
-        if not self.args.save_adapter_only:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.model.save_adapter(folder)
-            self.processing_class.save_pretrained(folder)
+        """Write the model, or its adapters, and the processor. Trainer calls this for checkpoints and at the end.
+
+        `state_dict` is whole where the model is divided among processes, and else None.
+        """
+        with of_its_own_class(self.model):
+            if not self.args.save_adapter_only:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                folder = output_dir or self.args.output_dir
+                self.model.save_adapter(folder, state_dict=state_dict)
+                self.processing_class.save_pretrained(folder)
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
         """Upload the model or its adapters, the processor and the card, and nothing else that `output_dir` holds."""
+        state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.is_world_process_zero():
             return
         if self.hub_model_id is None:
             self.init_hf_repo()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, of_its_own_class(self.model):
             if self.args.save_adapter_only:
-                self.model.save_adapter(folder, repo_id=self.hub_model_id)
+                self.model.save_adapter(folder, repo_id=self.hub_model_id, state_dict=state_dict)
             else:
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
             card = Path(self.args.output_dir) / "README.md"
             if card.exists():
@@ -187,130 +214,19 @@ class DetrisTrainer(CheckpointingTrainer):
         )
         # `accelerator.prepare` would divide the batches among the processes, but they are divided already.
         return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+            loader,
+            args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=args.accelerator_config.non_blocking,
         )
 
     def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
         """Rows of an epoch over all processes. Trainer asks for it, to log its speed."""
         batches = dataloader.dataset
         return len(batches.rows) if isinstance(batches, StreamedBatches) else super().num_examples(dataloader)
-
-    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> torch.utils.data.DataLoader:
-        """Batches of objects with all their phrases, of `eval_dataset` unless other rows are given."""
-        loader = torch.utils.data.DataLoader(
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.evaluation_collator,
-            worker_init_fn=leave_signals_to_main_process,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            generator=torch.Generator(),  # a loader draws a seed, which must not change training's random numbers
-        )
-        return self.accelerator.prepare(loader)
-
-    get_test_dataloader = get_eval_dataloader
-
-    def _wrap_model(self, model: torch.nn.Module, training: bool = True, *args) -> torch.nn.Module:
-        """The model as it is trained or evaluated. Trainer calls this.
-
-        With `torch_compile`, Trainer compiles the model for training, or for the first evaluation if nothing is
-        trained. All other evaluations would run uncompiled.
-        """
-        wrapped = super()._wrap_model(model, training, *args)
-        prepared = self.accelerator._models and wrapped is model and not is_compiled_module(model)
-        if training or not self.args.torch_compile or not prepared:
-            return wrapped
-        return torch.compile(model, **self.accelerator.state.dynamo_plugin.to_kwargs())
-
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        """Evaluate the same model in all processes.
-
-        Without SyncBatchNorm, each process has running statistics of its own. The main process's are those that get
-        saved, so all processes take them.
-        """
-        for buffer in self.model.buffers():
-            broadcast(buffer)
-        return super().evaluation_loop(*args, **kwargs)
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Segment the phrases of `B` objects, at most `K` each, and compare them with the truth.
-
-        Trainer gathers what is returned.
-
-        Returns:
-            No loss; pixels in intersection, in union and in the truth `(B, K, 3)`, padded; the objects' ids `(B,)`.
-
-        Raises:
-            FloatingPointError: logits are not finite. Their masks would be empty, and would be counted as such.
-        """
-        counts, ref_ids, encoded = self._segment(model, inputs, encodes=self.predicted_masks is not None)
-        if self.predicted_masks is not None:
-            self.predicted_masks += self.accelerator.gather_for_metrics(encoded, use_gather_object=True)
-        return None, counts, ref_ids
-
-    @torch.no_grad()
-    def segment(self, row: dict) -> list[dict]:
-        """Segment a row's phrases as `predict` has done before, but in this process alone.
-
-        Returns:
-            A COCO RLE for each phrase.
-        """
-        inputs = self._prepare_inputs(self.evaluation_collator([row]))
-        _, _, (masks,) = self._segment(self.model.eval(), inputs, encodes=True)
-        return masks
-
-    def _segment(
-        self, model: torch.nn.Module, inputs: dict, encodes: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, list[list[dict]]]:
-        """Segment a batch, of which at most `per_device_eval_batch_size` phrases go through the model at once.
-
-        Returns:
-            Counts and ids as from `prediction_step`; for each object a COCO RLE for each phrase, if it `encodes` them.
-        """
-        masks, ref_ids, original_sizes = (inputs.pop(name) for name in ("masks", "ref_ids", "original_sizes"))
-        image_index = inputs["image_index"]  # (N,)
-        counts = torch.full((len(masks), int(image_index.bincount().max()), 3), PADDING, device=ref_ids.device)
-        encoded = [[] for _ in masks]
-        seen = [0] * len(masks)  # phrases of each object
-        for phrases in torch.arange(len(image_index), device=image_index.device).split(self.args.eval_batch_size):
-            images, index = image_index[phrases].unique(return_inverse=True)
-            texts = {name: inputs[name][phrases] for name in ("input_ids", "attention_mask")}
-            output = model(pixel_values=inputs["pixel_values"][images], image_index=index, **texts)
-            objects = images[index].tolist()
-            try:
-                predictions = self.processing_class.post_process_referring_segmentation(
-                    output, original_sizes[images.to(original_sizes.device)], image_index=index
-                )
-            except ValueError as error:
-                finite = output.logits.isfinite().all(dim=(1, 2)).tolist()  # of each phrase
-                if all(finite):
-                    raise
-                raise FloatingPointError(
-                    f"The logits are not finite for a phrase of the object with ref_id "
-                    f"{ref_ids[objects[finite.index(False)]]}: the model is broken, or too large for half precision; "
-                    "evaluate another checkpoint, or without --fp16 and --fp16_full_eval."
-                ) from error
-            for number, prediction in zip(objects, predictions, strict=True):
-                counts[number, seen[number]] = torch.tensor(self.metric.count(prediction, masks[number]))
-                seen[number] += 1
-                if encodes:
-                    encoded[number].append(encode_mask(prediction.cpu().numpy()))
-        return counts, ref_ids, encoded
-
-    def compute_referring_iou(self, results: EvalPrediction) -> dict[str, float]:
-        """All figures of the metric, from the counts that `prediction_step` returned for all objects."""
-        counts = _in_one_array(results.predictions).reshape(-1, 3)
-        intersection, union, reference_area = counts[counts[:, 0] != PADDING].T
-        return self.metric.compute(intersection=intersection, union=union, reference_area=reference_area)
-
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        """Segment all rows. The predictions returned are counts `(R, K, 3)`, the masks are in `predicted_masks`."""
-        self.predicted_masks = [] if self.args.save_masks else None
-        output = super().predict(*args, **kwargs)
-        return output._replace(predictions=_in_one_array(output.predictions))
 
 
 def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingArguments) -> dict[str, Any]:
@@ -329,7 +245,9 @@ def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingAr
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
-        "fused": True,  # one call for all parameters, which takes a tenth of the time of one call each
+        # One call for all parameters, which takes a tenth of the time of one call each. Not with fp16: fused Adam
+        # itself skips a step whose gradients overflow, and accelerate, not told of it, would move the schedule on.
+        "fused": not args.fp16,
     }
 
 
@@ -362,12 +280,3 @@ class CheckStreamingWorkers(TrainerCallback):
             )
         if runs and begins:
             state.log_history.append({"step": 0, STREAMED_RUNS: runs})
-
-
-def _in_one_array(counts: np.ndarray | list[np.ndarray]) -> np.ndarray:
-    """Counts `(R, K, 3)` of all objects. Without `eval_do_concat_batches` each batch has its own array and `K`."""
-    if isinstance(counts, np.ndarray):
-        return counts
-    phrases = max(batch.shape[1] for batch in counts)
-    padding = [((0, 0), (0, phrases - batch.shape[1]), (0, 0)) for batch in counts]
-    return np.concatenate([np.pad(batch, pad, constant_values=PADDING) for batch, pad in zip(counts, padding)])

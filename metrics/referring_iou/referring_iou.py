@@ -77,9 +77,21 @@ class ReferringIou(evaluate.Metric):
                 f"The prediction is {tuple(prediction.shape)} and the reference {tuple(reference.shape)} (height, "
                 "width); bring the prediction to the original size first."
             )
-        return tuple(
-            int(np.count_nonzero(mask)) for mask in (prediction & reference, prediction | reference, reference)
-        )
+        return tuple(ReferringIou.count_on_device(prediction, reference).tolist())
+
+    @staticmethod
+    def count_on_device(predictions: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """Count as `count` does, but for masks on a device, where the counts stay: nobody waits for them.
+
+        Args:
+            predictions, references: booleans (..., H, W) that are broadcast to each other. They are not checked.
+
+        Returns:
+            The three counts of each pair, integers (..., 3).
+        """
+        masks = (predictions & references, predictions | references, references)
+        areas = [mask.sum(dim=(-2, -1), dtype=torch.int32) for mask in masks]  # 64 bits would take three times as long
+        return torch.stack(torch.broadcast_tensors(*areas), dim=-1)
 
     @staticmethod
     def iou(intersection: np.ndarray | int, union: np.ndarray | int) -> np.ndarray | float:
@@ -181,8 +193,8 @@ def _refuse_impossible(intersection: np.ndarray, union: np.ndarray, reference_ar
         )
 
 
-def _foreground(mask: Any, name: str) -> np.ndarray:
-    """Where a mask (H, W) is not zero, as an array of booleans; ValueError if it is no binary mask."""
+def _foreground(mask: Any, name: str) -> torch.Tensor:
+    """Where a mask (H, W) is not zero, as booleans on the CPU; ValueError if it is no binary mask."""
     mask = mask if isinstance(mask, torch.Tensor) else np.asarray(mask)
     if mask.ndim != 2:
         raise ValueError(f"A {name} is one mask (height, width), but its shape is {tuple(mask.shape)}.")
@@ -191,4 +203,4 @@ def _foreground(mask: Any, name: str) -> np.ndarray:
     foreground = mask != 0
     if ("float" in str(mask.dtype) or "complex" in str(mask.dtype)) and (mask[foreground] != 1).any():
         raise ValueError(f"A {name} holds numbers other than 0 and 1; threshold it first.")
-    return foreground.cpu().numpy() if isinstance(foreground, torch.Tensor) else foreground
+    return torch.as_tensor(foreground, device="cpu")

@@ -15,6 +15,7 @@ MODEL_CODE = [
     "repository_files.py",
     "saving_detris.py",
     "sharing_detris.py",
+    "gradient_checkpointing_detris.py",
     "input_checks_detris.py",
     "recording_detris.py",
     "modeling_detris.py",
