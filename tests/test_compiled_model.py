@@ -1,12 +1,12 @@
 """torch.compile and torch.export: one graph, free numbers of images and phrases, and the numbers of eager mode."""
 
 import functools
-import itertools
 
 import pytest
 import torch
 from helpers.models import small_config, small_inputs, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.export import Dim
 
 from benchmarks.counting import CountingBackend
@@ -21,14 +21,16 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
 
 def tiny_model(registers=True, **fields):
-    """Two layers of vision, the second of them with an adapter, so that compiling takes little time."""
-    layers = {"vision_adapter_layers": [1], "text_adapter_layers": [1], "feature_layers": [0]}
-    return small_model(small_config(registers, {"num_hidden_layers": 2}, **layers | fields))
+    """A model of few layers, so that compiling takes little time; the first of two vision layers reads no words."""
+    fields |= {"vision_adapter_layers": [1], "text_adapter_layers": [0], "feature_layers": [0]}
+    text_config = small_config().text_config.to_dict() | {"num_hidden_layers": 1}
+    return small_model(small_config(registers, {"num_hidden_layers": 2}, text_config=text_config, **fields))
 
 
 def inputs_for(images, phrases, labels=False, shared=True):
@@ -42,16 +44,16 @@ def inputs_for(images, phrases, labels=False, shared=True):
     return inputs
 
 
-METHODS = ("detris", "lora", "detris+lora", "none")
-MODES = ("evaluation", "training", "checkpointing")
-FAST = [("detris", True, "evaluation", True), ("lora", False, "training", False)]
-ALL = list(itertools.product(METHODS, (True, False), MODES, (True, False)))
-
-
 @pytest.mark.parametrize(
     ("method", "registers", "mode", "shared"),
-    # Every fifth of all, which has each method, kind of backbone, mode and way of giving images several times.
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL[2::5] if case not in FAST)],
+    [
+        ("detris", True, "evaluation", True),
+        pytest.param("detris", False, "training", False, marks=pytest.mark.slow),
+        pytest.param("detris", True, "checkpointing", True, marks=pytest.mark.slow),
+        pytest.param("lora", False, "evaluation", False, marks=pytest.mark.slow),
+        pytest.param("detris+lora", False, "checkpointing", False, marks=pytest.mark.slow),
+        pytest.param("none", True, "training", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_model_is_one_graph(method, registers, mode, shared):
     model = tiny_model(registers, peft_method=method).train(mode != "evaluation")
@@ -70,28 +72,15 @@ PAIRS = [(2, 5), (3, 4), (4, 4), (5, 9), (6, 2), (1, 5), (1, 1), (8, 8)]  # imag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
-def test_eight_pairs_of_counts_need_three_graphs(training):
-    """PyTorch compiles a count of one apart: one for one image, and one for one image with one phrase."""
-    model, backend = tiny_model().train(training), CountingBackend()
+def test_eight_pairs_of_counts_need_three_graphs():
+    """PyTorch compiles a count of one apart: one graph is for one image, and one for one image with one phrase."""
+    model, backend = tiny_model(), CountingBackend()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for images, phrases in PAIRS:
         inputs = inputs_for(images, phrases, labels=True)
-        expected = model.eval()(**inputs).logits
-        logits = compiled.train(training)(**inputs).logits
-        if not training:
-            torch.testing.assert_close(logits, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     assert backend.graphs <= 3
-
-
-@pytest.mark.slow
-def test_counts_above_one_need_two_graphs_unless_told_that_they_change():
-    """PyTorch takes the first counts that it sees for constants, unless it is told `dynamic=True`."""
-    model, backend = tiny_model(), CountingBackend()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for images, phrases in [(2, 3), (3, 4), (4, 4), (5, 9), (6, 2), (2, 2), (7, 8), (8, 7)]:
-        compiled(**inputs_for(images, phrases))
-    assert backend.graphs <= 2
 
 
 def step(model, call, inputs):
@@ -104,8 +93,7 @@ def step(model, call, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("backend", "checkpointing"), [("aot_eager", True), ("inductor", False)])
 def test_a_compiled_step_has_eager_modes_numbers(backend, checkpointing):
     """Batch norm counts a batch once, though a checkpointed layer is computed twice."""
     inputs = inputs_for(2, 3, labels=True)
@@ -132,17 +120,7 @@ def test_a_compiled_step_has_eager_modes_numbers(backend, checkpointing):
 
 
 @pytest.mark.slow
-def test_half_precision_is_one_graph():
-    model = tiny_model()
-    inputs = inputs_for(2, 3)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
-        torch.testing.assert_close(logits, model(**inputs).logits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True])
-def test_trainer_evaluates_the_compiled_model(make_trainer, monkeypatch, bf16):
+def test_trainer_evaluates_the_compiled_model(make_trainer, monkeypatch):
     """During training, after it, without it, and a second time."""
     forward, uncompiled = DetrisForReferringSegmentation.forward, []
 
@@ -153,29 +131,24 @@ def test_trainer_evaluates_the_compiled_model(make_trainer, monkeypatch, bf16):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(DetrisForReferringSegmentation, "forward", watched)
-    options = {"rows": 10, "torch_compile": True, "torch_compile_backend": "eager", "bf16": bf16}
-    trainer = make_trainer(eval_strategy="epoch", num_train_epochs=1, **options)
+    options = {"rows": 4, "per_device_eval_batch_size": 16, "torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = make_trainer(eval_strategy="epoch", num_train_epochs=1, bf16=True, **options)
     trainer.train()
+    graphs = counters["stats"]["unique_graphs"]
     trainer.evaluate()
     trainer.predict(trainer.eval_dataset)
-    statistics = torch._dynamo.utils.counters["stats"]
-    graphs = statistics["unique_graphs"]
-    assert graphs <= 6
-    trainer.evaluate()
-    assert statistics["unique_graphs"] == graphs
+    assert counters["stats"]["unique_graphs"] == graphs <= 4
 
     trainer = make_trainer(**options)
     trainer.evaluate()
     trainer.evaluate()
     trainer.predict(trainer.eval_dataset)
-    assert not uncompiled
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not uncompiled and not counters["graph_break"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("registers", [True, False])
-def test_an_exported_program_takes_other_counts(registers):
-    model = tiny_model(registers)
+def test_an_exported_program_takes_other_counts():
+    model = tiny_model()
     images, phrases = Dim("images"), Dim("phrases")
     shapes = {name: {0: images if name == "pixel_values" else phrases} for name in inputs_for(2, 3)}
     program = torch.export.export(model, (), inputs_for(2, 3), dynamic_shapes=shapes, strict=True).module()

@@ -71,7 +71,7 @@ def inputs_for(model, images, phrases) -> dict[str, torch.Tensor]:
 def test_onnxruntime_computes_the_logits_of_the_last_release(exported):
     figures = load_file(RELEASED / "figures.safetensors")
     figures["attention_mask"] = (figures["input_ids"] != 0).long()
-    torch.testing.assert_close(run(exported, figures), figures["logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(run(exported, figures), figures["whole_logits"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -91,13 +91,13 @@ def test_inputs_and_output_have_the_documented_names_types_and_shapes(exported):
     session = session_of(exported)
     found = [(value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
     model = DetrisForReferringSegmentation.from_pretrained(WHOLE)
-    side, length = model.config.image_size, model.config.max_text_length
+    side, length, logits_side = model.config.image_size, model.config.max_text_length, 4 * model.config.grid_size
     assert found == [
         ("pixel_values", "tensor(float)", ["images", 3, side, side]),
         ("input_ids", "tensor(int64)", ["phrases", length]),
         ("attention_mask", "tensor(int64)", ["phrases", length]),
         ("image_index", "tensor(int64)", ["phrases"]),
-        ("logits", "tensor(float)", ["phrases", side * 2 // 7, side * 2 // 7]),
+        ("logits", "tensor(float)", ["phrases", logits_side, logits_side]),
     ]
 
 
@@ -105,7 +105,7 @@ def test_inputs_and_output_have_the_documented_names_types_and_shapes(exported):
 def test_large_weights_lie_in_a_second_file_and_nothing_else_is_left(exported, parts):
     assert {path.name for path in exported.parent.iterdir()} == {"detris.onnx", "detris.onnx.data"}
     weights = 4 * sum(parameter.numel() for parameter in parts[0].parameters())
-    assert exported.stat().st_size < 0.7 * weights < exported.with_name("detris.onnx.data").stat().st_size
+    assert exported.with_name("detris.onnx.data").stat().st_size > 0.9 * weights
 
 
 @pytest.mark.slow
