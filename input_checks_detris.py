@@ -17,7 +17,6 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     image_index: torch.Tensor | None,
     labels: torch.Tensor | None,
-    encoded_text: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Raise ValueError if the model's inputs are missing, empty or do not fit each other.
 
@@ -57,8 +56,6 @@ def check_inputs(
         _check_range(image_index, images)
     if labels is not None:
         _check_labels(config, labels, phrases)
-    if encoded_text is not None:
-        _check_encoded_text(config, encoded_text, *input_ids.shape)
 
 
 def can_be_read(tensor: torch.Tensor) -> bool:
@@ -89,18 +86,6 @@ def _check_labels(config: DetrisConfig, labels: torch.Tensor, phrases: int) -> N
         raise ValueError(
             f"labels holds values from {labels.min().item()} to {labels.max().item()}: give 1 inside the mask, 0 "
             "outside, and numbers between them for soft edges."
-        )
-
-
-def _check_encoded_text(
-    config: DetrisConfig, encoded_text: tuple[torch.Tensor, torch.Tensor], phrases: int, tokens: int
-) -> None:
-    shapes = [tuple(tensor.shape) for tensor in encoded_text]
-    text_config = config.text_config
-    expected = [(phrases, tokens, text_config.hidden_size), (phrases, text_config.projection_dim)]
-    if shapes != expected:
-        raise ValueError(
-            f"encoded_text has the shapes {shapes}: give what encode_text returns for these input_ids, {expected}."
         )
 
 

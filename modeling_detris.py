@@ -67,7 +67,7 @@ class DetrisOutput(ModelOutput):
             Mask logits over the square input image, one map for each phrase.
         text_hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
             The embedded phrases and the output of each layer of the text backbone, adapters included, not normalised;
-            each `(N, L, C)`. None, as `text_attentions` then are, if `encoded_text` was given.
+            each `(N, L, C)`.
         vision_hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
             The embedded images and the output of each layer of the vision backbone, adapters included, not normalised;
             each `(N, P, D)`. An image with several phrases is repeated for each of them, also where they still agree:
@@ -405,12 +405,11 @@ class DetrisForReferringSegmentation(
         input_ids: torch.Tensor,
         padding: torch.Tensor,
         image_index: torch.Tensor | None,
-        encoded_text: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run the method with the active adapters. `padding` `(N, L)` is true where a token is padding; returns
         `logits` `(N, 4g, 4g)`.
         """
-        words, sentence = self.encode_text(input_ids) if encoded_text is None else encoded_text
+        words, sentence = self.encode_text(input_ids)
         feature_maps = self.encode_images(pixel_values, words, image_index)
         feature_map = self.decoder(self.neck(feature_maps, sentence), words, padding)
         return {"logits": self.mask_head(feature_map, sentence)}
@@ -427,7 +426,6 @@ class DetrisForReferringSegmentation(
         original_sizes: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        encoded_text: tuple[torch.FloatTensor, torch.FloatTensor] | None = None,
     ) -> DetrisOutput | tuple:
         r"""
         Segment what phrases name in images.
@@ -457,9 +455,6 @@ class DetrisForReferringSegmentation(
             output_attentions (`bool`, *optional*):
                 Whether to return the weights of all attentions, for which the backbones must use eager attention. By
                 default the configuration says so.
-            encoded_text (`tuple` of `torch.FloatTensor` of shapes `(N, L, C)` and `(N, S)`, *optional*):
-                What [`encode_text`] has returned for these `input_ids` before, so that they are not encoded again;
-                not with `adapter_names`.
 
         Returns:
             [`DetrisOutput`] or a tuple of its values.
@@ -495,17 +490,13 @@ class DetrisForReferringSegmentation(
         True
         ```
         """
-        check_inputs(self.config, pixel_values, input_ids, attention_mask, image_index, labels, encoded_text)
+        check_inputs(self.config, pixel_values, input_ids, attention_mask, image_index, labels)
         padding = input_ids == 0 if attention_mask is None else attention_mask == 0  # (N, L)
-        segment = partial(self._segment, encoded_text=encoded_text)
+        segment = self._segment
         hidden_states, attentions = wanted_outputs(self, output_hidden_states, output_attentions)
         if hidden_states or attentions:
-            segment = partial(segment_and_record, segment, self, hidden_states, attentions)
+            segment = partial(segment_and_record, self, hidden_states, attentions)
         if adapter_names is not None:
-            if encoded_text is not None:
-                raise ValueError(
-                    "encoded_text and adapter_names are given, but each adapter encodes phrases anew: give one."
-                )
             segment = partial(self._segment_by_adapter, segment, adapter_names)
         outputs = segment(pixel_values, input_ids, padding, image_index)
         loss = None

@@ -5,7 +5,7 @@ not exist. transformers' own recording (`_can_record_outputs`) cannot do this: a
 inside its adapter layers, which do not run as a whole when an adapter is active.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -55,19 +55,15 @@ def wanted_outputs(
 
 @torch.compiler.disable  # hooks that come and go would break the graph at each layer
 def segment_and_record(
-    segment: Callable[..., dict[str, torch.Tensor]],
-    model: PreTrainedModel,
-    hidden_states: bool,
-    attentions: bool,
-    *inputs: torch.Tensor | None,
+    model: PreTrainedModel, hidden_states: bool, attentions: bool, *inputs: torch.Tensor | None
 ) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
-    """Let `segment` run the `model`, and add to what it returns the hidden states and attentions that are wanted.
+    """Run `model._segment` on `inputs`, and add to what it returns the hidden states and attentions that are wanted.
 
     The last one of `inputs` is `image_index`. What the vision backbone computed once for all phrases of an image is
     repeated for each of them.
     """
     with _recording(model, hidden_states, attentions) as recorded:
-        outputs = segment(*inputs)
+        outputs = model._segment(*inputs)
     image_index = inputs[-1]
     if image_index is not None:
         # Besides the outputs of the shared layers, the input of the first one and the attention of the next one.
@@ -75,8 +71,7 @@ def segment_and_record(
         for name in ("vision_attentions", "vision_hidden_states"):
             values = recorded.get(name, [])
             values[:shared] = [value[image_index] for value in values[:shared]]
-    # The text backbone does not run, and so records nothing, if the phrases were encoded before.
-    return outputs | {name: tuple(values) for name, values in recorded.items() if values}
+    return outputs | {name: tuple(values) for name, values in recorded.items()}
 
 
 def count_shared_layers(layers: nn.ModuleList) -> int:

@@ -40,16 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"labels": torch.zeros(2, 1, 56, 56)}, r"labels has shape \(2, 1, 56, 56\): give one mask"),
         ({"labels": torch.zeros(2, 480, 640)}, r"labels has shape \(2, 480, 640\): give one mask \(56, 56\)"),
         ({"labels": torch.zeros(2, 56, 56, dtype=torch.complex64)}, "labels has the type torch.complex64"),
-        (
-            {"encoded_text": (torch.zeros(2, 7, 24), torch.zeros(3, 20))},
-            r"encoded_text has the shapes .*\(3, 20\)\]: give what encode_text .*, \[\(2, 7, 24\), \(2, 20\)\]",
-        ),
-        ({"encoded_text": (torch.zeros(2, 5, 24), torch.zeros(2, 20))}, r"encoded_text has the shapes \[\(2, 5, 24\)"),
-        ({"encoded_text": (torch.zeros(2, 7, 24),)}, r"encoded_text has the shapes \[\(2, 7, 24\)\]"),
-        (
-            {"encoded_text": (torch.zeros(2, 7, 24), torch.zeros(2, 20)), "adapter_names": ["default"] * 2},
-            "encoded_text and adapter_names are given.* give one",
-        ),
     ],
 )
 def test_a_bad_input_is_named_with_its_remedy(change, message):
@@ -98,14 +88,12 @@ def test_numbers_are_read_on_the_cpu_and_outside_a_graph(monkeypatch):
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("encoded", [False, True])
-def test_nothing_is_read_from_the_gpu(training, encoded):
+def test_nothing_is_read_from_the_gpu(training):
     model = small_model().train(training)
     inputs = small_inputs(3, 2) | {"image_index": torch.tensor([0, 1, 1]), "labels": torch.zeros(3, 56, 56)}
-    encoded_text = model.encode_text(inputs["input_ids"]) if encoded else None
-    on_gpu = [*inputs.values(), *(encoded_text or ()), *model.parameters(), *model.buffers()]
+    on_gpu = [*inputs.values(), *model.parameters(), *model.buffers()]
     with Operations(on_gpu) as operations:
-        output = model(**inputs, encoded_text=encoded_text)
+        output = model(**inputs)
         output.loss.backward()
     assert operations.launches > 100
     assert operations.reads == []

@@ -303,19 +303,6 @@ def test_phrases_that_share_an_image_get_what_they_get_alone(adapter_layers, fea
     assert rows == [3] * layers_per_image + [5] * (4 - layers_per_image)
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_phrases_that_were_encoded_before_are_not_encoded_again(monkeypatch, recorded):
-    model, inputs = small_model(), small_inputs(3, 2) | {"image_index": torch.tensor([1, 0, 1])}
-    inputs["attention_mask"] = torch.tensor([[1, 1, 1, 0, 0, 0, 0]] * 3)
-    wanted = {"output_hidden_states": recorded}
-    expected = model(**inputs, **wanted)
-    encoded_text = model.encode_text(inputs["input_ids"])
-    monkeypatch.setattr(model.text_model, "forward", None)
-    output = model(**inputs, **wanted, encoded_text=encoded_text)
-    assert torch.equal(output.logits, expected.logits)
-    assert output.keys() == expected.keys() - {"text_hidden_states"}
-
-
 @pytest.mark.parametrize("registers", [True, False])
 @pytest.mark.parametrize("new_size", [28, 84])
 def test_any_image_size_is_resampled_from_the_pretrained_table(tmp_path, registers, new_size):
