@@ -179,7 +179,8 @@ class DenseAligner(nn.Module):
         patches = hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N or B, d, g, g)
-        # Contiguous for the same reason as in BatchFirstAttention.
+        # Contiguous, because PyTorch multiplies other layouts in one way if the weights need gradients and in another
+        # if they do not, so the last digits could change once adapters are frozen.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
         if image_index is not None:
             hidden_states, aligned = hidden_states[image_index], aligned[image_index]
