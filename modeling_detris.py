@@ -291,8 +291,9 @@ class DetrisMaskHead(nn.Module):
         # shift, because the official code pads with zeros after the 1x1 convolution.
         kernel = kernel.flip(2).transpose(1, 2)  # (N, 9, d / 2)
         taps = kernel @ self.output_projection.weight.flatten(1)  # (N, 9, d / 2)
-        tap_biases = kernel @ self.output_projection.bias  # (N, 9)
-        responses = torch.baddbmm(tap_biases[:, :, None], taps, feature_map.flatten(2))  # (N, 9, (4g)²)
+        # A column, because onnxruntime multiplies a transposed matrix with a plain vector wrongly.
+        tap_biases = kernel @ self.output_projection.bias[:, None]  # (N, 9, 1)
+        responses = torch.baddbmm(tap_biases, taps, feature_map.flatten(2))  # (N, 9, (4g)²)
         # Nine maps are summed, which half precision is too coarse for.
         responses = responses.to(torch.promote_types(responses.dtype, torch.float32))
         logits = F.fold(responses, feature_map.shape[2:], PHRASE_KERNEL_SIZE, padding=PHRASE_KERNEL_SIZE // 2)
