@@ -171,7 +171,7 @@ class DenseAligner(nn.Module):
         text_hidden_states: torch.Tensor,
         image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With `image_index` `(N,)`, hidden states of the images `(B, P, D)`, which their phrases share."""
+        """Hidden states are those of phrases, or of images `(B, P, D)` if `image_index` `(N,)` tells each phrase's."""
         if image_index is not None and self.training:
             # Batch norm counts an image once for each of its phrases.
             hidden_states, image_index = hidden_states[image_index], None
