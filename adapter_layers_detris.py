@@ -101,7 +101,8 @@ class VisionAdapterLayer(DetrisAdapterLayer):
     """DINOv2 layer with a dense aligner; `(N, P, D)` and words `(N, L, C)` to `(N, P, D)`.
 
     The first one of the model may get the images themselves, `(B, P, D)`, and `image_index` `(N,)`, the image of each
-    phrase. It computes once an image what does not depend on the words.
+    phrase. It then computes attention and MLP once for each image; in evaluation also what its adapter does before it
+    reads the words.
     """
 
     def make_adapter(self, config: PeftConfig, model_config: PreTrainedConfig) -> nn.Module:

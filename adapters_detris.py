@@ -171,7 +171,7 @@ class DenseAligner(nn.Module):
         text_hidden_states: torch.Tensor,
         image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """With `image_index` `(N,)`, hidden states of the images `(B, P, D)`, which their phrases share."""
+        """Hidden states are those of phrases, or of images `(B, P, D)` if `image_index` `(N,)` tells each phrase's."""
         if image_index is not None and self.training:
             # Batch norm counts an image once for each of its phrases.
             hidden_states, image_index = hidden_states[image_index], None
@@ -179,7 +179,8 @@ class DenseAligner(nn.Module):
         patches = hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N or B, d, g, g)
-        # Contiguous for the same reason as in BatchFirstAttention.
+        # Contiguous, because PyTorch multiplies other layouts in one way if the weights need gradients and in another
+        # if they do not, so the last digits could change once adapters are frozen.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
         if image_index is not None:
             hidden_states, aligned = hidden_states[image_index], aligned[image_index]

@@ -164,7 +164,10 @@ class FromBackbones:
 
     @staticmethod
     def _backbone_configs(vision_model: PreTrainedModel, text_model: PreTrainedModel) -> dict[str, dict]:
-        """Copy the backbones' configurations as fields of [`DetrisConfig`], without the places they were read from."""
+        """Copy the backbones' configurations as fields of [`DetrisConfig`].
+
+        The backbones forget where they were read from, because the model saves their configurations as its own.
+        """
         for backbone in (vision_model, text_model):
             backbone.config._name_or_path = ""
         return {"vision_config": vision_model.config.to_dict(), "text_config": text_model.config.to_dict()}

@@ -59,22 +59,27 @@ def export_onnx(model: DetrisForReferringSegmentation, processor: DetrisProcesso
     Write a model as an ONNX file, if onnxruntime computes from it what PyTorch computes.
 
     Args:
-        model: in float32, in evaluation mode and on the CPU.
+        model: in float32 and on the CPU; it is put into evaluation mode.
         processor: makes inputs to compare with.
-        output: the file to write.
+        output: the file to write. Large weights are written beside it, into a file with `.data` at its end.
 
     Returns:
         `float`: the largest difference between a logit of onnxruntime and of PyTorch.
 
     Raises:
         ImportError: if a package that is needed is not installed.
-        OSError: if the file exists or cannot be written.
-        ValueError: if the model cannot be exported, or the logits differ by more than rounding.
+        OSError: if one of the files exists or cannot be written.
+        ValueError: if weights are not in float32 or not on the CPU, or the logits differ by more than rounding.
     """
     require_packages()
     output = Path(output)
-    if output.exists() or not output.parent.is_dir():
-        raise OSError(f"{output} exists or its folder does not: name a new file in a folder that exists.")
+    if not output.parent.is_dir():
+        raise OSError(f"{output.parent} is no folder: name a file in a folder that exists.")
+    for path in files_of(output):
+        if path.exists():
+            raise OSError(f"{path} exists: name a new file, or remove it.")
+    if model.device.type != "cpu":
+        raise ValueError(f"The model is on {model.device}, but only the CPU exports it: move it by model.cpu().")
     types = {parameter.dtype for parameter in model.parameters()}
     if types != {torch.float32}:
         raise ValueError(
@@ -101,6 +106,11 @@ def export_onnx(model: DetrisForReferringSegmentation, processor: DetrisProcesso
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path == written):
             os.replace(path, output.parent / path.name)
     return difference
+
+
+def files_of(output: str | os.PathLike) -> tuple[Path, Path]:
+    """The file that is written, and the one that PyTorch puts beside it for large weights."""
+    return Path(output), Path(f"{os.fspath(output)}.data")
 
 
 def require_packages() -> None:
@@ -179,8 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
     require_packages()
     pipe = load_pipeline(options.model, device="cpu", dtype="float32", revision=options.revision)
     difference = export_onnx(pipe.model, pipe.processor, options.output)
-    files = [path for path in (Path(options.output), Path(f"{options.output}.data")) if path.exists()]
-    sizes = " and ".join(f"{path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in files)
+    written = [path for path in files_of(options.output) if path.exists()]
+    sizes = " and ".join(f"{path} ({path.stat().st_size / 2**20:,.1f} MiB)" for path in written)
     print(f"Wrote {sizes}; the largest difference of a logit from PyTorch's is {difference:.1e}.")
 
 

@@ -331,7 +331,8 @@ class DetrisForReferringSegmentation(
         self.vision_model = vision_model or vision_class(config.vision_config)
         text_model = text_model or CLIPTextModelWithProjection(config.text_config)
         self.text_model, self.text_projection = text_model.text_model, text_model.text_projection
-        # Given backbones read their own configurations, so an attention that is set must be set in these.
+        # Backbones that are given keep their own configurations. The model takes these in place of its copies, so that
+        # `set_attn_implementation` reaches the backbones.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.neck = DetrisNeck(config)
         self.decoder = DetrisDecoder(config)

@@ -104,7 +104,7 @@ def _recording(
             _record_weights(stack, recorded, "decoder_attentions", [x.self_attention for x in decoder_layers])
             _record_weights(stack, recorded, "cross_attentions", [x.word_attention for x in decoder_layers])
             for layer in decoder_layers:
-                # Computed again in the backward pass, without the hooks, a layer would use another attention.
+                # Checkpointing would compute the layer again once the hooks are gone, and then by another attention.
                 stack.callback(setattr, layer, "gradient_checkpointing", layer.gradient_checkpointing)
                 layer.gradient_checkpointing = False
         token = _recorded_here.set(recorded)

@@ -1,4 +1,4 @@
-"""What a computation asks of a device, counted where there is none: launches, reads by the host, graphs, saved bytes.
+"""What a computation asks of a device, counted where there is none: launches, reads by the host, saved bytes.
 
 The counts are of the operations that PyTorch dispatches. On a GPU each of them but a view launches a kernel or more,
 and each read of a result makes the CPU wait until the GPU has done all that it was given before. Where there is no
@@ -150,21 +150,6 @@ class _Called(TorchFunctionMode):
         if isinstance(output, torch.Tensor):
             self.operations.take_to_host(output)
         return output
-
-
-class CountingBackend:
-    """A backend of `torch.compile` that counts graphs and runs them without compiling anything.
-
-    Attributes:
-        graphs: how many graphs were captured.
-    """
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list) -> Callable:
-        self.graphs += 1
-        return graph.forward
 
 
 def count_saved_bytes(compute: Callable[[], Any], apart_from: Iterable[torch.Tensor] = ()) -> int:

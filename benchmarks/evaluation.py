@@ -91,16 +91,15 @@ def time_run(prepared: train_hf.PreparedRun, device: str) -> dict[str, float]:
 
 
 class ModelTime:
-    """Adds up the time inside the forward passes of a model and of its text backbone.
+    """Adds up the time inside the forward passes of a model.
 
     On a GPU that is the time between the first and the last of what a pass has launched.
     """
 
-    def __init__(self, model: DetrisForReferringSegmentation, device: str):
-        self.device, self._depth, self._passes = device, 0, []
-        for module in (model, model.text_model):
-            module.register_forward_pre_hook(self._begin)
-            module.register_forward_hook(self._end)
+    def __init__(self, model: nn.Module, device: str):
+        self.device, self._passes = device, []
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
 
     def _now(self) -> float | torch.cuda.Event:
         if self.device == "cpu":
@@ -110,14 +109,10 @@ class ModelTime:
         return event
 
     def _begin(self, *_: Any) -> None:
-        if not self._depth:
-            self._start = self._now()
-        self._depth += 1
+        self._start = self._now()
 
     def _end(self, *_: Any) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._passes.append((self._start, self._now()))
+        self._passes.append((self._start, self._now()))
 
     def seconds(self) -> float:
         if self.device == "cpu":

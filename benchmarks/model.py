@@ -31,6 +31,7 @@ import torch
 import transformers
 from datasets.utils import tqdm
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersModel
 
@@ -40,7 +41,7 @@ from modeling_detris import DetrisForReferringSegmentation
 from training.arguments import DetrisTrainingArguments
 from training.trainer import adam_arguments
 
-from .counting import CountingBackend, Operations, PeakMemory
+from .counting import Operations, PeakMemory
 from .data import MEBIBYTE
 from .evaluation import PHRASES_OF_AN_OBJECT, arguments_of, count_batch, prepare_model, prepare_set, time_run
 
@@ -318,9 +319,9 @@ def count_graphs(contestant: Contestant, device: str) -> dict[str, float]:
     if contestant.forward is None:
         return {}
     torch._dynamo.reset()
-    backend = CountingBackend()
+    backend = CompileCounter()
     torch.compile(contestant.forward, backend=backend)()
-    return {"graphs": backend.graphs}
+    return {"graphs": backend.frame_count}
 
 
 def clock(run: Callable[[], Any], device: str) -> float:

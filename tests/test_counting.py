@@ -1,4 +1,4 @@
-"""What is counted, against computations whose operations, reads, graphs and bytes can be counted by hand."""
+"""What is counted, against computations whose operations, reads and bytes can be counted by hand."""
 
 import time
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counting import POLL_SECONDS, CountingBackend, Operations, PeakMemory, count_saved_bytes
+from benchmarks.counting import POLL_SECONDS, Operations, PeakMemory, count_saved_bytes
 from benchmarks.data import MEBIBYTE
 
 
@@ -121,38 +121,6 @@ def test_tensors_on_a_gpu_need_not_be_named():
         y.to("cpu")  # one
     assert operations.launches == 5
     assert operations.reads == ["aten::_to_copy", "aten::_to_copy"]
-
-
-# --- graphs -------------------------------------------------------------------------------------------------------
-
-
-def breaks_once(x):
-    x = x + 1
-    torch._dynamo.graph_break()
-    return 2 * x
-
-
-def branches(x):
-    return x + 1 if x.sum() > 0 else x - 1
-
-
-@pytest.mark.parametrize("compute, graphs", [(lambda x: (x + 1).relu(), 1), (breaks_once, 2), (branches, 2)])
-def test_graphs(x, compute, graphs):
-    torch._dynamo.reset()
-    backend = CountingBackend()
-    compiled = torch.compile(compute, backend=backend)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), compute(x))
-    assert backend.graphs == graphs
-
-
-def test_graphs_of_other_shapes_add_up():
-    torch._dynamo.reset()
-    backend = CountingBackend()
-    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
-    for length in (2, 3, 3, 4):
-        compiled(torch.zeros(length))
-    assert backend.graphs == 3
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

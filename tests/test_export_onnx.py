@@ -120,13 +120,28 @@ def test_a_file_that_computes_something_else_is_not_written(exported, parts, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["there.onnx", "nowhere/detris.onnx"])
-def test_a_place_that_is_taken_or_missing_is_refused(parts, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("there.onnx", "there.onnx exists: name a new file"),
+        ("weights.onnx", "weights.onnx.data exists: name a new file"),
+        ("nowhere/detris.onnx", "nowhere is no folder: name a file in a folder that exists"),
+    ],
+)
+def test_a_place_that_is_taken_or_missing_is_refused(parts, tmp_path, monkeypatch, name, message):
     monkeypatch.setattr(export_onnx, "require_packages", lambda: None)
-    (tmp_path / "there.onnx").write_text("mine")
-    with pytest.raises(OSError, match=f"{name} exists or its folder does not: name a new file"):
+    mine = [tmp_path / "there.onnx", tmp_path / "weights.onnx.data"]
+    for path in mine:
+        path.write_text("mine")
+    with pytest.raises(OSError, match=message):
         export_onnx.export_onnx(*parts, tmp_path / name)
-    assert (tmp_path / "there.onnx").read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == mine and all(path.read_text() == "mine" for path in mine)
+
+
+def test_a_model_on_another_device_is_refused(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "require_packages", lambda: None)
+    with pytest.raises(ValueError, match=r"model is on meta, but .*: move it by model.cpu\(\)"):
+        export_onnx.export_onnx(parts[0].to("meta"), parts[1], tmp_path / "detris.onnx")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
