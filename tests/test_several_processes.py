@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import TorchDynamoPlugin
 from helpers.models import small_config, small_inputs, small_model
 from helpers.runs import in_processes
 from safetensors.torch import load_file
@@ -168,9 +169,17 @@ def test_fsdp_saves_whole_models(train_in_two):
 
 
 def test_what_fsdp_cannot_do_is_refused(config_file, monkeypatch):
-    first_version = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    def prepare(version: int, backend: str) -> None:
+        plugins = {
+            "fsdp_plugin": SimpleNamespace(fsdp_version=version),
+            "dynamo_plugin": TorchDynamoPlugin(backend=backend),
+        }
+        prepare_sharding(SimpleNamespace(state=SimpleNamespace(**plugins)), small_model())
+
     with pytest.raises(ValueError, match="fsdp_version is 1: DETRIS is trained with version 2"):
-        prepare_sharding(first_version, small_model())
+        prepare(1, "no")
+    with pytest.raises(ValueError, match="torch_compile gives the weights other names under FSDP"):
+        prepare(2, "inductor")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="A run with FSDP cannot be resumed, .*--model_name_or_path"):
         train_hf.main([config_file, "--do_train", "--resume_from_checkpoint", "last"])

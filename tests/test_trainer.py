@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_its_step(make_tr
 
 
 def test_nothing_is_read_from_the_device_between_two_logs(make_trainer, monkeypatch):
-    """What Trainer has in a step is on the device; the CPU stands for one, and so tensors are marked as on it."""
+    """The CPU stands for a device: weights and batches are marked as lying on one."""
     monkeypatch.setattr("input_checks_detris.can_be_read", lambda tensor: False)
     trainer, steps = make_trainer(rows=8, max_steps=5, logging_steps=5, gradient_accumulation_steps=2), []
     on_device = torch.zeros((), dtype=torch.int64)

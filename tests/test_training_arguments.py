@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from helpers.runs import MODEL_CONFIG
 
@@ -119,6 +120,12 @@ def test_a_number_that_is_invalid_is_refused_by_name_and_value(config, tmp_path,
         ({"milestones": 35}, "milestones is 35.0: give a list"),
         ({"warmup_steps": 100}, "warmup_steps is 100.0, but .* such as constant_with_warmup"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics is true"),
+        ({"prediction_loss_only": True}, "prediction_loss_only is true, but an evaluation gives metrics"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics is \['inputs'\], .* leave it out"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers is true, .* dataloader_num_workers"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config sets split_batches to true, .* leave"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config sets dispatch_batches to true"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config sets even_batches to false"),
         ({"learning_rate": True}, "learning_rate is True: give a finite number"),
         ({"learning_rate": [1e-4]}, r"learning_rate is \[0.0001\]: give a finite number"),
         ({"learning_rate": None}, "learning_rate is None"),
@@ -207,6 +214,15 @@ def test_the_global_batch_is_shared_out(monkeypatch, processes, accumulated, glo
     )
     args._n_gpu = 8  # that one process sees are not its own
     assert args.per_device_train_batch_size == args.train_batch_size == of_a_process
+
+
+@pytest.mark.parametrize(
+    "device, pinned, expected", [("cuda", True, True), ("cuda", False, False), ("mps", True, False)]
+)
+def test_batches_are_copied_without_a_wait_where_that_is_safe(monkeypatch, device, pinned, expected):
+    monkeypatch.setattr(DetrisTrainingArguments, "device", torch.device(device))
+    args = DetrisTrainingArguments(use_cpu=False, dataloader_pin_memory=pinned, report_to="none")
+    assert args.accelerator_config.non_blocking is expected
 
 
 def test_a_global_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

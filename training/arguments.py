@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, short_repr
@@ -236,7 +237,10 @@ class DetrisTrainingArguments(TrainingArguments):
         # Each process reads the backbones: with FSDP, transformers would else fill them in all but one with noise.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        if self.dataloader_pin_memory:  # otherwise each batch that is copied would wait for the device
+        _check_batches_of_processes(self.accelerator_config)
+        # Otherwise the host would wait for the device whenever it copies a batch. PyTorch pins nothing for Apple's
+        # GPUs, where a copy that does not wait can read memory that has been freed (pytorch/pytorch#189690).
+        if self.dataloader_pin_memory and self.device.type != "mps":
             self.accelerator_config.non_blocking = True
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
@@ -447,7 +451,31 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
             )
     if args.batch_eval_metrics:
         raise ValueError("batch_eval_metrics is true, but the metric is of whole splits: leave it out.")
+    if args.prediction_loss_only:
+        raise ValueError("prediction_loss_only is true, but an evaluation gives metrics and no loss: leave it out.")
+    if args.include_for_metrics:
+        raise ValueError(
+            f"include_for_metrics is {args.include_for_metrics}, but the metric reads counts alone: leave it out."
+        )
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise ValueError(
+            "dataloader_persistent_workers is true, but there are no workers: give dataloader_num_workers, too."
+        )
     _check_not_empty(args, "output_dir", "resume_from_checkpoint")
+
+
+def _check_batches_of_processes(config: AcceleratorConfig) -> None:
+    """Refuse with a ValueError to divide rows among processes in another way than whole batches by turns.
+
+    `EvaluatingTrainer` knows from this order which rows a batch holds, and where its objects were evaluated already.
+    """
+    for name, usual in (("split_batches", False), ("dispatch_batches", False), ("even_batches", True)):
+        value = getattr(config, name)
+        if value not in (None, usual):
+            raise ValueError(
+                f"accelerator_config sets {name} to {str(value).lower()}, but each process reads whole batches of its "
+                f"own, as many as any other: leave {name} out."
+            )
 
 
 def _as_mapping(value: dict | str | None, name: str) -> dict:

@@ -40,7 +40,8 @@ class EvaluatingTrainer(Trainer):
     """Trainer whose evaluation runs over objects, each with all their phrases, and counts pixels on the device.
 
     It gives no loss, because the mean over a batch would depend on how rows are spread over processes. The host waits
-    for the device once a batch, when it fetches the counts and, if they are kept, the masks.
+    for the device once a batch, when it fetches the counts and, if they are kept, the masks. Trainer gathers
+    nothing itself, so its arguments about that, such as `eval_accumulation_steps`, change no result.
 
     Attributes:
         metric: counts pixels, and turns counts into IoU.
@@ -86,7 +87,7 @@ class EvaluatingTrainer(Trainer):
         """The model as it is trained or evaluated. Trainer calls this.
 
         With `torch_compile`, Trainer compiles the model for training, or for the first evaluation if nothing is
-        trained. All other evaluations would run uncompiled.
+        trained. All other evaluations would run uncompiled, so this compiles the model for them.
         """
         wrapped = super()._wrap_model(model, training, *args)
         prepared = self.accelerator._models and wrapped is model and not is_compiled_module(model)
@@ -129,15 +130,16 @@ class EvaluatingTrainer(Trainer):
     ) -> tuple[None, None, None]:
         """Segment the phrases of a batch and compare them with the truth; Trainer calls this for each batch.
 
-        Trainer gets nothing to gather, for which the processes would wait for each other and for their devices at each
-        batch: `evaluation_loop` gathers all at the end.
+        Trainer gets nothing to gather, because it would wait for the devices of all processes at each batch.
+        `evaluation_loop` gathers everything at the end.
 
         Raises:
             FloatingPointError: logits are not finite. Their masks would be empty, and would be counted as such.
         """
         first = (len(self.segmented) * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
-        # Several processes get as many batches each: the last are filled up with objects that were evaluated already.
-        # One goes through all the same, because a model that is divided among processes needs each of them at first.
+        # The processes get whole batches by turns, each as many as any other: accelerate fills up the last ones with
+        # objects from the beginning, and these are left out here. If no other is left, one of them still goes through
+        # the model, because FSDP gathers the weights when all processes have called it.
         new = max(self.evaluated_rows - first, 0)
         inputs["objects"] = inputs["objects"][: max(new, 1)]
         segmented = self._segment(model, inputs, keeps_masks=self.receive is not None)[:new]

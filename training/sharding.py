@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch.distributed.fsdp import FSDPModule
 
 from modeling_detris import DetrisForReferringSegmentation
@@ -19,11 +20,16 @@ def prepare_sharding(accelerator: Accelerator, model: DetrisForReferringSegmenta
     that evaluate call it as often as their phrases ask for, so a later call must not wait for another process.
 
     Raises:
-        ValueError: it is FSDP's first version, which divides weights in another way.
+        ValueError: it is FSDP's first version, which divides weights in another way, or the model would be compiled.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version is {plugin.fsdp_version}: DETRIS is trained with version 2, so give that.")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "torch_compile gives the weights other names under FSDP, by which no checkpoint could be loaded: leave "
+            "out torch_compile or FSDP."
+        )
     plugin.auto_wrap_policy, plugin.reshard_after_forward = None, False
     # Half precision is left to autocast, as without FSDP: batch norms keep statistics, and so weights, in float32.
     plugin.mixed_precision_policy = None
@@ -35,7 +41,7 @@ def prepare_sharding(accelerator: Accelerator, model: DetrisForReferringSegmenta
 
 @contextmanager
 def of_its_own_class(model: torch.nn.Module) -> Iterator[None]:
-    """Let `model` be of its own class, which is saved with it, while FSDP has put one of its own in that place."""
+    """Give `model` its own class back for a while, because that one is saved with it. FSDP has replaced it."""
     kept = type(model)
     if isinstance(model, FSDPModule):
         model.__class__ = kept.__mro__[2]  # after FSDP's class for this model, and its class for all models

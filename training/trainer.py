@@ -95,14 +95,14 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs) -> TrainOutput:
-        """Train as Trainer does. What a run that was stopped before has noted is forgotten."""
+        """Train as Trainer does. A loss that an earlier call has noted is forgotten."""
         self.first_bad_step = None
         return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """The loss and gradients of a batch. Trainer updates the weights after it.
 
-        A loss that is not finite is noted on the device, because the host would have to wait for it at each step.
+        A loss that is not finite is noted on the device: to read it, the host would have to wait at each step.
         """
         loss, step = super().training_step(*args, **kwargs), self.state.global_step + 1
         if self.first_bad_step is None:
@@ -128,7 +128,7 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
         self.first_bad_step = None
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """Log, evaluate and save what is due, with finite losses alone. Trainer calls this after each step."""
+        """Log, evaluate and save what is due, unless a loss was not finite. Trainer calls this after each step."""
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self.stop_if_loss_was_not_finite()
@@ -245,8 +245,8 @@ def adam_arguments(model: DetrisForReferringSegmentation, args: DetrisTrainingAr
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
-        # One call for all parameters, which takes a tenth of the time of one call each. Not with fp16: fused Adam
-        # itself skips a step whose gradients overflow, and accelerate, not told of it, would move the schedule on.
+        # One call for all parameters, which takes a tenth of the time of one call each. With fp16 fused Adam itself
+        # skips a step whose gradients overflow; accelerate is not told of it and would move the schedule on.
         "fused": not args.fp16,
     }
 
