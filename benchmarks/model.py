@@ -484,7 +484,8 @@ def make_table(results: dict[str, Any]) -> str:
         f"Size {results['size']}, {results['dtype']}, on {results['device']}; {results['threads']} threads, torch "
         f"{results['torch']}, transformers {results['transformers']}; medians of {results['rounds']} rounds. The peak "
         "is the speed of one large product of matrices of the same type in the same rounds. Memory is a model's "
-        "weights and what one run takes besides. Launches are operations other than views. The evaluation is of "
+        "weights and what one run takes besides, on a CPU a compiler's own included. Launches are operations other "
+        "than views. The evaluation is of "
         f"{results['objects']} objects: its ratio is a phrase's to an image's, its launches and host reads are those "
         "of one batch.",
         "",

@@ -457,6 +457,8 @@ def _check_training_arguments(args: DetrisTrainingArguments) -> None:
         raise ValueError(
             f"include_for_metrics is {args.include_for_metrics}, but the metric reads counts alone: leave it out."
         )
+    if args.parallelism_config is not None:
+        raise ValueError("parallelism_config is given, but DETRIS is trained by data parallelism alone: leave it out.")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise ValueError(
             "dataloader_persistent_workers is true, but there are no workers: give dataloader_num_workers, too."
