@@ -289,10 +289,10 @@ class DetrisMaskHead(nn.Module):
         # convolution of the widest map. `fold` shifts and adds the nine maps; its offsets run in the opposite
         # direction to a convolution's, hence the flip. Each tap adds its part of the 1x1 convolution's bias before the
         # shift, because the official code pads with zeros after the 1x1 convolution.
-        kernel = kernel.flip(2).transpose(1, 2)  # (N, 9, d / 2)
-        taps = kernel @ self.output_projection.weight.flatten(1)  # (N, 9, d / 2)
-        # A column, because onnxruntime multiplies a transposed matrix with a plain vector wrongly.
-        tap_biases = kernel @ self.output_projection.bias[:, None]  # (N, 9, 1)
+        kernel = kernel.flip(2)
+        # `einsum` rounds in the same way whether the weights are frozen or not; `@` does not.
+        taps = torch.einsum("nok,oi->nki", kernel, self.output_projection.weight.flatten(1))  # (N, 9, d / 2)
+        tap_biases = torch.einsum("nok,o->nk", kernel, self.output_projection.bias)[:, :, None]  # (N, 9, 1)
         responses = torch.baddbmm(tap_biases, taps, feature_map.flatten(2))  # (N, 9, (4g)²)
         # Nine maps are summed, which half precision is too coarse for.
         responses = responses.to(torch.promote_types(responses.dtype, torch.float32))

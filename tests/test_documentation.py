@@ -343,6 +343,7 @@ def known_options() -> set[str]:
         ("convert_detris_checkpoint.py", ["source"]),
         ("data.check", ["root"]),
         ("data.prepare", ["folder", "path", "--output", "out"]),
+        ("benchmarks.model", ["--output", "out"]),
     ):
         helps.append(parse_and_stop(importlib.import_module(MODULES[program]).main, program, arguments))
     helps.append(parse_and_stop(segment.main, "segment.py", ["photo.jpg", "cat", "--model", "detris"]))
