@@ -131,7 +131,11 @@ class VisionAdapterLayer(DetrisAdapterLayer):
         mlp_output = layer.mlp(normed)
         adapted = self._adapt(adapter_name, normed, text_hidden_states, image_index)
         if image_index is not None:
-            hidden_states, mlp_output = hidden_states[image_index], mlp_output[image_index]
+            # Not by `[image_index]`: compilers expect other strides of it than it has if there is one image.
+            hidden_states, mlp_output = (
+                hidden_states.index_select(0, image_index),
+                mlp_output.index_select(0, image_index),
+            )
         added = torch.add(mlp_output, adapted, alpha=self.scale[adapter_name])
         return hidden_states + layer.drop_path(layer.layer_scale2(added))
 

@@ -174,7 +174,7 @@ class DenseAligner(nn.Module):
         """Hidden states are those of phrases, or of images `(B, P, D)` if `image_index` `(N,)` tells each phrase's."""
         if image_index is not None and self.training:
             # Batch norm counts an image once for each of its phrases.
-            hidden_states, image_index = hidden_states[image_index], None
+            hidden_states, image_index = hidden_states.index_select(0, image_index), None
         hidden_states = self.down(hidden_states).relu()  # (N or B, P, d)
         patches = hidden_states[:, self.prefix_length :]
         side = math.isqrt(patches.shape[1])
@@ -183,7 +183,7 @@ class DenseAligner(nn.Module):
         # if they do not, so the last digits could change once adapters are frozen.
         aligned = (self.dense(grid).flatten(2).transpose(1, 2) + patches).contiguous()
         if image_index is not None:
-            hidden_states, aligned = hidden_states[image_index], aligned[image_index]
+            hidden_states, aligned = hidden_states.index_select(0, image_index), aligned.index_select(0, image_index)
         aligned = self.word_attention(aligned, text_hidden_states)
         prefix = hidden_states[:, : self.prefix_length]
         return self.up(torch.cat([prefix, aligned], dim=1) + hidden_states)

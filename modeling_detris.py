@@ -374,7 +374,7 @@ class DetrisForReferringSegmentation(
                 # Until this layer reads words, an image is computed once for all its phrases.
                 hidden_states = layer(hidden_states, words, image_index)
                 if image_index is not None:
-                    features = [states[image_index] for states in features]
+                    features = [states.index_select(0, image_index) for states in features]
                     image_index = None
             else:
                 hidden_states = layer(hidden_states)
@@ -382,7 +382,7 @@ class DetrisForReferringSegmentation(
                 features.append(hidden_states)
         features.append(self.vision_model.layernorm(hidden_states))
         if image_index is not None:
-            features = [states[image_index] for states in features]
+            features = [states.index_select(0, image_index) for states in features]
         grid_size = self.config.grid_size
         return [
             states[:, self.config.prefix_length :].transpose(1, 2).unflatten(2, (grid_size, grid_size))

@@ -82,6 +82,16 @@ def test_eight_pairs_of_counts_need_three_graphs():
     assert backend.frame_count <= 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "phrases"), [(1, 2), (2, 3)])
+def test_what_phrases_share_is_laid_out_as_the_graph_expects(images, phrases):
+    """AOTAutograd, which all compilers but `eager` build on, knows strides beforehand and relies on them."""
+    model, inputs = tiny_model(), inputs_for(images, phrases)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
 def step(model, call, inputs):
     """Logits, loss, gradients and batch-norm statistics of a training step."""
     output = call(**inputs)

@@ -134,7 +134,7 @@ def test_the_examples_of_export_run(quick, environment):
     use, compiled = (block_with(EXPORT, text, "python") for text in ("onnxruntime", "torch.compile"))
     code = f"""COMMANDS = [{export}]{RUN_COMMANDS}{use}
 exported = masks
-{compiled.replace("torch.compile(model, ", "torch.compile(model, backend='eager', ")}
+{compiled.replace("torch.compile(model, ", "torch.compile(model, backend='aot_eager', ")}
 print(*(bool((mask == other).all()) and tuple(mask.shape) for mask, other in zip(exported, masks, strict=True)))"""
     printed = run_program([sys.executable, "-c", code], quick, environment | {"PYTHONPATH": str(ROOT)})
     assert printed.startswith("Wrote detris.onnx (") and printed.splitlines()[-1] == "(96, 96) (96, 96)"
