@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
@@ -69,11 +69,8 @@ class EvaluatingTrainer(Trainer):
             rows,
             batch_size=args.eval_batch_size,
             collate_fn=self.evaluation_collator,
-            worker_init_fn=leave_signals_to_main_process,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=keeps_workers,
-            pin_memory=args.dataloader_pin_memory,
+            **self.worker_arguments(),
             generator=torch.Generator(),  # a loader draws a seed, which must not change training's random numbers
         )
         loader = self.accelerator.prepare(loader)
@@ -82,6 +79,15 @@ class EvaluatingTrainer(Trainer):
         return loader
 
     get_test_dataloader = get_eval_dataloader
+
+    def worker_arguments(self) -> dict[str, Any]:
+        """What the loaders of evaluation and of streamed rows are told alike of the processes that load."""
+        return {
+            "worker_init_fn": leave_signals_to_main_process,
+            "num_workers": self.args.dataloader_num_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "pin_memory": self.args.dataloader_pin_memory,
+        }
 
     def _wrap_model(self, model: torch.nn.Module, training: bool = True, *args) -> torch.nn.Module:
         """The model as it is trained or evaluated. Trainer calls this.

@@ -206,11 +206,8 @@ class DetrisTrainer(EvaluatingTrainer, CheckpointingTrainer):
             ),
             batch_size=None,  # the dataset gives whole batches
             collate_fn=self.data_collator,
-            worker_init_fn=leave_signals_to_main_process,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
-            pin_memory=args.dataloader_pin_memory,
+            **self.worker_arguments(),
         )
         # `accelerator.prepare` would divide the batches among the processes, but they are divided already.
         return prepare_data_loader(
