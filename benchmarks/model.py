@@ -37,6 +37,7 @@ from transformers import Dinov2WithRegistersModel
 
 import train_hf
 from configuration_detris import DetrisConfig, one_line
+from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
 from training.arguments import DetrisTrainingArguments
 from training.trainer import adam_arguments
@@ -45,9 +46,10 @@ from .counting import Operations, PeakMemory
 from .data import MEBIBYTE
 from .evaluation import PHRASES_OF_AN_OBJECT, arguments_of, count_batch, prepare_model, prepare_set, time_run
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 VISION = {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14}
 TEXT = {"model_type": "clip_text_model", "bos_token_id": 49406, "eos_token_id": 49407}
-# The recipes of configs/; "small" is base around DINOv2's small model.
+# Base is DetrisConfig's own default; "small" is base around DINOv2's small model.
 SIZES = {
     "tiny": {
         "vision_config": VISION | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -63,8 +65,7 @@ SIZES = {
     "base": {},
     "large": {
         "vision_config": VISION | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-        "vision_adapter_layers": [2, 6, 10, 14, 18, 22],
-        "feature_layers": [8, 16],
+        **load_yaml(CONFIGS / "large_refcoco.yaml")["model_config"],
     },
 }
 PHRASES = 8
