@@ -245,14 +245,14 @@ def two_sets(shapes, monkeypatch):
     }
     read = []
 
-    def load_refer(root: str, *name: str) -> datasets.DatasetDict:
+    def load_refer(root: str, *name: str | None) -> datasets.DatasetDict:
         read.append(name[0])
         return datasets.DatasetDict(
-            {split: rows.select(sum(map(images.get, letters), [])) for split, letters in sets[name].items()}
+            {split: rows.select(sum(map(images.get, letters), [])) for split, letters in sets[name[:2]].items()}
         )
 
-    monkeypatch.setattr("training.rows.load_refer", load_refer)
-    monkeypatch.setattr("training.rows.load_shapes", None)  # is not to be drawn in vain
+    monkeypatch.setattr("data.opening.load_refer", load_refer)
+    monkeypatch.setattr("data.opening.load_shapes", None)  # is not to be drawn in vain
     return rows, images, read
 
 

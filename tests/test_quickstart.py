@@ -15,11 +15,10 @@ from transformers import CLIPTokenizer
 
 import quickstart
 from data.decoding import read_image, read_whole_mask
+from data.opening import load_splits
 from data.shapes import load_shapes
 from modeling_detris import DetrisForReferringSegmentation
 from processing_detris import DetrisProcessor
-from training.arguments import DataArguments
-from training.rows import load_splits
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -171,7 +170,7 @@ def test_the_gallery_shows_the_first_phrases_of_each_family(run, rows):
 
 def test_the_examples_are_a_data_set_of_their_own(run, rows):
     output, _ = run
-    examples = load_splits(str(output / "examples"), DataArguments())["train"]
+    examples = load_splits(str(output / "examples"))["train"]
     expected = [row for row in rows["val"].values()]
     assert examples["sentences"][:] == [row["sentences"] for row in expected]
     for example, row in zip(examples, expected, strict=True):

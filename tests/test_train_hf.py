@@ -234,7 +234,7 @@ def test_one_command_prints_the_papers_table_with_the_official_figures(
         "refcocog:google:val": (4, 9),
     }
     run = tmp_path / "run"
-    monkeypatch.setattr("training.rows.load_shapes", None)  # the default data set is not drawn
+    monkeypatch.setattr("data.opening.load_shapes", None)  # the default data set is not drawn
     arguments = {"model_name_or_path": model, "data_root": SHARED / "refer_mini", "output_dir": run}
     arguments |= {"save_masks": False, "disable_tqdm": True, "report_to": "none"}
     arguments = [f"--{name}={value}" for name, value in arguments.items()]
