@@ -29,7 +29,7 @@ ORDER = """
     data data.untrusted data.masks data.images data.records data.refer data.sources data.decoding
     data.shapes.scenes data.shapes.drawing data.shapes.phrases data.shapes.composition data.shapes.rows
     data.shapes data.shapes.__main__
-    data.streaming data.mixture data.check data.prepare data.opening
+    data.streaming data.mixture data.check data.fetch data.prepare data.opening
 
     model_card gallery convert_detris_checkpoint load_detris segment_inputs segment_results segment app
     export_onnx
