@@ -243,9 +243,9 @@ def _complete(address: str, archive: Archive, path: Path) -> None:
 def _append(address: str, size: int, file: BinaryIO, progress: tqdm) -> None:
     """Append what a server sends, from where the file ends, and no more than up to `size`.
 
-    `huggingface_hub` has the HTTP client: proxies, certificates, redirects, the offline switch. Its `http_get` does not
-    fit: it keeps up to 10 MB in memory, which are lost whenever a connection breaks, waits as long as a server tells
-    it to, and looks neither at which part of a file it is sent nor at how much.
+    `huggingface_hub` has the HTTP client: proxies, certificates, redirects, the offline switch. Its `http_get` does
+    not fit: it keeps up to 10 MB in memory, which are lost whenever a connection breaks, waits as long as a server
+    tells it to, and looks neither at which part of a file it is sent nor at how much.
     """
     start = file.tell()
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -350,8 +350,8 @@ def _members_to_unpack(file: zipfile.ZipFile, archive: Archive) -> dict[str, zip
             raise ValueError(f"{said} in it leads out of the folder.")
         if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{said} in it is a link or a device.")
-        if member.flag_bits & 1:
-            raise ValueError(f"{said} in it is encrypted.")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{said} in it is encrypted or packed in an unusual way.")
         if not re.fullmatch(archive.member, member.filename):
             others += [] if member.is_dir() else [said]
         elif name in members:
