@@ -59,6 +59,7 @@ MODULES = {
     "convert_detris_checkpoint.py": "convert_detris_checkpoint",
     "export_onnx.py": "export_onnx",
     "data.check": "data.check",
+    "data.fetch": "data.fetch",
     "data.prepare": "data.prepare",
     "benchmarks.data": "benchmarks.data",
     "benchmarks.model": "benchmarks.model",
@@ -342,6 +343,7 @@ def known_options() -> set[str]:
     for program, arguments in (
         ("convert_detris_checkpoint.py", ["source"]),
         ("data.check", ["root"]),
+        ("data.fetch", ["refcoco", "root"]),
         ("data.prepare", ["folder", "path", "--output", "out"]),
         ("benchmarks.model", ["--output", "out"]),
     ):
