@@ -39,7 +39,7 @@ SLOWEST = 1000  # bytes a second; a server that brings fewer for TIMEOUT seconds
 TRIES, WAIT = 5, 1.0  # how often in vain one address is asked, and the seconds before the second time; then twice that
 LEAST = 2**16  # bytes: a connection that breaks before it has brought so many was in vain
 BLOCK = 2**20  # bytes that are read from a file at once
-WAYBACK = "https://web.archive.org/web/{time}id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip"
+WAYBACK = "https://web.archive.org/web/{taken}id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip"
 
 
 class Archive(NamedTuple):
@@ -54,9 +54,9 @@ class Archive(NamedTuple):
     unpacked: int  # bytes that these files may have in all; nobody has published how many they have
 
 
-def _annotations(name: str, size: int, sha256: str, time: str) -> Archive:
+def _annotations(name: str, size: int, sha256: str, taken: str) -> Archive:
     member = rf"{re.escape(name)}/(instances\.json|refs\([a-z]+\)\.p)"
-    return Archive(f"{name}.zip", size, sha256, (WAYBACK.format(time=time, name=name),), name, member, 10**9)
+    return Archive(f"{name}.zip", size, sha256, (WAYBACK.format(taken=taken, name=name),), name, member, 10**9)
 
 
 # docs/data.md says who has published these addresses, sizes and sums.
@@ -177,6 +177,8 @@ def _download(archive: Archive, path: Path) -> None:
             return
         except Exception as error:
             raise_if_out_of_memory(error)
+            if isinstance(error, OSError) and error.errno:  # of this machine's files: no other address would help
+                raise
             reasons.append(f"{urlsplit(address).netloc}: {one_line(str(error) or repr(error))}")
             print(f"{archive.name} does not come from {reasons[-1]}")
     raise OSError(
@@ -282,7 +284,7 @@ def _check_answer(response: Any, start: int, size: int) -> int:
     if headers.get("Content-Length", str(size - first)) != str(size - first):
         raise OSError(f"it announces {short_repr(headers['Content-Length'])} bytes where {size - first:,} are left")
     if (
-        headers.get("Content-Type", "").startswith("text/")
+        headers.get("Content-Type", "").startswith("text/html")
         or headers.get("Content-Encoding", "identity") != "identity"
     ):
         raise OSError("it sends a page instead of the archive")

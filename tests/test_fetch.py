@@ -5,12 +5,14 @@ import io
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import stat
 import struct
 import time
 import zipfile
 from collections import namedtuple
+from pathlib import Path
 
 import filelock
 import huggingface_hub.constants
@@ -272,6 +274,18 @@ def test_killed_it_does_not_begin_anew(serve, root, monkeypatch):
     assert server.starts("/0/refcoco.zip") == [0, there] and there < len(content)
 
 
+def test_errors_of_our_own_disk_are_not_the_servers(serve, root):
+    server = serve(hostile.whole, hostile.whole, content=os.urandom(2**20))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            fetch.fetch(["refcoco"], root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "No address" not in str(raised.value) and not server.starts("/1/refcoco.zip")
+
+
 def test_two_at_once_do_not_mix(serve, root):
     serve(hostile.whole)
     with filelock.FileLock(root / fetch.LOCK), pytest.raises(OSError, match="Another process fetches into"):
@@ -446,7 +460,12 @@ def test_arguments_are_checked(arguments, complaint, capsys):
 
 
 def test_the_table_is_that_of_the_documentation():
-    text = (check.Path(__file__).parents[1] / "docs/data.md").read_text()
+    """The addresses there are for `wget`, the sums for `sha256sum`, and sizes are rounded."""
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    text = text.replace("$archive", re.search("archive=(.*)", text)[1]).replace('"', "")
     for archive in (*fetch.ARCHIVES.values(), fetch.COCO):
-        assert f"{archive.sha256}  {archive.name}" in text
-        assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
+        assert f"{archive.sha256}  {archive.name}\n" in text
+        size, unit = re.search(rf"wget {re.escape(archive.addresses[0])} +#  ([0-9.]+) ([GM])B", text).groups()
+        digits = 1 if unit == "G" else 0
+        assert float(size) == round(archive.size / {"G": 10**9, "M": 10**6}[unit], digits)
+    assert fetch.COCO.addresses[1].endswith("/datasets/BAAI/DataOptim/resolve/main/images/coco/train2014.zip")
