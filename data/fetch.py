@@ -211,8 +211,6 @@ def _download_from(address: str, archive: Archive, path: Path) -> None:
         Exception: of `huggingface_hub`'s HTTP client, if it cannot be reached or breaks off again and again.
     """
     begun = _size(path) > 0
-    if _size(path) > archive.size:
-        path.unlink()
     _complete(address, archive, path)
     if _is_right(path, archive):
         return

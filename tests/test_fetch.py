@@ -60,6 +60,7 @@ ATTACKS = {
     hostile.html: "announces|page",
     hostile.html_of_unknown_length: "page",
     hostile.compressed: "page",
+    hostile.compressed_if_it_may: None,
     hostile.busy_twice: "503.*2 times",
     hostile.status(404): "status 404",
     hostile.status(204): "status 204",
@@ -73,6 +74,7 @@ ATTACKS = {
     hostile.redirected("{endpoint}{path}"): "2 times",  # for ever
     hostile.redirected("{endpoint}/elsewhere"): None,
 }
+SILENT = {hostile.stalled, hostile.stalled_before_the_answer, hostile.dripping}
 NAMES_OF_ATTACKS = [way.__name__ for way in ATTACKS]
 
 
@@ -99,7 +101,7 @@ def root(tmp_path):
 def server(monkeypatch):
     """The hostile server, which a hasty client asks."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    for name, value in {"TIMEOUT": 0.2, "SLOWEST": 10**4, "TRIES": 2, "WAIT": 0, "LEAST": 1}.items():
+    for name, value in {"TIMEOUT": 5, "SLOWEST": 10**4, "TRIES": 2, "WAIT": 0, "LEAST": 1}.items():
         monkeypatch.setattr(fetch, name, value)
     huggingface_hub.close_session()  # so that no connection to the last server is tried
     with HostileServer() as server, not_waiting():
@@ -126,6 +128,8 @@ def serve(server, published, monkeypatch):
     def serve(*ways, content=None):
         content = content or published.annotations
         server.add("/elsewhere", content)
+        if SILENT & {*ways}:
+            monkeypatch.setattr(fetch, "TIMEOUT", 0.4)
         addresses = [server.add(f"/{number}/refcoco.zip", content, way) for number, way in enumerate(ways)]
         monkeypatch.setitem(fetch.ARCHIVES, "refcoco", archive_of(content, *addresses))
         return server
@@ -163,6 +167,17 @@ def test_the_right_bytes_arrive_or_none(way, reason, serve, published, root):
     assert not left.exists() or published.annotations.startswith(left.read_bytes())
 
 
+def test_a_busy_server_is_asked_again_after_a_while(serve, published, root, monkeypatch):
+    waited = []
+    monkeypatch.setattr(fetch, "TRIES", 3)
+    monkeypatch.setattr(fetch, "WAIT", 1.5)
+    monkeypatch.setattr(fetch.time, "sleep", waited.append)
+    serve(hostile.busy_twice)
+    fetch.fetch(["refcoco"], root)
+    assert_nothing_wrong(root, published, fetched=True)
+    assert waited == [1.5, 3]
+
+
 @pytest.mark.parametrize("begun", [0, 700])
 @pytest.mark.parametrize("way", ATTACKS, ids=NAMES_OF_ATTACKS)
 def test_the_next_address_serves_it_whatever_the_first_does(way, begun, serve, published, root, capsys):
@@ -194,7 +209,7 @@ def test_what_is_there_outlives_servers_without_parts(way, serve, published, roo
     assert (root / "refcoco.zip.partial").read_bytes() == published.annotations[:-10]
 
 
-@pytest.mark.parametrize("wrong", [b"x" * 100, b"x" * 10**5])
+@pytest.mark.parametrize("wrong", [b"x" * 100, b"x" * 10**5], ids=["shorter", "longer"])
 def test_what_an_earlier_run_left_may_be_wrong(wrong, serve, published, root):
     (root / "refcoco.zip.partial").write_bytes(wrong)
     serve(hostile.whole)
@@ -263,9 +278,9 @@ def killed_when(condition, *arguments):
 
 def test_killed_it_does_not_begin_anew(serve, root, monkeypatch):
     partial, content = root / "refcoco.zip.partial", zipped(GOOD | {"refcoco/noise": os.urandom(2**20)})
+    server = serve(hostile.stalled, content=content)
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "TIMEOUT", 20)
-        server = serve(hostile.stalled, content=content)
         killed_when(lambda: partial.exists() and partial.stat().st_size > 2**18, ["refcoco"], root)
     there = partial.stat().st_size
     serve(hostile.whole, content=content)
@@ -340,7 +355,7 @@ BROKEN_ZIPS = {
     "link": (zipped(GOOD | {entry("refcoco/refs(x).p", stat.S_IFLNK | 0o777): b"/etc/passwd"}), "link or a device"),
     "device": (zipped(GOOD | {entry("refcoco/refs(x).p", stat.S_IFCHR): b""}), "link or a device"),
     "pipe": (zipped(GOOD | {entry("x", stat.S_IFIFO): b""}), "link or a device"),
-    "encrypted": (bytes(ENCRYPTED), "encrypted"),
+    "encrypted": (bytes(ENCRYPTED), "encrypted or packed"),
     "lzma": (zipped(GOOD | {entry("refcoco/refs(x).p", 0, zipfile.ZIP_LZMA): b"x"}), "unusual way"),
     "twice": (patched(TWICE, b"refs(unx).p", b"refs(unc).p"), "twice"),
     "too large": (zipped({"refcoco/instances.json": bytes(2000)}, compression=zipfile.ZIP_DEFLATED), "2,000 bytes"),

@@ -14,12 +14,15 @@ class Request:
 
     Attributes:
         number: how many requests for this file have come before.
+        start: the first byte that is wanted.
+        encodings: what the client accepts.
     """
 
     def __init__(self, handler: BaseHTTPRequestHandler, server: "HostileServer", content: bytes, number: int):
         self._handler, self.server, self.content, self.number = handler, server, content, number
         wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         self.start = int(wanted[1]) if wanted else 0
+        self.encodings = handler.headers.get("Accept-Encoding", "identity")
 
     def head(self, status: int, **headers: object) -> None:
         """Send status and headers; a header that is None is left out."""
@@ -189,6 +192,10 @@ def compressed(request: Request) -> None:
     request.send(request.head_of_rest(**{"Content-Encoding": "gzip"}))
 
 
+def compressed_if_it_may(request: Request) -> None:
+    whole(request) if request.encodings == "identity" else compressed(request)
+
+
 def status(code: int, **headers: object) -> Send:
     def send(request: Request) -> None:
         request.head(code, **{"Content-Length": 0, **headers})
@@ -235,7 +242,7 @@ class HostileServer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.ended.set()
+        self.ended.set()  # lets those go on that wait
         self._http.shutdown()
         self._http.server_close()
 
