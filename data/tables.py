@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -34,6 +35,8 @@ TABLE_LAYOUT = (
 )
 DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"  # of `save_to_disk`
 ROWS_AT_ONCE = 100  # rows of a Parquet file that are in memory while it is converted
+NO_FINGERPRINT = "none"  # `datasets` would pickle the whole table, in memory, to make one
+UNBUFFERED = {"use_buffered_stream": True, "pre_buffer": False}  # else Arrow would read all of a file first
 
 
 class TableRecords(Records):
@@ -102,14 +105,14 @@ class TableRecords(Records):
                 f"{where} has no columns {sorted(missing)}, which the layout {layout.name} needs; it has {names}."
             )
         try:
-            annotations = datasets.Dataset(table.drop_columns([layout.image]))
+            annotations = datasets.Dataset(table.drop_columns([layout.image]), fingerprint=NO_FINGERPRINT)
             places = layout.places(annotations)
         except Exception as error:  # a stranger's columns can be of any type
             raise_if_out_of_memory(error)
             raise ValueError(
                 f"{where} is no table of the layout {layout.name} ({one_line(error)}); see docs/data.md."
             ) from error
-        images = datasets.Dataset(table.select([layout.image])).with_format("arrow")
+        images = datasets.Dataset(table.select([layout.image]), fingerprint=NO_FINGERPRINT).with_format("arrow")
         column = (columns or {}).get("split")
         given = table[column].to_pylist() if column else [split] * len(table)
         number = len(self._tables)
@@ -332,6 +335,7 @@ def _open_parquet(files: list[Path], root: Path) -> pa.Table:
             split="train",
             keep_in_memory=False,
             batch_size=ROWS_AT_ONCE,
+            fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(**UNBUFFERED),
         )
         return rows.data.table.replace_schema_metadata(None)
     except Exception as error:  # as above; and `datasets` raises what it meets as other types
