@@ -3,6 +3,7 @@
 A schema is a function that gives the rows of each split, and the types of its columns as public copies show them.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -210,8 +211,6 @@ COLUMNS = {"image": "photo", "mask": "region", "text": "captions", "ref_id": "nu
 
 
 def png(pixels):
-    import io
-
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -242,9 +241,7 @@ SCHEMAS = {
         refcoco_benchmark,
         {"image": Image(), "image_info": IMAGE_INFO, "ref_list": List({"ann_info": ANN_INFO, "ref_info": REF_INFO})},
     ),
-    "refcoco_m": Schema(
-        refcoco_m, {"image": Image(), "image_id": INT, "file_name": TEXT, "samples": List(SAMPLE)}
-    ),
+    "refcoco_m": Schema(refcoco_m, {"image": Image(), "image_id": INT, "file_name": TEXT, "samples": List(SAMPLE)}),
     "pbench": Schema(
         by_ref(pbench),
         {"image": Image(), "expression": TEXT, "masks": List(RLE), "count": INT, "id": TEXT},
