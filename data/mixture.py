@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
-from .records import PUBLISHED_BY_COCO
+from .coco_names import PUBLISHED_BY_COCO
 
 SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")

@@ -14,15 +14,15 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from configuration_detris import one_line, raise_if_out_of_memory, short_repr
 
+from .coco_names import PUBLISHED_BY_COCO
 from .images import image_size
-from .records import NO_TARGET, PUBLISHED_BY_COCO, Records, lmdb_hint, make_row, require_exists, training_first
+from .records import NO_TARGET, Records, lmdb_hint, make_row, require_exists, training_first
 from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
@@ -74,13 +74,18 @@ class TableRecords(Records):
         self._images = None if images is None else Path(images).absolute()
         if self._images is not None:
             require_exists(self._images, "`images` is the folder of the images that the table names")
-        where, root, files = _find_files(path, name, splits)
-        self._table_layout, self._tables, self._splits, self._objects = None, [], [], []
+        in_column = "split" in (columns or {})  # then each row says which split it is of, whatever its file
+        where, root, files = _find_files(path, name, None if in_column else splits)
+        self._table_layout, self._tables, self._objects = None, [], []
         for split, members in files.items():
             table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
             self._add_table(f"{where}, split {split}", split, table, kind, columns)
+        if in_column:
+            found = sorted({split for split, *_ in self._objects if isinstance(split, str)})
+            chosen = _chosen_splits(found, where, "", splits)
+            self._objects = [entry for entry in self._objects if not splits or entry[0] in chosen]
         every_file = [file for members in files.values() for file in members]
-        settings = (self._table_layout.name, sorted((columns or {}).items()), list(files))
+        settings = (self._table_layout.name, sorted((columns or {}).items()), list(splits or ()), list(files))
         super().__init__(name or PurePosixPath(where).name, where, self._images or root, every_file, settings)
         self._opened: tuple = ()
 
@@ -105,8 +110,10 @@ class TableRecords(Records):
                 f"{where} is no table of the layout {layout.name} ({one_line(error)}); see docs/data.md."
             ) from error
         images = datasets.Dataset(table.select([layout.image])).with_format("arrow")
-        self._objects += [(len(self._tables), place) for place in places]
-        self._splits.append(split)
+        column = (columns or {}).get("split")
+        given = table[column].to_pylist() if column else [split] * len(table)
+        number = len(self._tables)
+        self._objects += [(given[place.row] or split, number, place) for place in places]
         self._tables.append((annotations.with_format("arrow"), images))
 
     def __len__(self) -> int:
@@ -114,11 +121,11 @@ class TableRecords(Records):
 
     def split_of(self, index: int) -> str:
         """The split of a record, known without reading it."""
-        return self._splits[self._objects[index][0]]
+        return self._objects[index][0]
 
     def read(self, index: int) -> tuple[str, dict]:
-        number, place = self._objects[index]
-        split, layout = self._splits[number], self._table_layout
+        split, number, place = self._objects[index]
+        layout = self._table_layout
         where = f"{self.refs}, split {split}, row {place.row}" + (f", object {place.position}" * bool(place.position))
         with record_errors_begin_with(where, f"the layout {layout.name}"):
             rows, image, size, digest = self._open(number, place)
@@ -171,7 +178,7 @@ class TableRecords(Records):
         return file_inside(self._images, name)
 
     def pixels(self, index: int) -> bytes | None:
-        number, place = self._objects[index]
+        _, number, place = self._objects[index]
         image = self._image(number, place.row)
         return image["bytes"] if isinstance(image, dict) else None
 
@@ -202,10 +209,9 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
     if columns or kind == "columns":
         if kind not in ("table", "columns"):
             raise ValueError(f"The layout {kind} says itself which columns hold what: leave `columns` out.")
-        layout = ColumnsLayout(columns or {})
-        if missing := set(columns) and set(columns.values()) - set(names):
-            raise ValueError(f"{where} has no columns {sorted(missing)}, which `columns` names; it has {names}.")
-        return layout
+        if columns and len(set(columns.values())) < len(columns):
+            raise ValueError(f"`columns` gives one column two meanings, {columns}: name another for one of them.")
+        return ColumnsLayout(columns or {})
     if kind != "table":
         return TABLE_LAYOUTS[kind]
     try:
@@ -316,11 +322,9 @@ def _open_parquet(files: list[Path], root: Path) -> pa.Table:
     for file in files:
         require_inside(file, root)
         try:
-            with pq.ParquetFile(file) as parquet:
-                schema = parquet.schema_arrow.remove_metadata()
+            pq.read_schema(file)  # so that the file that is none is named
         except Exception as error:  # Arrow's extension types run code of many libraries
             raise _unreadable(file, error) from error
-        del schema
     try:
         rows = datasets.load_dataset(
             "parquet",
