@@ -90,11 +90,12 @@ class RefcocoBenchmark(TableLayout):
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
         entry = _entry(rows[0], "ref_list", position)
-        annotation, ref, image = (
-            _struct(entry, "ann_info"),
-            _struct(entry, "ref_info"),
-            rows[0].get("image_info") or {},
-        )
+        annotation, ref = _struct(entry, "ann_info"), _struct(entry, "ref_info")
+        image = rows[0].get("image_info")
+        image = image if isinstance(image, dict) else {}
+        for side, name in zip(size, ("height", "width")):
+            if _number(image.get(name)) not in (None, side):
+                raise ValueError(f"image_info says {name} {short_repr(image[name])}, but the image has {side} pixels.")
         mask = mask_of(annotation.get("segmentation"), size)
         if mask is None:
             raise ValueError(
@@ -112,13 +113,12 @@ class RefcocoBenchmark(TableLayout):
         category_id = _agreed("category_id", annotation.get("category_id"), ref.get("category_id"))
         if category_id is not None and (type(category_id) is not int or category_id not in COCO_CATEGORIES):
             raise ValueError(f"category_id is {short_repr(category_id)}; give the id of one of COCO's 80 categories.")
-        image_name = image.get("file_name") if isinstance(image, dict) else None
         return _given(
             mask=mask,
             sentences=[sentence.get("sent") for sentence in sentences],
             category=COCO_CATEGORIES.get(category_id),
             bbox=annotation.get("bbox"),
-            file_name=_image_name(image_name or ref.get("file_name")),
+            file_name=_image_name(image.get("file_name") or ref.get("file_name")),
             **ids,
         )
 

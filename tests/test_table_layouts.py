@@ -12,7 +12,7 @@ from helpers.hub_client import run_client
 from helpers.hub_server import HubServer
 from helpers.other_layouts import ReferSet, assert_same_rows, small_set
 from helpers.refer_folder import HEIGHT, HOSTILE_RLES, MINI, WIDTH, A, B, pixels, rectangle, rle
-from helpers.table_writers import COLUMNS, MASK_FORMS, SCHEMAS, by_image, columns, png, write
+from helpers.table_writers import BOX, COLUMNS, MASK_FORMS, SCHEMAS, by_image, changed, columns, png, sound, write
 from pycocotools import mask as coco_mask
 
 from data.masks import union_of_parts
@@ -189,39 +189,6 @@ def test_the_same_tables_are_read_from_the_hub(tmp_path):
 
 # --- broken and odd cells -----------------------------------------------------------------------------------------
 
-BOX = [3.0, 4.0, 17.0, 11.0]  # of A
-
-
-def sound(kind):
-    """A record of A in a schema."""
-    image = {"path": "COCO_train2014_000000000001.jpg", "bytes": png(np.zeros((HEIGHT, WIDTH), np.uint8))}
-    mask, polygon = rle(pixels(A), compressed=True), [float(side) for side in rectangle(*A)]
-    ref = {"ref_id": 7, "ann_id": 8, "image_id": 1, "category_id": 17, "sentences": [{"sent": "a cat"}]}
-    annotation = {"id": 8, "image_id": 1, "category_id": 17, "segmentation": [polygon], "bbox": BOX}
-    sample = {"id": 7, "image_id": 1, "category": "cat", "sentences": ["a cat"], "bbox": BOX, "mask": mask}
-    cells = {
-        "refcoco_benchmark": {"ref_list": [{"ann_info": annotation, "ref_info": ref}]},
-        "refcoco_m": {"image_id": 1, "file_name": image["path"], "samples": [sample]},
-        "pbench": {"expression": "a cat", "masks": [mask], "count": 1, "id": "x"},
-        "bool_masks": {"text": "a cat", "mask": pixels(A).astype(bool).tolist(), "image_id": 1, "ann_id": 8},
-        "lmms": {"answer": ["a cat"], "segmentation": polygon, "bbox": BOX, "iscrowd": 0, "file_name": image["path"]},
-    }
-    return {"image": image} | cells[kind]
-
-
-def changed(record, place, value):
-    """The record with another value at a place such as `samples.0.mask.size`, or, as `...`, without it."""
-    first, _, rest = place.partition(".")
-    copy = list(record) if isinstance(record, list) else dict(record)
-    key = int(first) if isinstance(record, list) else first
-    if rest:
-        copy[key] = changed(record[key], rest, value)
-    elif value is ...:
-        del copy[key]
-    else:
-        copy[key] = value
-    return copy
-
 
 def open_table(folder, *records, **options):
     pq.write_table(pa.Table.from_pylist(list(records)), folder / "table-0.parquet")
@@ -251,6 +218,7 @@ BROKEN = [
     ("refcoco_benchmark", f"{ANNOTATION}.id", 9, "ann_id is 9 and also 8"),
     ("refcoco_benchmark", f"{ANNOTATION}.category_id", 18, "category_id is 18 and also 17"),
     ("refcoco_benchmark", f"{ANNOTATION}.bbox", [1.0], "give x, y, width and height"),
+    ("refcoco_benchmark", "image_info.height", 31, "image_info says height 31, but the image has 30 pixels"),
     ("refcoco_benchmark", f"{REF}.sentences", None, "sentences is None; give a list of objects with the field sent"),
     ("refcoco_benchmark", f"{REF}.sentences", ["a cat"], "give a list of objects with the field sent"),
     ("refcoco_benchmark", f"{REF}.sentences", [{"raw": "a cat"}], "a phrase is None; give text"),
@@ -319,7 +287,7 @@ LIBERAL = [  # what is read all the same: the column of the row, and what it the
     ("refcoco_benchmark", f"{REF}.ann_id", None, "ann_id", 8),
     ("refcoco_benchmark", f"{ANNOTATION}.image_id", ..., "image_id", 1),
     ("refcoco_benchmark", f"{ANNOTATION}.bbox", None, "bbox", BOX),
-    ("refcoco_benchmark", "image_info", {"file_name": "../../x.jpg"}, "image_id", 1),
+    ("refcoco_benchmark", "image_info", {"width": "40", "file_name": "../../x.jpg"}, "image_id", 1),
     ("refcoco_m", f"{SAMPLE}.sentences", "a cat", "sentences", ["a cat"]),
     ("refcoco_m", f"{SAMPLE}.bbox", [0.25, 0.5, 0.5, 0.5], "bbox", [10.0, 15.0, 20.0, 15.0]),
     ("refcoco_m", f"{SAMPLE}.mask", json.dumps(rle(pixels(A))), "bbox", BOX),
