@@ -6,6 +6,7 @@ The tables stay on disk: `datasets` turns Parquet into Arrow files in its cache,
 
 import glob
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
-from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
 from .coco_names import PUBLISHED_BY_COCO
 from .images import image_size
@@ -27,8 +28,10 @@ from .records import NO_TARGET, Records, lmdb_hint, make_row, require_exists, tr
 from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
+logger = logging.getLogger(__name__)
+
 HUB = "hub:"  # stands before the id of a data set on the Hub
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TABLE_LAYOUT = (
     "a table is a Parquet file, a folder of <split>-*.parquet, a folder made by save_to_disk, or a data set's id on "
     "the Hub, hub:<id>"
@@ -152,8 +155,9 @@ class TableRecords(Records):
             rows = annotations[place.row : place.row + place.rows].to_pylist()
             image = self._image(number, place.row)
             content = image["bytes"] if isinstance(image, dict) else image
-            digest = hashlib.sha256(content if isinstance(content, bytes) else os.fsencode(content)).digest()
-            self._opened = key, (rows, image, image_size(content, self.layout), digest)
+            size = image_size(content, self.layout)
+            digest = hashlib.sha256(content if isinstance(content, bytes) else read_regular(content)).digest()
+            self._opened = key, (rows, image, size, digest)
         return self._opened[1]
 
     def _image(self, number: int, row: int) -> str | dict:
@@ -217,10 +221,10 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
         return ColumnsLayout(columns or {})
     if kind != "table":
         return TABLE_LAYOUTS[kind]
-    try:
+    if {"raw_anns", "raw_image_info"} <= set(names):
+        raise ValueError(f"{where} has no pixels: the kind hub_table reads it, with COCO's train2014 as `images`.")
+    with record_errors_begin_with(where, kind):
         return recognised(names)
-    except ValueError as error:
-        raise ValueError(f"{where}: {one_line(error)}") from error
 
 
 # --- Where tables are ---------------------------------------------------------------------------------------------
@@ -232,6 +236,8 @@ def _find_files(
     """What errors call the table; the folder that its files lie in; and the files of each split."""
     where = os.fspath(path)
     root = Path(path).absolute()
+    if "::" in where or "://" in where:
+        raise ValueError(f"{where} would be taken for an address; rename it without '::' and '://'.")
     if where.startswith(HUB) or not os.path.lexists(root) and HUB_ID.fullmatch(where):
         repository = where.removeprefix(HUB)
         if not HUB_ID.fullmatch(repository):
@@ -239,24 +245,24 @@ def _find_files(
         root = _download(repository, name, splits)
         return HUB + repository, root, _chosen_files(_parquet_files(root), HUB + repository, root, name, splits)
     require_exists(root, TABLE_LAYOUT, root)
-    if root.is_dir() and (root / DICT_FILE).exists():
-        require_inside(root / DICT_FILE, root)
-        found = load_json(root / DICT_FILE)
-        found = found["splits"] if isinstance(found, dict) and isinstance(found.get("splits"), list) else [None]
-        folders = {split: Path(file_inside(root, split)) for split in found}
-        chosen = _chosen_splits(sorted(folders), where, name, splits)
-        return where, root, {split: _saved_files(folders[folder], root) for split, folder in chosen.items()}
-    if root.is_dir() and (root / STATE_FILE).exists():
-        require_inside(root / STATE_FILE, root)
-        split = (load_json(root / STATE_FILE) or {}).get("_split") or "train"
-        chosen = _chosen_splits([split], where, name, splits)
-        return where, root, {split: _saved_files(root, root) for split in chosen}
     if not root.is_dir():
         return where, root.parent, _chosen_files([PurePosixPath(root.name)], where, root.parent, name, splits)
-    files = _parquet_files(root)
-    if not files:
-        raise FileNotFoundError(f"{root} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
-    return where, root, _chosen_files(files, where, root, name, splits)
+    if saved := _saved_splits(root):
+        chosen = _chosen_splits(list(saved), where, name, splits)
+        return where, root, {split: _saved_files(saved[found], root) for split, found in chosen.items()}
+    return where, root, _chosen_files(_parquet_files(root), where, root, name, splits)
+
+
+def _saved_splits(root: Path) -> dict[str, Path]:
+    """The folder of each split that `save_to_disk` has written; none if it has not made this folder."""
+    for file in (root / DICT_FILE, root / STATE_FILE):
+        if file.exists():
+            require_inside(file, root)
+            with record_errors_begin_with(os.fspath(file), "save_to_disk"):
+                if file.name == DICT_FILE:
+                    return {split: Path(file_inside(root, split)) for split in load_json(file)["splits"]}
+                return {load_json(file)["_split"] or "train": root}
+    return {}
 
 
 def _parquet_files(root: Path) -> list[PurePosixPath]:
@@ -277,6 +283,8 @@ def _chosen_files(
         (folder,) = folders
     if name in folders:
         folder = name
+    if not folders:
+        raise FileNotFoundError(f"{where} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
     if folder is None:
         raise ValueError(f"{where} has tables in several folders: give the name of one of {', '.join(folders)}.")
     by_split: dict[str, list[Path]] = {}
@@ -301,20 +309,34 @@ def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str
 
 
 def _download(repository: str, name: str, splits: Sequence[str] | None) -> Path:
-    """Download the Parquet files of the splits that are wanted, or find them in the cache if there is no network."""
+    """Download the Parquet files of the splits that are wanted, or find them in the cache without the Hub."""
     try:
-        try:
-            listed = HfApi().list_repo_files(repository, repo_type="dataset")
-        except OfflineModeIsEnabled:
+        files = _listed_files(repository)
+        if files is None:
+            logger.warning(f"The Hub is out of reach: of {repository}, only the splits in the cache are read.")
             return Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
-        files = [PurePosixPath(file) for file in listed if file.endswith(".parquet")]
-        if not files:
-            raise FileNotFoundError(f"{HUB}{repository} has no .parquet file; {TABLE_LAYOUT}.")
         chosen = _chosen_files(files, HUB + repository, Path(), name, splits)
         patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except OSError as error:
-        raise OSError(f"{repository!r} is not to be had from the Hub ({one_line(error)}): check its name.") from error
+    except ValueError:
+        raise
+    except Exception as error:  # not all errors of the Hub's client are OSErrors
+        raise_if_out_of_memory(error)
+        raise OSError(
+            f"{repository} is no file or folder here, nor to be had from the Hub ({one_line(error)}): check its name."
+        ) from error
+
+
+def _listed_files(repository: str) -> list[PurePosixPath] | None:
+    """The Parquet files of a data set on the Hub; None if there is no answer."""
+    try:
+        listed = HfApi().list_repo_files(repository, repo_type="dataset")
+    except (HfHubHTTPError, ValueError):  # the Hub's answer
+        raise
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        return None
+    return [PurePosixPath(file) for file in listed if file.endswith(".parquet")]
 
 
 # --- How tables are opened ----------------------------------------------------------------------------------------
@@ -350,9 +372,9 @@ def _saved_files(folder: Path, root: Path) -> list[Path]:
         require_inside(file, root)
     with record_errors_begin_with(os.fspath(state), "save_to_disk"):
         files = [Path(file_inside(folder, file["filename"])) for file in load_json(state)["_data_files"]]
-        for file in files:
-            require_exists(file, TABLE_LAYOUT)
-            require_inside(file, root)
+    for file in files:
+        require_exists(file, TABLE_LAYOUT)
+        require_inside(file, root)
     return [state, info, *files]
 
 
