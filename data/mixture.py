@@ -16,11 +16,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
+from .coco_names import PUBLISHED_BY_COCO
+
 SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus
 MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
-# Exactly twelve digits, where `sources.py` takes fewer: other images may have names of six. In all of COCO's releases
-# an image has the same number.
-PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
 # RefCOCOg's two divisions are of the same images, and google's has images that are both in train and in val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 

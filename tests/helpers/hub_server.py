@@ -96,6 +96,10 @@ class HubServer:
     def files(self, name: str, revision: str = "main") -> Files:
         return self._find(name, revision)[1]
 
+    def publish(self, name: str, files: Files) -> str:
+        """Put a repository on the Hub without a client; its sha."""
+        return self._add_revision(name, files)
+
     def answer(self, method: str, address: str, body: bytes) -> Answer:
         for known_method, pattern, function in ROUTES:
             match = pattern.fullmatch(address)
