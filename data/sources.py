@@ -7,6 +7,7 @@ pixels, and a folder of one's own images with a `metadata.jsonl`. docs/data.md s
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -17,11 +18,13 @@ from huggingface_hub import snapshot_download
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
 from .images import image_size, read_png_mask
-from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists
+from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists, training_first
 from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
+from .table_layouts import TABLE_LAYOUTS
+from .tables import TableRecords
 from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
-KINDS = ("refer", "cris", "hub_table", "folder")
+KINDS = ("refer", "cris", "hub_table", "folder", "table", *TABLE_LAYOUTS)
 METADATA = "metadata.jsonl"
 CRIS_LAYOUT = (
     "the CRIS layout is <path>/anns/<set>/<split>.json, <path>/masks/<set>/<segment_id>.png and <images>/<img_name>"
@@ -52,17 +55,25 @@ COCO_CATEGORIES = dict(
 
 
 def open_records(
-    kind: str, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None
+    kind: str,
+    path: str | os.PathLike,
+    name: str = "",
+    images: str | os.PathLike | None = None,
+    columns: dict[str, str] | None = None,
+    splits: Sequence[str] | None = None,
 ) -> Records:
     """Open a data set in any of the layouts of `KINDS`, and read its annotation files.
 
     Args:
-        kind: `refer` (gRefCOCO's included), `cris`, `hub_table` or `folder`.
-        path: the folder that holds it; for `hub_table` also its id on the Hub.
+        kind: `refer` (gRefCOCO's included), `cris`, `hub_table`, `folder`, or for tables with pixels `table` or the
+            name of one of their layouts.
+        path: the folder that holds it; for tables also its id on the Hub, and for those with pixels a Parquet file.
         name: which data set of the folder is meant: for `refer` dataset and split_by, such as `refcoco/unc`; for
             `cris` the folder in `anns`, such as `refcocog_u`. For the other kinds, what to call it; by default the
             path's end.
         images: folder of the images, if it is not where the layout has it.
+        columns: for a table with pixels, which of its columns hold `image`, `mask`, `text` and so on.
+        splits: for a table with pixels, those to read; others are not even downloaded.
 
     Raises:
         OSError: an annotation file is missing or unreadable.
@@ -71,6 +82,12 @@ def open_records(
     if kind in ("refer", "cris") and not name:
         raise ValueError(
             f"{path} may hold several data sets: give the name of one, such as refcoco/unc or, for cris, refcoco."
+        )
+    if kind == "table" or kind in TABLE_LAYOUTS:
+        return TableRecords(path, name, images, columns, splits, kind)
+    if kind in KINDS and (columns or splits):
+        raise ValueError(
+            f"`columns` and `splits` are for tables with pixels, not for the kind {kind}: leave them out."
         )
     if kind == "refer":
         return ReferRecords(path, *name.partition("/")[::2], images=images)
@@ -335,5 +352,4 @@ def metadata_files(folder: Path) -> list[Path]:
 
 def _training_first(file: Path) -> tuple[int, Path]:
     """A key that sorts files of training before those of validation, and these before all others."""
-    name = file.parent.name if file.name == METADATA else file.name
-    return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
+    return training_first(file.parent.name if file.name == METADATA else file.name)[0], file
