@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
+from .coco_names import COCO_CATEGORIES, coco_image_id
 from .images import image_size, read_png_mask
 from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists, training_first
 from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
@@ -34,24 +35,6 @@ FOLDER_LAYOUT = (
     f"the layout of a folder is <path>/{METADATA} or <path>/<split>/{METADATA}, with file names relative to it"
 )
 HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
-COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # a file name's stem that holds an image's id
-
-COCO_NAMES = (
-    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter "
-    "bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee "
-    "skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass "
-    "cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch "
-    "potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink "
-    "refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"
-)
-COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids between 1 and 90 that no category has
-COCO_CATEGORIES = dict(
-    zip(
-        (number for number in range(1, 91) if number not in COCO_UNUSED),
-        (name.replace("_", " ") for name in COCO_NAMES.split()),
-        strict=True,
-    )
-)
 
 
 def open_records(
@@ -138,7 +121,7 @@ class CrisRecords(Records):
                 raise ValueError(f"{file} has no records: leave the file out, or get it again.")
             self._records += [(file, number, item) for number, item in enumerate(items)]
         img_names = (item.get("img_name") for *_, item in self._records if isinstance(item, dict))
-        others = {img_name for img_name in img_names if isinstance(img_name, str) and not _coco_id(img_name)}
+        others = {img_name for img_name in img_names if isinstance(img_name, str) and not coco_image_id(img_name)}
         self._ids_of_others = {img_name: -number for number, img_name in enumerate(sorted(others), 1)}
         super().__init__(name, annotations, images, files)
 
@@ -163,7 +146,7 @@ class CrisRecords(Records):
                 sentences=[sentence["sent"] for sentence in item["sentences"]],
                 ref_id=ref_id,
                 ann_id=ref_id,
-                image_id=_coco_id(img_name) or self._ids_of_others[img_name],
+                image_id=coco_image_id(img_name) or self._ids_of_others[img_name],
                 category="" if self.name.startswith("refclef") else self._category(item["cat"]),
                 bbox=[left, top, right - left, bottom - top],
             )
@@ -174,12 +157,6 @@ class CrisRecords(Records):
         if not is_int64(position) or not 0 <= position < len(COCO_CATEGORIES):
             raise ValueError(f"cat is {short_repr(position)}; give one of COCO's 80 categories, from 0.")
         return list(COCO_CATEGORIES.values())[position]
-
-
-def _coco_id(img_name: str) -> int:
-    """The image_id at the end of a COCO file's name; for other names 0, which is no image's id in COCO."""
-    match = COCO_FILE.fullmatch(Path(img_name).stem)
-    return int(match[1]) if match else 0
 
 
 class HubTableRecords(Records):

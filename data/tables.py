@@ -74,7 +74,7 @@ class TableRecords(Records):
         self._images = None if images is None else Path(images).absolute()
         if self._images is not None:
             require_exists(self._images, "`images` is the folder of the images that the table names")
-        where, root, files = _find_files(path, name, splits)
+        where, root, files = find_files(path, name, splits)
         self._table_layout, self._tables, self._splits, self._objects = None, [], [], []
         for split, members in files.items():
             table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
@@ -217,10 +217,14 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
 # --- Where tables are ---------------------------------------------------------------------------------------------
 
 
-def _find_files(
-    path: str | os.PathLike, name: str, splits: Sequence[str] | None
+def find_files(
+    path: str | os.PathLike, name: str = "", splits: Sequence[str] | None = None
 ) -> tuple[str, Path, dict[str, list[Path]]]:
-    """What errors call the table; the folder that its files lie in; and the files of each split."""
+    """What errors call the table; the folder that its files lie in; and the files of each split.
+
+    Args:
+        path, name, splits: as in `TableRecords`.
+    """
     where = os.fspath(path)
     root = Path(path).absolute()
     if where.startswith(HUB) or not os.path.lexists(root) and HUB_ID.fullmatch(where):

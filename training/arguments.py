@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, short_repr
-from data.mixture import HUB, parse_mixture
+from data.mixture import parse_mixture
+from data.tables import HUB, parse_columns
 from data.untrusted import load_yaml
 from model_card import METRIC_NAMES
 from processing_detris import CLIP_TOKENIZER
@@ -517,8 +518,9 @@ def _as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
     Raises:
         ValueError: it is neither, or says twice which column something is.
     """
-    pairs = [str(part).partition("=")[::2] for part in value] if isinstance(value, list) else []
-    columns = dict(pairs) if isinstance(value, list) else {} if value is None else value
+    if isinstance(value, list) and all(isinstance(pair, str) for pair in value):
+        return parse_columns(value)
+    columns = {} if value is None else value
     if not isinstance(columns, dict) or not all(
         isinstance(text, str) and text for text in [*columns, *columns.values()]
     ):
@@ -526,8 +528,6 @@ def _as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
             f"columns is {short_repr(value)}: give what each column holds and its name, such as 'image=photo "
             "mask=polygon text=caption'."
         )
-    if len(columns) < len(pairs):
-        raise ValueError(f"columns is {short_repr(value)}: name one column for each thing.")
     return columns
 
 

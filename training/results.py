@@ -11,7 +11,8 @@ import pandas as pd
 from huggingface_hub import ModelCard
 from transformers.trainer_utils import PredictionOutput
 
-from data.mixture import HUB, Member, public_name
+from data.mixture import Member, public_name
+from data.tables import HUB
 from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments

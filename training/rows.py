@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import datasets
 
-from data.mixture import HUB, Member, Mixture, mix, parse_mixture
+from data.mixture import Member, Mixture, mix, parse_mixture
 from data.opening import (
     are_prepared_rows,
     as_stored,
-    hub_address,
     hub_errors_name,
     is_prepared,
     load_prepared,
@@ -25,6 +24,7 @@ from data.opening import (
 )
 from data.prepare import require_whole
 from data.streaming import StreamedRows, column_names, parquet_files
+from data.tables import HUB
 
 from .arguments import DataArguments
 
@@ -130,13 +130,14 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
     if Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
-        files = parquet_files(hub_address(name) if of_hub else name)
+        # With this address, `datasets` looks on the Hub whatever folders are called like the id.
+        files = parquet_files(f"hf://datasets/{name.removeprefix(HUB)}" if of_hub else name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
     if of_hub and not are_prepared_rows(column_names(files[split][0])):
         raise ValueError(
-            f"{name!r} cannot be streamed, because it is a table: prepare it by `python -m data.prepare table "
-            f"{name.removeprefix(HUB)} --output …`, and give that folder."
+            f"{name!r} cannot be streamed, because it is a table: prepare it by `python -m data.prepare table {name} "
+            "--output …`, and give that folder."
         )
     return files
 
