@@ -177,6 +177,10 @@ def hub():
         yield server
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
+
+
 ONLINE = """
 from pathlib import Path
 
@@ -247,7 +251,7 @@ def test_sets_of_the_hub_are_opened_by_their_ids(table, hub, tmp_path):
     (tmp_path / "plain").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain" / "train.parquet")
     for name in ("table", "mine", "plain"):
-        hub.publish(f"datasets/someone/{name}", tmp_path / name)
+        hub.publish(f"datasets/someone/{name}", files_of(tmp_path / name))
     place = tmp_path / "place"
     (place / "someone" / "table").mkdir(parents=True)  # is not what `hub:` means
     told = run_client(ONLINE, hub, place, isolated=False, cache=tmp_path / "hub_cache")
@@ -295,7 +299,7 @@ def test_the_papers_table_needs_one_command_and_no_coco(official, hub, tmp_path)
     """Over a converted checkpoint, from the Hub; each figure equals that of the REFER reader to the last digit."""
     torch.save(official, tmp_path / "checkpoint.pth")
     convert([str(tmp_path / "checkpoint.pth"), str(tmp_path / "model"), *write_tiny_conversion(tmp_path)])
-    hub.publish("datasets/jxu124/refcoco-benchmark", write_benchmark(tmp_path / "benchmark"))
+    hub.publish("datasets/jxu124/refcoco-benchmark", files_of(write_benchmark(tmp_path / "benchmark")))
     evaluate = EVALUATE.replace("RECIPE", str(ROOT / "configs" / "paper_table.yaml")).replace("MINI", str(MINI))
     evaluate = evaluate.replace("*REFER_SPLITS", f"*{list(PAPER.values())}")
     run_client(evaluate, hub, tmp_path, isolated=False, OMP_NUM_THREADS="1")  # small products are slower on several
