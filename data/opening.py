@@ -102,13 +102,10 @@ def _load_tables(
     """
     if not name.startswith(HUB):
         require_regular_files(name)
-    _, root, files = find_files(name, splits=splits)
-    if columns is not None or not all(_holds_prepared_rows(members[0]) for members in files.values()):
+    files = _prepared_files(name, splits) if columns is None else None
+    if files is None:
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
-    inside = {
-        split: [file_inside(root, str(file.relative_to(root))) for file in members] for split, members in files.items()
-    }
-    found = load_prepared(name, inside)
+    found = load_prepared(name, files)
     for split, rows in found.items():
         images_of_rows = rows.select_columns("image").with_format("arrow")[:]["image"]
         if pa.compute.struct_field(images_of_rows, "bytes").null_count:  # strangers must not say which files are read
@@ -119,13 +116,18 @@ def _load_tables(
     return found
 
 
-def _holds_prepared_rows(file: Path) -> bool:
-    """Whether a Parquet file has the columns of prepared rows; if it is broken, whoever reads it says so."""
+def _prepared_files(name: str, splits: Collection[str] | None) -> dict[str, list[str]] | None:
+    """The Parquet files of each wanted split, if they have the columns of prepared rows; else None."""
+    _, root, files = find_files(name, splits=splits)
     try:
-        return are_prepared_rows(pq.read_schema(file).names)
+        if not all(are_prepared_rows(pq.read_schema(members[0]).names) for members in files.values()):
+            return None
     except Exception as error:  # Arrow's extension types run code of many libraries
         raise_if_out_of_memory(error)
-        return False
+        return None  # whoever reads the table says what is wrong
+    return {
+        split: [file_inside(root, str(file.relative_to(root))) for file in members] for split, members in files.items()
+    }
 
 
 def holds_tables(path: Path) -> bool:

@@ -215,7 +215,7 @@ assert ref_ids(load_splits("hub:someone/mine:val")) == {"val": [3]}
 refused("hub:someone/table has no split testA; it has train, val", load_splits, "hub:someone/table", splits=["testA"])
 refused("hub:someone/mine has no split dev; it has train, val", load_splits, "hub:someone/mine:dev")
 assert downloaded("table") == downloaded("mine") == ["val"]
-refused("'someone/nosuch' is not to be had from the Hub", load_splits, "hub:someone/nosuch")
+refused("someone/nosuch .*nor to be had from the Hub", load_splits, "hub:someone/nosuch")
 refused("names no data set of the Hub", load_splits, "hub:nosuch")
 refused("hub:someone/plain.* of no known layout; .*--columns", load_splits, "hub:someone/plain")
 
@@ -238,7 +238,7 @@ from data.opening import load_splits
 
 assert {split: rows["ref_id"][:] for split, rows in load_splits("hub:someone/table").items()} == REF_IDS
 assert load_splits("hub:someone/mine:val")["val"]["ref_id"][:] == [3]
-with pytest.raises(OSError, match="'someone/nosuch' is not to be had from the Hub"):
+with pytest.raises(OSError, match="someone/nosuch .*nor to be had from the Hub"):
     load_splits("hub:someone/nosuch")
 """
 
@@ -282,14 +282,13 @@ def write_benchmark(folder: Path) -> Path:
 
 
 EVALUATE = """
-import sys
-
-from train_hf import main
+import train_hf
 
 common = ["--model_name_or_path", "model", "--save_masks", "false", "--disable_tqdm", "true", "--report_to", "none"]
 common += ["--dataloader_num_workers", "0", "--image_size", "56"]
-main(["RECIPE", *common, "--output_dir", "of_hub"])
-main([*common, "--do_predict", "--data_root", "MINI", "--output_dir", "of_refer", "--test_splits", *REFER_SPLITS])
+train_hf.main(["RECIPE", *common, "--output_dir", "of_hub"])
+train_hf.write_report = lambda *_: None  # takes most of the time
+train_hf.main([*common, "--do_predict", "--data_root", "MINI", "--output_dir", "of_refer", "--test_splits", *REFER_SPLITS])
 """
 
 
