@@ -192,6 +192,15 @@ class BoolMasks(TableLayout):
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
         mask = _plain(rows[0]["mask"])
+        if mask and isinstance(mask, list):
+            if not isinstance(mask[0], list) or not _holds_truth(mask[0]):
+                raise ValueError(
+                    f"mask is {short_repr(mask)}; give nested lists (height, width) of truth values. If it is a mask "
+                    f"in another form, {OWN_COLUMNS}."
+                )
+            mask = _encoded(_grid(mask, size, "mask"))
+        else:
+            mask = mask_of(mask, size)
         ann_id, bbox = rows[0].get("ann_id"), rows[0].get("bbox")
         several = len(ann_id) > 1 if isinstance(ann_id, list) else isinstance(ann_id, str) and "_" in ann_id
         if isinstance(ann_id, list):
@@ -200,11 +209,11 @@ class BoolMasks(TableLayout):
             left, top, right, bottom = bbox
             bbox = [left, top, right - left, bottom - top]
         return _given(
-            mask=_encoded(_grid(mask, size, "mask")) if mask and isinstance(mask, list) else mask_of(mask, size),
+            mask=mask,
             sentences=[phrase for row in rows for phrase in _phrases(row["text"], "text")],
             ann_id=NO_TARGET if several else _number_if_text(ann_id),
             image_id=_number_if_text(rows[0].get("image_id")),
-            bbox=bbox,
+            bbox=bbox if bbox != [] else None,  # [] is the box of an empty mask
             file_name=_image_name(rows[0].get("file_name")),
         )
 

@@ -6,7 +6,6 @@ The tables stay on disk: `datasets` turns Parquet into Arrow files in its cache,
 
 import glob
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from .records import NO_TARGET, Records, lmdb_hint, make_row, require_exists, tr
 from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
-logger = logging.getLogger(__name__)
-
 HUB = "hub:"  # stands before the id of a data set on the Hub
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TABLE_LAYOUT = (
@@ -38,6 +35,7 @@ TABLE_LAYOUT = (
 )
 DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"  # of `save_to_disk`
 ROWS_AT_ONCE = 100  # rows of a Parquet file that are in memory while it is converted
+FILE_ENDS = (".parquet", "-*.parquet")  # behind the split in a file's name
 NO_FINGERPRINT = "none"  # `datasets` would pickle the whole table, in memory, to make one
 UNBUFFERED = {"use_buffered_stream": True, "pre_buffer": False}  # else Arrow would read all of a file first
 
@@ -216,9 +214,10 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
     if columns or kind == "columns":
         if kind not in ("table", "columns"):
             raise ValueError(f"The layout {kind} says itself which columns hold what: leave `columns` out.")
-        if columns and len(set(columns.values())) < len(columns):
+        layout = ColumnsLayout(columns or {})
+        if len(set(columns.values())) < len(columns):
             raise ValueError(f"`columns` gives one column two meanings, {columns}: name another for one of them.")
-        return ColumnsLayout(columns or {})
+        return layout
     if kind != "table":
         return TABLE_LAYOUTS[kind]
     if {"raw_anns", "raw_image_info"} <= set(names):
@@ -302,7 +301,7 @@ def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str
     """The splits that are wanted, training first: what to call each, and what it is called where it lies."""
     chosen = {split: split for split in found}
     if "/" in name:
-        prefix = name.replace("+", "_plus").replace("/", "_") + "_"
+        prefix = _prefix(name)
         named = {split.removeprefix(prefix): split for split in found if split.startswith(prefix)}
         if not named and any(split.startswith("refcoco") for split in found):
             raise ValueError(f"{where} has no splits of {name}; it has {', '.join(sorted(found))}.")
@@ -312,15 +311,21 @@ def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str
     return {split: chosen[split] for split in sorted(chosen, key=training_first) if not splits or split in splits}
 
 
+def _prefix(name: str) -> str:
+    """What the splits of a data set such as `refcoco+/unc` begin with where they are among others'."""
+    return name.replace("+", "_plus").replace("/", "_") + "_"
+
+
 def _download(repository: str, name: str, splits: Sequence[str] | None) -> Path:
     """Download the Parquet files of the splits that are wanted, or find them in the cache without the Hub."""
     try:
-        files = _listed_files(repository)
-        if files is None:
-            logger.warning(f"The Hub is out of reach: of {repository}, only the splits in the cache are read.")
-            return Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
-        chosen = _chosen_files(files, HUB + repository, Path(), name, splits)
-        patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
+        listed = _listed_files(repository)
+        if listed is None:
+            wanted = [prefix + split for prefix in ("", _prefix(name)) for split in splits or ["*"]]
+            patterns = [f"{start}{split}{end}" for split in wanted for start in ("", "*/") for end in FILE_ENDS]
+        else:
+            chosen = _chosen_files(listed, HUB + repository, Path(), name, splits)
+            patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except ValueError:
         raise

@@ -311,3 +311,30 @@ def run_segment(segment_model, segment_pipe, place, monkeypatch):
 
     monkeypatch.setattr(segment, "load_pipeline", lambda *_: segment_pipe)
     return lambda *arguments: segment.main([*map(str, arguments), "--model", str(segment_model)])
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """The folder in which `datasets` keeps what it reads; it is empty."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def table_reads(tmp_path, monkeypatch):
+    """Gives the indices of the records of tables that any process has read since it was last called."""
+    from data.tables import TableRecords
+
+    path, read = tmp_path / "reads", TableRecords.read
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    monkeypatch.setattr(TableRecords, "read", lambda self, index: os.write(log, b"%d\n" % index) and read(self, index))
+
+    def since():
+        indices = [int(line) for line in path.read_text().split()]
+        os.truncate(path, 0)
+        return indices
+
+    yield since
+    os.close(log)

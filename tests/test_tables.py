@@ -1,78 +1,35 @@
-"""Tables with pixels: where they lie, what is filled in, and that their images stay on disk."""
+"""Tables with pixels: where they lie, what is filled in, what hostile ones hold, and what is kept of them."""
 
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from helpers.hub_client import run_client
 from helpers.hub_server import HubServer
 from helpers.other_layouts import assert_same_rows, rows_of, small_set
-from helpers.prepared import entries, load_prepared, problems_of
-from helpers.refer_folder import HEIGHT, WIDTH, A, not_waiting, pixels, rectangle, rle, truncate
-from helpers.table_writers import COLUMNS, SCHEMAS, columns, png, tables, write
-from pycocotools import mask as coco_mask
+from helpers.plain_tables import NAMED, noise, open_plain, plain, stored_images, write_plain, written
+from helpers.prepared import load_prepared, problems_of
+from helpers.refer_folder import HEIGHT, WIDTH, A, not_waiting, pixels, truncate
+from helpers.table_writers import COLUMNS, columns, png, tables
 
-from data import prepare, records, tables as tables_module
-from data.records import FEATURES, load_records
+from data import prepare
+from data import records as records_module
+from data.records import load_records
 from data.sources import open_records
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMED = {"image": "image", "mask": "mask", "text": "text"}  # the columns of `write_plain`
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The cache of `datasets`, which is empty."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-def noise(seed, format="PNG"):
-    file = io.BytesIO()
-    values = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    PIL.Image.fromarray(values).save(file, format)
-    return file.getvalue()
-
-
-def plain(*images, **cells):
-    """Rows of a table of no published layout: an image each, by default of a rectangle that is called a thing."""
-    row = {"mask": [rectangle(*A)], "text": "a thing"} | cells
-    return [{"image": image if isinstance(image, dict | str | None) else {"bytes": image, "path": None}} | row
-            for image in images]  # fmt: skip
-
-
-def write_plain(path, rows, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path, **options)
-    return path
-
-
-def open_plain(path, rows, **options):
-    write_plain(path, rows)
-    return open_records("table", path, columns=NAMED, **options)
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 # Sources
-
-
-def written(refer_set, folder, form, prefix=""):
-    """The small set as `columns` tables, which keep all that REFER has; the arguments to open it with."""
-    schema = columns("rle")
-    rows = {f"{prefix}{split}": split_rows for split, split_rows in schema.rows(refer_set).items()}
-    return {"kind": "table", "path": write(schema, rows, folder, form), "columns": COLUMNS}
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])
@@ -81,10 +38,6 @@ def test_a_folder_gives_refers_rows(tmp_path, form):
     found = load_records(open_records(**written(refer_set, tmp_path / "table", form)))
     assert_same_rows(found, load_records(open_records("refer", refer_set.refer, refer_set.name)))
     assert all(image["bytes"] for rows in found.values() for image in stored_images(rows))
-
-
-def stored_images(rows):
-    return rows.cast_column("image", datasets.Image(decode=False))["image"][:]
 
 
 def test_a_file_alone_and_files_beside_each_other(tmp_path):
@@ -334,8 +287,9 @@ def test_arrow_files_of_save_to_disk_are_checked(tmp_path):
 def test_other_columns_are_not_decoded(tmp_path):
     """They may call themselves images, and name files that `datasets` would open."""
     (tmp_path / "secret").write_text("secret")
-    features = datasets.Features({"image": datasets.Image(), "mask": datasets.List(datasets.List(datasets.Value("float32"))),
-                                  "text": datasets.Value("string"), "more": datasets.Image()})  # fmt: skip
+    polygons = datasets.List(datasets.List(datasets.Value("float32")))
+    pictures = dict.fromkeys(("image", "more"), datasets.Image())
+    features = datasets.Features({"mask": polygons, "text": datasets.Value("string"), **pictures})
     rows = [row | {"more": {"path": str(tmp_path / "secret"), "bytes": None}} for row in plain(noise(1))]
     table = datasets.Dataset.from_list(rows, features)
     table.to_parquet(tmp_path / "t" / "val.parquet")
@@ -343,3 +297,168 @@ def test_other_columns_are_not_decoded(tmp_path):
     os.mkfifo(tmp_path / "secret")  # whoever opens it waits
     with not_waiting():
         assert len(load_records(open_records("table", tmp_path / "t", columns=NAMED))["val"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "pbench"}, r"split val has no columns \['expression', 'masks'\], which the layout pbench needs"),
+        ({"kind": "columns"}, "the column of image, mask, text is not named"),
+        ({"columns": NAMED | {"colour": "text"}}, "nothing is called colour"),
+        ({"columns": NAMED | {"text": "phrase"}}, r"split val has no columns \['phrase'\], .*; it has \['"),
+        ({"columns": NAMED | {"text": "mask"}}, "gives one column two meanings"),
+        ({"columns": NAMED | {"mask": "image"}}, "gives one column two meanings"),
+        ({"kind": "lmms", "columns": NAMED}, "The layout lmms says itself which columns hold what"),
+        ({"kind": "cris", "columns": NAMED, "name": "x"}, "are for tables with pixels, not for the kind cris"),
+    ],
+)  # fmt: skip
+def test_wrong_columns_are_refused(tmp_path, options, message):
+    path = write_plain(tmp_path / "val.parquet", plain(noise(1)))
+    with pytest.raises(ValueError, match=message):
+        open_records(**{"kind": "table", "path": path} | options)
+
+
+def test_a_table_of_no_known_layout(tmp_path):
+    path = write_plain(tmp_path / "val.parquet", [{"photo": noise(1), "text": "a", "mask": None}])
+    with pytest.raises(ValueError, match=r"split val: .*are of no known layout.*--columns"):
+        open_records("table", path)
+    columns = {"image": "photo", "mask": "mask", "text": "text"}
+    assert load_records(open_records("table", path, columns=columns))["val"]["ann_id"][:] == [-1]
+
+
+def test_splits_of_different_columns_are_refused(tmp_path):
+    write_plain(tmp_path / "t" / "train.parquet", plain(noise(1)))
+    write_plain(tmp_path / "t" / "val.parquet", [{"image": None, "text": "a"}])
+    with pytest.raises(ValueError, match=r"split val has no columns \['mask'\]"):
+        open_records("table", tmp_path / "t", columns=NAMED)
+    write_plain(tmp_path / "t" / "train-1.parquet", [{"image": 7, "text": "a"}])
+    with pytest.raises(ValueError, match="train.parquet|train-1.parquet cannot be read as a table"):
+        open_records("table", tmp_path / "t", columns=NAMED)
+
+
+def test_the_tables_without_pixels_are_another_kind(tmp_path):
+    arguments = small_set(tmp_path).write_hub_table(tmp_path / "table")
+    with pytest.raises(ValueError, match="has no pixels: the kind hub_table reads it, with COCO's train2014"):
+        open_records("table", arguments["path"])
+
+
+# Loading
+
+
+def test_what_was_loaded_is_not_read_again(tmp_path, monkeypatch, table_reads):
+    path = tmp_path / "val.parquet"
+    first = load_records(open_plain(path, plain(noise(1), noise(2))))["val"]
+    assert table_reads() == [0, 1] and all(Path(file["filename"]).is_file() for file in first.cache_files)
+    again = load_records(open_records("table", path, columns=NAMED))["val"]
+    assert table_reads() == [] and again["ref_id"][:] == [0, 1]
+    other = load_records(open_plain(path, plain(noise(1), noise(2), text="another")))["val"]
+    assert table_reads() == [0, 1] and other["sentences"][:] == [["another"]] * 2
+    load_records(open_records("table", path, "another name", columns=NAMED))
+    assert table_reads() == [0, 1]
+
+
+def test_processes_load_the_same_set_at_once(tmp_path, table_reads):
+    records = open_plain(tmp_path / "val.parquet", plain(*(noise(seed) for seed in range(20))))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        found = pool.map(_fingerprint, [records.refs] * 2, chunksize=1)
+    assert found[0] == found[1] and sorted(table_reads()) == list(range(20))
+
+
+def _fingerprint(path):
+    rows = load_records(open_records("table", path, columns=NAMED))["val"]
+    return hashlib.sha256(
+        repr(rows.cast_column("image", datasets.Image(decode=False))[:]["image"]).encode()
+    ).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("cells", "error", "message"),
+    [
+        ({"text": " "}, ValueError, r"^[^\n]*val.parquet, split val, row 1: one of the phrases \[''\] is empty"),
+        ({"image": {"bytes": noise(1, "JPEG")[:-200], "path": None}}, OSError, r"val.parquet, ref_id 1: .*truncated"),
+        ({"image": {"bytes": b"GIF", "path": None}}, OSError, r"val.parquet, split val, row 1: the embedded image"),
+    ],
+)  # fmt: skip
+def test_loading_stops_at_the_first_bad_record(tmp_path, cells, error, message):
+    rows = plain(noise(1), noise(1), noise(1))
+    rows[1] |= cells
+    records = open_plain(tmp_path / "val.parquet", rows)
+    for _ in range(2):  # nothing half-made is found by the next
+        with pytest.raises(error, match=message):
+            load_records(records)
+    assert not [path for path in (tmp_path / "cache").rglob("*.incomplete")]
+
+
+def test_ref_ids_that_two_rows_share(tmp_path):
+    rows = [row | {"number": 7} for row in plain(noise(1), noise(2))]
+    records = open_records("table", write_plain(tmp_path / "val.parquet", rows), columns=NAMED | {"ref_id": "number"})
+    with pytest.raises(ValueError, match="1 ref_ids stand at several refs, such as 7"):
+        load_records(records)
+    assert prepare.prepare(records, tmp_path / "out", num_proc=1)["left_out"] == 1
+    assert list(problems_of(tmp_path / "out")) == [1]
+
+
+def test_each_image_is_checked_once(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(records_module, "check_image", lambda image, *_: checked.append(image))
+    names = [{"bytes": noise(seed), "path": f"{index}.png"} for index, seed in enumerate((1, 2, 1, 1))]
+    load_records(open_plain(tmp_path / "val.parquet", plain(*names)))
+    assert checked == [noise(1), noise(2)]
+
+
+# The Hub
+
+PUSH = """
+from huggingface_hub import HfApi
+
+HfApi().create_repo("someone/table", repo_type="dataset")
+HfApi().upload_folder(folder_path="table", repo_id="someone/table", repo_type="dataset")
+"""
+LOAD = """
+from pathlib import Path
+import json
+
+from data.records import load_records
+from data.sources import open_records
+
+columns = json.loads(Path("columns.json").read_text())
+found = load_records(open_records("table", PATH, columns=columns, splits=["val"]))
+print(json.dumps({split: rows["ref_id"][:] for split, rows in found.items()}))
+"""
+REFUSED = """
+for path, splits, error in (("hub:someone/nothing", None, OSError), ("hub:someone/table", ["dev"], ValueError)):
+    try:
+        open_records("table", path, columns=columns, splits=splits)
+    except error as found:
+        print(f"{type(found).__name__}: {found}")
+"""
+
+
+@pytest.mark.slow
+def test_tables_of_the_hub(tmp_path):
+    refer_set = small_set(tmp_path)
+    folder = written(refer_set, tmp_path / "table", "parquet")["path"]
+    (tmp_path / "columns.json").write_text(json.dumps(COLUMNS))
+    (folder / "table.py").write_text("raise SystemExit('code of the data set was run')")
+    shutil.copy(next((folder / "data").glob("val-*")), tmp_path / "secret.parquet")
+    files = [{"split": "val", "path": str(tmp_path / "secret.parquet")}]
+    card = {"configs": [{"config_name": "default", "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    expected = {"val": [ref["ref_id"] for ref in refer_set.refs if ref["split"] == "val"]}
+    cache = tmp_path / "hub_cache"
+    with HubServer() as server:
+        run_client(PUSH, server, tmp_path, isolated=False)
+        code = LOAD.replace("PATH", "'hub:someone/table'") + REFUSED
+        printed = run_client(code, server, tmp_path, isolated=False, cache=cache).splitlines()
+        assert json.loads(printed[0]) == expected
+        assert printed[1].startswith(
+            "OSError: someone/nothing is no file or folder here, nor to be had from the Hub ("
+        )
+        assert printed[2] == "ValueError: hub:someone/table has no split dev; it has testA, testB, train, val."
+        assert {address.rpartition("/")[2] for address in server.downloads} == {"val-00000-of-00001.parquet"}
+        server.downloads.clear()
+        offline = run_client(
+            LOAD.replace("PATH", "'someone/table'"), server, tmp_path, isolated=False, cache=cache, HF_HUB_OFFLINE="1"
+        )
+        assert json.loads(offline) == expected and not server.downloads
