@@ -397,6 +397,7 @@ def test_polygons_are_their_pixels():
     np.testing.assert_array_equal(decoded([rectangle(*A), rectangle(*B)]), pixels(A, B))
     np.testing.assert_array_equal(decoded([rle(pixels(A)), rle(pixels(B))]), pixels(A, B))
     assert not decoded([[0, 0, 1, 0, 1, 1]], (9, 9)).any()  # a polygon of half a pixel, since the image is larger
+    assert decoded([[0, 0, 5, 0, 5, 5]], (1, 6)).shape == (1, 6)
     # Of the image's size, it is a mask of its values.
     assert decoded([[0, 0, 1, 0, 1, 1]], (1, 6)).tolist() == [[0, 0, 1, 0, 1, 1]]
 
