@@ -1,25 +1,31 @@
-"""Any data set by its name, as `--dataset` and `--test_splits` name it: all its splits, in the schema of `records.py`.
+"""Any data set by its name, as `--dataset` and `--test_splits` name it: its splits, in the schema of `records.py`.
 
 Images and masks stay as they are stored. `decoding.py` decodes them, and names the row that is broken.
 """
 
-from collections.abc import Iterator
+import glob
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
 
 from configuration_detris import one_line, raise_if_out_of_memory
 
 from .prepare import SUMMARY, require_whole
-from .records import STORED_FEATURES, lmdb_hint, load_records, require_columns, require_rows
+from .records import FEATURES, STORED_FEATURES, lmdb_hint, load_records, require_columns, require_rows
 from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
 from .streaming import StreamedRows, parquet_files
-from .untrusted import require_regular_files
+from .tables import HUB, find_files
+from .untrusted import file_inside, require_regular_files
 
+OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 
 
@@ -28,60 +34,135 @@ def load_splits(
     data_root: str | None = None,
     images: str | None = None,
     shapes_config: dict | None = None,
+    splits: Collection[str] | None = None,
+    columns: dict[str, str] | None = None,
 ) -> datasets.DatasetDict:
-    """All splits of the data set `name`, with images and masks as they are stored.
+    """The splits of the data set `name`, with images and masks as they are stored.
 
     Args:
-        name: `shapes`, a folder in one of the layouts that are read without a command, the Hub id of a prepared set,
-            or, with `data_root`, a REFER set such as `refcoco/unc`.
+        name: one of
+
+            - `shapes`, the synthetic set;
+            - `hub:<id>`, a set of the Hub that data.prepare has pushed, or a table with images; `hub:<id>:<split>` is
+              one split of it;
+            - a folder that data.prepare has made, or the Hub id of such a set;
+            - a folder of one's own, with a `metadata.jsonl`;
+            - a folder that `save_to_disk` has made of such rows, or of a table;
+            - a Parquet file or a folder of them, of a table with images;
+            - with `data_root`, a REFER set such as `refcoco/unc`.
+
+            docs/data.md says which tables are recognised by their columns.
         data_root: folder of the REFER layout.
-        images: folder of the images of REFER sets that are not published ones.
+        images: folder of the images of REFER sets that are not published ones, and of tables that hold file names.
         shapes_config: arguments of `load_shapes`.
+        splits: those that are wanted; all by default. Of tables and of the Hub, no others are read or downloaded.
+        columns: which column of a table holds what, for tables whose columns are not recognised.
 
     Raises:
-        ValueError: there is no such data set, or its columns are not those of `FEATURES`.
-        OSError: a file is missing or broken, or the Hub has no such data set.
+        ValueError: there is no such data set or split, or its columns are not those of `FEATURES` or a table.
+        OSError: a file is missing or broken, or the Hub has no such data set or is out of reach.
     """
+    if of_hub := OF_HUB.fullmatch(name):
+        name, splits = of_hub["name"], [of_hub["split"]] if of_hub["split"] else splits
+    path, of_table = Path(name), {"images": images, "columns": columns or None, "splits": splits}
     if name == "shapes":
-        splits = load_shapes(**(shapes_config or {}))
+        found = load_shapes(**(shapes_config or {}))
+    elif name.startswith(HUB):
+        found = _load_tables(name, **of_table)
     elif is_prepared(name, data_root):
-        splits = load_prepared(name)
-    elif Path(name).is_dir() and metadata_files(Path(name)):
-        splits = load_records(open_records("folder", name))
-    elif Path(name).is_dir():
-        splits = _load_saved(name)
+        found = load_prepared(name)
+    elif path.is_dir() and metadata_files(path):
+        found = load_records(open_records("folder", name))
+    elif any(path.joinpath(file).exists() for file in SAVED_BY_DATASETS):
+        found = _load_saved(name, **of_table)
+    elif holds_tables(path):
+        found = _load_tables(name, **of_table)
+    elif path.is_dir():
+        raise ValueError(
+            f"The folder {name} has no metadata.jsonl and no Parquet file, and was made neither by data.prepare nor "
+            f"by save_to_disk: prepare what it holds by `python -m data.prepare <kind> {name} --output …`, and name "
+            f"that folder{lmdb_hint(name)}."
+        )
     elif data_root is None:
         raise ValueError(
-            f"The data set {name!r} is neither 'shapes' nor a folder: for a REFER data set such as 'refcoco/unc', "
-            "data_root must say where it lies."
+            f"The data set {name!r} is neither 'shapes' nor a file or folder: for a REFER data set such as "
+            "'refcoco/unc', data_root must say where it lies; one of the Hub is named 'hub:<id>'."
         )
     else:
-        splits = load_refer(data_root, *name.partition("/")[::2], images)
-    return as_stored(name, splits)
+        found = load_refer(data_root, *name.partition("/")[::2], images)
+    return as_stored(name, found)
 
 
-def _load_saved(name: str) -> datasets.DatasetDict:
-    """All splits of a folder made by `save_to_disk`."""
-    if not any(Path(name, file).exists() for file in SAVED_BY_DATASETS):
-        raise ValueError(
-            f"The folder {name} has no metadata.jsonl and was made neither by data.prepare nor by save_to_disk: "
-            f"prepare what it holds by `python -m data.prepare <kind> {name} --output …`, and name that "
-            f"folder{lmdb_hint(name)}."
-        )
+def _load_tables(
+    name: str, images: str | None, columns: dict[str, str] | None, splits: Collection[str] | None
+) -> datasets.DatasetDict:
+    """The wanted splits of Parquet files, here or on the Hub, whose rows are prepared ones or those of a table.
+
+    Args: as in `load_splits`.
+    """
+    if not name.startswith(HUB):
+        require_regular_files(name)
+    files = _prepared_files(name, splits) if columns is None else None
+    if files is None:
+        return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
+    found = load_prepared(name, files)
+    for split, rows in found.items():
+        images_of_rows = rows.select_columns("image").with_format("arrow")[:]["image"]
+        if pa.compute.struct_field(images_of_rows, "bytes").null_count:  # strangers must not say which files are read
+            raise ValueError(
+                f"Split {split!r} of {name} has images of which it holds only the paths, and these are not opened: "
+                "prepare the data set with --embed_images."
+            )
+    return found
+
+
+def _prepared_files(name: str, splits: Collection[str] | None) -> dict[str, list[str]] | None:
+    """The Parquet files of each wanted split, if they have the columns of prepared rows; else None."""
+    _, root, files = find_files(name, splits=splits)
+    try:
+        if not all(are_prepared_rows(pq.read_schema(members[0]).names) for members in files.values()):
+            return None
+    except Exception as error:  # Arrow's extension types run code of many libraries
+        raise_if_out_of_memory(error)
+        return None  # whoever reads the table says what is wrong
+    return {
+        split: [file_inside(root, str(file.relative_to(root))) for file in members] for split, members in files.items()
+    }
+
+
+def holds_tables(path: Path) -> bool:
+    """Whether this is a Parquet file, or a folder that has some."""
+    return any(path.rglob("*.parquet")) if path.is_dir() else path.is_file()
+
+
+def are_prepared_rows(columns: Collection[str]) -> bool:
+    """Whether these are the columns of prepared rows, and not those of a table; one of them may be missing."""
+    return len(FEATURES.keys() - set(columns)) <= 1
+
+
+def _load_saved(
+    name: str, images: str | None, columns: dict[str, str] | None, splits: Collection[str] | None
+) -> datasets.DatasetDict:
+    """The splits of a folder made by `save_to_disk`, whose rows are prepared ones or those of a table.
+
+    Args: as in `load_splits`.
+    """
     require_regular_files(name)
     try:
-        splits = datasets.load_from_disk(name)
+        saved = datasets.load_from_disk(name)
     except IndexError as error:  # `datasets` saves splits without rows, but does not read them
         raise ValueError(f"{name} has a split without any row: save it without that split.") from error
-    if not isinstance(splits, datasets.DatasetDict):
+    if not isinstance(saved, datasets.DatasetDict):
         raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
+    if columns is not None or not all(are_prepared_rows(rows.column_names) for rows in saved.values()):
+        return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
     try:
-        for rows in splits.values():
+        for rows in saved.values():
             rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
     except pa.ArrowException as error:
         raise_if_out_of_memory(error)
         raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
-    return splits
+    return saved
 
 
 def is_prepared(name: str, data_root: str | None) -> bool:
@@ -89,18 +170,21 @@ def is_prepared(name: str, data_root: str | None) -> bool:
 
     With `data_root`, a name that is no folder is taken for a REFER set's.
     """
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name, SUMMARY).exists()
     return data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
 
 
 def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
-    if Path(name).is_dir():
+    if files is None and Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
         try:
-            return datasets.load_dataset(name) if files is None else datasets.load_dataset("parquet", data_files=files)
+            if files is None:
+                return datasets.load_dataset(name)
+            patterns = {split: list(map(glob.escape, paths)) for split, paths in files.items()}
+            return datasets.load_dataset("parquet", data_files=patterns)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
             raise_if_out_of_memory(error)
             for split, paths in (files or parquet_files(name)).items():

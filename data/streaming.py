@@ -21,19 +21,33 @@ def parquet_files(name: str) -> dict[str, list[str]]:
     """Find the Parquet files of a data set.
 
     Args:
-        name: a folder made by `data.prepare`, or the id of a data set on the Hub.
+        name: a folder made by `data.prepare`, or the id or address of a data set on the Hub.
 
     Returns:
         Paths or URLs of the files of each split.
 
     Raises:
-        ValueError: its files are not Parquet.
+        ValueError: its files are not Parquet, or its card on the Hub names a file elsewhere.
         OSError: there is no such data set.
     """
     builder = datasets.load_dataset_builder(name)
     if builder.name != "parquet":
         raise ValueError(f"{name} holds {builder.name} files; only Parquet can be streamed: see data.prepare.")
-    return {str(split): list(files) for split, files in builder.config.data_files.items()}
+    files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
+    for file in (file for paths in files.values() for file in paths):
+        if builder.repo_id and not file.startswith(f"{builder.base_path}/"):
+            raise ValueError(f"The card of {name} names the file {file}, which is not in this data set.")
+    return files
+
+
+def column_names(file: str) -> list[str]:
+    """The names of a Parquet file's columns; OSError if it is missing or broken.
+
+    Args:
+        file: path or URL.
+    """
+    with _opened_parquet(file) as parquet:
+        return parquet.schema_arrow.names
 
 
 class RowGroup(NamedTuple):

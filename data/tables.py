@@ -79,7 +79,7 @@ class TableRecords(Records):
         if self._images is not None:
             require_exists(self._images, "`images` is the folder of the images that the table names")
         in_column = "split" in (columns or {})  # then each row says which split it is of, whatever its file
-        where, root, files = _find_files(path, name, None if in_column else splits)
+        where, root, files = find_files(path, name, None if in_column else splits)
         self._table_layout, self._tables, self._objects = None, [], []
         for split, members in files.items():
             table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
@@ -229,10 +229,14 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
 # --- Where tables are ---------------------------------------------------------------------------------------------
 
 
-def _find_files(
-    path: str | os.PathLike, name: str, splits: Sequence[str] | None
+def find_files(
+    path: str | os.PathLike, name: str = "", splits: Sequence[str] | None = None
 ) -> tuple[str, Path, dict[str, list[Path]]]:
-    """What errors call the table; the folder that its files lie in; and the files of each split."""
+    """What errors call the table; the folder that its files lie in; and the files of each split.
+
+    Args:
+        path, name, splits: as in `TableRecords`.
+    """
     where = os.fspath(path)
     root = Path(path).absolute()
     if "::" in where or "://" in where:

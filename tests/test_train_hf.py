@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.other_layouts import ReferSet
+from helpers.refer_folder import MINI
 from helpers.runs import MODEL_CONFIG, SIZES
+from helpers.table_writers import SCHEMAS, write
 from transformers import BitsAndBytesConfig, CLIPTokenizer
 
 import train_hf
@@ -242,6 +245,27 @@ def test_one_command_prints_the_papers_table_with_the_official_figures(
     assert (run / "table.txt").read_text() in capsys.readouterr().out
     *lines, _ = json.loads((run / "table.json").read_text())
     assert {line["split"]: (line["objects"], line["phrases"]) for line in lines} == refer_mini
+
+    # The same out of a table of the Hub, to the last digit.
+    schema, of_table = SCHEMAS["refcoco_benchmark"], str(tmp_path / "of_table")
+    table = write(schema, schema.rows(ReferSet(MINI, "refcoco/unc")), tmp_path / "table", "parquet")
+    main(
+        [
+            *arguments,
+            "--output_dir",
+            of_table,
+            "--do_predict",
+            "--dataset",
+            str(table),
+            "--test_splits",
+            "train",
+            "val",
+            "testA",
+            "testB",
+        ]
+    )
+    *figures, _ = json.loads(Path(of_table, "table.json").read_text())
+    assert figures == [line | {"split": line["split"].rpartition(":")[2]} for line in lines[:4]]
 
     refcoco = [line for line in lines if line["split"].startswith("refcoco:")]
     folders = [run / "predictions" / line["split"].replace(":", "_") for line in refcoco]
