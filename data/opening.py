@@ -140,7 +140,7 @@ def holds_tables(path: Path) -> bool:
 
 
 def are_prepared_rows(names: Collection[str], columns: dict[str, str] | None = None) -> bool:
-    """Whether columns have the names of those of prepared rows; one may be missing, unless the user names `columns`."""
+    """Whether these name the columns of prepared rows; one may be missing, unless the user has named `columns`."""
     return len(FEATURES.keys() - set(names)) <= (0 if columns else 1)
 
 

@@ -290,7 +290,8 @@ common = ["--model_name_or_path", "model", "--save_masks", "false", "--disable_t
 common += ["--dataloader_num_workers", "0", "--image_size", "56"]
 train_hf.main(["RECIPE", *common, "--output_dir", "of_hub"])
 train_hf.write_report = lambda *_: None  # takes most of the time
-train_hf.main([*common, "--do_predict", "--data_root", "MINI", "--output_dir", "of_refer", "--test_splits", *REFER_SPLITS])
+of_refer = ["--do_predict", "--data_root", "MINI", "--output_dir", "of_refer", "--test_splits", *REFER_SPLITS]
+train_hf.main([*common, *of_refer])
 """
 
 
