@@ -301,7 +301,8 @@ def _category_of(ref: dict, categories: dict[int, dict]) -> str:
     """The name of the category that all objects of a ref share; empty if they do not, or the set has none."""
     if not categories:
         return ""
-    keys = ref["category_id"] if isinstance(ref["category_id"], list) else [ref["category_id"]]
+    several = isinstance(ref["ann_id"], list) and isinstance(ref["category_id"], list)
+    keys = ref["category_id"] if several else [ref["category_id"]]
     names = {_record_with_id(categories, "category_id", key)["name"] for key in keys}
     return names.pop() if len(names) == 1 else ""
 
