@@ -176,6 +176,12 @@ def _resize(sample: Sample, side: int) -> Sample:
     )
 
 
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Make a mask (H, W) smaller, to `size` (width, height), so that even a single pixel of the object stays."""
+    whole = Image.fromarray((np.asarray(mask) != 0).astype(np.uint8) * 255)
+    return np.asarray(whole.resize(size, Image.Resampling.BOX)) > 0
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break a text into lines of at most `width` pixels, within a word only if it is longer than a line."""
     lines = [""]

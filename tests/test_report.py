@@ -236,7 +236,7 @@ def test_a_report_that_fails_loses_nothing_else(config_file, tmp_path, monkeypat
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("training.report._svg", fail)
+    monkeypatch.setattr("pages.svg", fail)
     metrics = main([config_file, "--do_predict", "--test_splits", "val", "--max_eval_samples", "2"])
     assert 0 <= metrics["val_mean_iou"] <= 1
     assert "report.html could not be made; all other results are whole" in caplog.text and "no font" in caplog.text
