@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
+HUB = "hub:"  # before the id of a data set of the Hub
 SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus
-MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>[^*]+?)(?::(?P<split>\w+))?")
+MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>(?:hub:)?[^*]+?)(?::(?P<split>\w+))?")
 # Exactly twelve digits, where `sources.py` takes fewer: other images may have names of six. In all of COCO's releases
 # an image has the same number.
 PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
+COCO_NUMBER = "COCO"  # the kind of key that such a number is
 # RefCOCOg's two divisions are of the same images, and google's has images that are both in train and in val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}
 
@@ -53,45 +55,50 @@ class Mixture:
             repeats.
         leaks: for each data set, how many of its rows show an image that is in a split tested on.
         leaks_stay: whether `rows` has those rows all the same.
+        unnumbered: the data sets without a number of COCO's in their images' names, where others have them.
     """
 
     rows: datasets.Dataset
     leaks: list[Leak]
     leaks_stay: bool
+    unnumbered: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def describe_leaks(self) -> str:
-        """A sentence for each data set with leaks, for the log and the model card."""
+        """A sentence for each data set with leaks, or that could hide some, for the log and the model card."""
         what = "STAY in training, although" if self.leaks_stay else "leave training, because"
-        return (
-            " ".join(
-                f"{public_name(leak.name)}: {leak.objects} of {leak.total_objects} objects ({leak.phrases} phrases) "
-                f"{what} their images are in a split that is tested on."
-                for leak in self.leaks
-                if leak.objects
+        sentences = [
+            f"{public_name(leak.name)}: {leak.objects} of {leak.total_objects} objects ({leak.phrases} phrases) "
+            f"{what} their images are in a split that is tested on."
+            for leak in self.leaks
+            if leak.objects
+        ] or ["No image was found, by its file or its number in COCO, in a split that is tested on."]
+        if self.unnumbered:
+            sentences.append(
+                f"The images of {', '.join(map(public_name, self.unnumbered))} have no numbers of COCO's in their "
+                "names: those that the other data sets have, too, are not noticed."
             )
-            or "No image was found, by its file or its number in COCO, in a split that is tested on."
-        )
+        return " ".join(sentences)
 
 
 def public_name(dataset: str) -> str:
-    """A data set's name without the path of a folder on this machine, for logs and model cards."""
-    return Path(dataset).name if Path(dataset).is_dir() else dataset
+    """A data set's name for logs and model cards: of what lies on this machine without its path, on the Hub the id."""
+    return Path(dataset).name if os.path.exists(dataset) else dataset.removeprefix(HUB)
 
 
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:
-    """Read the members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train`.
+    """Read the members of a mixture such as `refcoco/unc + 0.5*refcoco+/unc:train + hub:someone/mine`.
 
     Args:
-        mixture: as above; or a folder of whatever name, which is then the only member.
+        mixture: as above; or a file or folder of whatever name, which is then the only member.
         train_split: the split of members that name none.
 
     Raises:
         ValueError: a member cannot be read, is named twice, or does not go together with another.
     """
-    if os.path.isdir(mixture):
+    if os.path.exists(mixture):
         return [Member(1, mixture, train_split)]
     members = []
     for part in mixture.split(SEPARATOR):
@@ -140,34 +147,41 @@ def mix(
     Raises:
         ValueError: a member has no split of that name, or no rows are left of it.
     """
-    held_out = {key for name, rows in tested for keys in _image_keys(name, rows) for key in keys}
+    held_out, numbered = set(), {}  # for each data set whether its images have numbers of COCO's
     for member in members:
         if member.split not in splits[member.name]:
             raise ValueError(f"{member.name} has no split {member.split!r}: it has {list(splits[member.name])}.")
-        for split, rows in splits[member.name].items():
-            if split != member.split:
-                held_out.update(key for keys in _image_keys(member.name, rows) for key in keys)
+        others = [(member.name, rows) for split, rows in splits[member.name].items() if split != member.split]
+        tested = [*tested, *others]
+    for name, rows in tested:
+        keys = {key for keys in _image_keys(name, rows) for key in keys}
+        held_out |= keys
+        numbered[name] = numbered.get(name, False) or _has_number(keys)
     training, leaks = [], []
     for member in members:
         rows = splits[member.name][member.split]
         if not len(rows):
             raise ValueError(f"{member.name}, split {member.split!r}, has no rows to train on.")
-        leaking = [not held_out.isdisjoint(keys) for keys in _image_keys(member.name, rows)]
+        keys_of_rows = _image_keys(member.name, rows)
+        numbered[member.name] = numbered.get(member.name, False) or any(map(_has_number, keys_of_rows))
+        leaking = [not held_out.isdisjoint(keys) for keys in keys_of_rows]
         phrases = sum(len(sentences) for sentences, is_leaking in zip(rows["sentences"], leaking) if is_leaking)
         leaks.append(Leak(member.name, sum(leaking), phrases, len(rows)))
         kept = [index for index, is_leaking in enumerate(leaking) if keep_leaks or not is_leaking]
         whole = int(member.weight)
         rest = random.Random(member.name).sample(kept, round((member.weight - whole) * len(kept)))
-        chosen = kept * whole + sorted(rest)
-        if not chosen:
+        if not (kept and whole or rest):
             raise ValueError(
                 f"No row of {member.name}, split {member.split!r}, is left to train on: {len(kept)} of {len(rows)} "
                 f"rows remain after removing test images (keep_leaks keeps those too), and the weight is "
                 f"{member.weight:g}."
             )
-        repetition = [index // len(kept) for index in range(len(chosen))]
-        training.append(rows.select(chosen).add_column("repetition", repetition))
-    return Mixture(datasets.concatenate_datasets(training), leaks, keep_leaks)
+        for repetition, chosen in enumerate([kept] * whole + [sorted(rest)] * bool(rest)):
+            # `add_column` would copy rows that are chosen before it, with their images.
+            training.append(rows.add_column("repetition", [repetition] * len(rows)).select(chosen))
+    unnumbered = [name for name in numbered if not numbered[name]]
+    unnumbered = unnumbered if len(unnumbered) < len(numbered) else []
+    return Mixture(datasets.concatenate_datasets(training), leaks, keep_leaks, unnumbered)
 
 
 def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:
@@ -184,6 +198,11 @@ def _image_keys(name: str, rows: datasets.Dataset) -> list[list[tuple]]:
         if path and os.path.isabs(path):
             keys.append(("file", path))
         if match := PUBLISHED_BY_COCO.fullmatch(os.path.basename(path or "")):
-            keys.append(("COCO", int(match[1])))
+            keys.append((COCO_NUMBER, int(match[1])))
         found.append(keys)
     return found
+
+
+def _has_number(keys: Iterable[tuple]) -> bool:
+    """Whether one of the keys of images is a number of COCO's."""
+    return any(kind == COCO_NUMBER for kind, _ in keys)

@@ -21,7 +21,7 @@ def parquet_files(name: str) -> dict[str, list[str]]:
     """Find the Parquet files of a data set.
 
     Args:
-        name: a folder made by `data.prepare`, or the id of a data set on the Hub.
+        name: a folder made by `data.prepare`, or the id or address of a data set on the Hub.
 
     Returns:
         Paths or URLs of the files of each split.
@@ -33,7 +33,30 @@ def parquet_files(name: str) -> dict[str, list[str]]:
     builder = datasets.load_dataset_builder(name)
     if builder.name != "parquet":
         raise ValueError(f"{name} holds {builder.name} files; only Parquet can be streamed: see data.prepare.")
-    return {str(split): list(files) for split, files in builder.config.data_files.items()}
+    return files_of_splits(builder)
+
+
+def files_of_splits(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The files that a data set is read from, by its splits; none if it is read from `datasets`' cache alone.
+
+    Raises:
+        ValueError: the card of a data set on the Hub names a file that is not in it.
+    """
+    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    for file in (file for files in splits.values() for file in files):
+        if builder.repo_id and not file.startswith(f"{builder.base_path}/"):
+            raise ValueError(f"The card of {builder.repo_id} names the file {file}, which is not in it.")
+    return splits
+
+
+def column_names(file: str) -> list[str]:
+    """The names of a Parquet file's columns; OSError if it is missing or broken.
+
+    Args:
+        file: path or URL.
+    """
+    with _opened_parquet(file) as parquet:
+        return parquet.schema_arrow.names
 
 
 class RowGroup(NamedTuple):

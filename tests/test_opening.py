@@ -35,7 +35,7 @@ def test_an_unknown_dataset_is_refused(tmp_path):
 def test_lmdb_folders_are_told_from_others(tmp_path):
     (tmp_path / "refcoco").mkdir()
     (tmp_path / "refcoco" / "train.lmdb").write_bytes(bytes(8192))
-    message = "refcoco has no metadata.jsonl and was made neither .*LMDB files.*anns/ and masks/.*data.prepare cris"
+    message = "refcoco has no metadata.jsonl .* was made neither .*LMDB files.*anns/ and masks/.*data.prepare cris"
     with pytest.raises(ValueError, match=message):
         load_splits(str(tmp_path / "refcoco"))
     with pytest.raises(FileNotFoundError, match="does not exist; .*LMDB files.*anns/ and masks/"):

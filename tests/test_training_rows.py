@@ -73,7 +73,9 @@ def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
     assert read_image(train[0]).shape == (30, 40, 3)
     with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'.*`images` says where"):
         load_splits("rrsisd/unc", str(folder.root))
-    with pytest.raises(ValueError, match="images is the folder of a REFER set's images: give data_root"):
+    with pytest.raises(
+        ValueError, match="images is the folder of the images of a REFER set or a table: give data_root"
+    ):
         DataArguments(images=str(images))
 
 

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, short_repr
+from data.mixture import HUB, parse_mixture
 from data.untrusted import load_yaml
 from model_card import METRIC_NAMES
 from processing_detris import CLIP_TOKENIZER
@@ -100,10 +101,10 @@ class DataArguments:
     dataset: str = field(
         default="shapes",
         metadata={
-            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', a folder of your own with a "
-            "metadata.jsonl, a folder made by data.prepare or save_to_disk, a data set of the Hub that data.prepare "
-            "has pushed, or several that are trained on together, as 'refcoco/unc + 0.5*refcoco+/unc:train': the "
-            "first one's other splits are taken."
+            "help": "'shapes', '<name>/<split_by>' such as 'refcoco/unc', 'hub:<id>' of a table on the Hub or of a "
+            "set that data.prepare has pushed, a folder of your own with a metadata.jsonl, a folder made by "
+            "data.prepare or save_to_disk, a file or folder of a table, or several that are trained on together, as "
+            "'refcoco/unc + 0.5*hub:someone/mine:train': the first one's other splits are taken."
         },
     )
     streaming: bool = field(
@@ -122,7 +123,17 @@ class DataArguments:
     data_root: str | None = field(default=None, metadata={"help": "Folder of the REFER layout, for 'refcoco/unc'."})
     images: str | None = field(
         default=None,
-        metadata={"help": "Image folder for REFER sets that are not published ones, such as 'rrsisd/unc'."},
+        metadata={
+            "help": "Image folder for REFER sets that are not published ones, such as 'rrsisd/unc', and for tables "
+            "that hold file names."
+        },
+    )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Which columns of a table of a layout of its own hold what, such as 'image=photo mask=polygon "
+            "text=caption'; holds for all tables that are read. In a file also a mapping."
+        },
     )
     shapes_config: dict | str | None = field(
         default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
@@ -137,7 +148,7 @@ class DataArguments:
         default_factory=list,
         metadata={
             "help": "Splits that --do_predict runs over: of the data set, as 'val', or of another, as "
-            "'refcoco+:unc:testA' or 'prepared/mine:val'."
+            "'refcoco+:unc:testA', 'prepared/mine:val' or 'hub:someone/mine:val'."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows."})
@@ -145,23 +156,32 @@ class DataArguments:
 
     def __post_init__(self):
         self.shapes_config = _as_mapping(self.shapes_config, "shapes_config")
+        self.columns = _as_columns(self.columns)
         _check_texts(self)
         _check_not_empty(self, "dataset", "data_root", "train_split", "eval_split")
         for name in ("max_train_samples", "max_eval_samples"):
             _check_number(name, getattr(self, name), COUNT, optional=True)
         _check_number("shuffle_buffer_size", self.shuffle_buffer_size, COUNT)
-        if self.images is not None and self.data_root is None:
-            raise ValueError("images is the folder of a REFER set's images: give data_root, too, or leave it out.")
         if self.streaming and self.max_train_samples:
             raise ValueError("streaming reads whole splits: leave max_train_samples out.")
         if not isinstance(self.test_splits, list) or not all(isinstance(name, str) for name in self.test_splits):
             raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
         for name in self.test_splits:
-            if name.count(":") > 2:
+            if name.count(":") > 2 or name.startswith(HUB) and name.count(":") < 2:
                 raise ValueError(
                     f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set and split such "
-                    "as 'refcoco+:unc:testA' or 'prepared/mine:val'."
+                    "as 'refcoco+:unc:testA', 'prepared/mine:val' or 'hub:someone/mine:val'."
                 )
+        if self.images is not None and self.data_root is None and not self._may_read_tables():
+            raise ValueError(
+                "images is the folder of the images of a REFER set or a table: give data_root, too, or leave it out."
+            )
+
+    def _may_read_tables(self) -> bool:
+        """Whether a data set is of the Hub, or a file or folder here."""
+        names = [member.name for member in parse_mixture(self.dataset, self.train_split)]
+        names += [name.rpartition(":")[0] for name in self.test_splits]
+        return any(name.startswith(HUB) or os.path.exists(name) for name in names)
 
 
 @dataclass
@@ -489,6 +509,26 @@ def _as_mapping(value: dict | str | None, name: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
+
+
+def _as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
+    """The names of a table's columns by what they hold: `image=photo …` in a list, or a mapping in a file.
+
+    Raises:
+        ValueError: it is neither, or says twice which column something is.
+    """
+    pairs = [str(part).partition("=")[::2] for part in value] if isinstance(value, list) else []
+    columns = dict(pairs) if isinstance(value, list) else {} if value is None else value
+    if not isinstance(columns, dict) or not all(
+        isinstance(text, str) and text for text in [*columns, *columns.values()]
+    ):
+        raise ValueError(
+            f"columns is {short_repr(value)}: give what each column holds and its name, such as 'image=photo "
+            "mask=polygon text=caption'."
+        )
+    if len(columns) < len(pairs):
+        raise ValueError(f"columns is {short_repr(value)}: name one column for each thing.")
+    return columns
 
 
 def _refuse_arguments(message: str) -> None:

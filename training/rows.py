@@ -12,10 +12,18 @@ from typing import NamedTuple
 
 import datasets
 
-from data.mixture import Member, Mixture, mix, parse_mixture
-from data.opening import as_stored, hub_errors_name, is_prepared, load_prepared, load_splits
+from data.mixture import HUB, Member, Mixture, mix, parse_mixture
+from data.opening import (
+    are_prepared_rows,
+    as_stored,
+    hub_address,
+    hub_errors_name,
+    is_prepared,
+    load_prepared,
+    load_splits,
+)
 from data.prepare import require_whole
-from data.streaming import StreamedRows, parquet_files
+from data.streaming import StreamedRows, column_names, parquet_files
 
 from .arguments import DataArguments
 
@@ -34,8 +42,8 @@ class Rows(NamedTuple):
 def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bool) -> Rows:
     """Rows to train on, to choose the checkpoint by, and of each test split, as far as they are asked for.
 
-    A data set is read once, and only if one of its splits is asked for. Of a streamed data set, the training split is
-    read later, row by row.
+    A data set is read once, and only if one of its splits is asked for; of a table, no other splits are read. Of a
+    streamed data set, the training split is read later, row by row.
 
     Raises:
         ValueError: a data set or split does not exist, is empty, or cannot be mixed or streamed.
@@ -45,26 +53,28 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
     first_set = members[0].name
     streamed = args.streaming and do_train
     files = _files_to_stream(members, args) if streamed else {}
+    tests_other_sets = any(":" in name for name in args.test_splits)
+    mixed = do_train and not streamed and (len(members) > 1 or members[0].weight != 1 or tests_other_sets)
+    wanted = _wanted_splits(args, members, do_train and not streamed, do_eval, do_predict or mixed)
+    if mixed:
+        wanted |= {member.name: None for member in members}  # images of all their other splits leave training
 
     @functools.cache
     def splits_of(name: str) -> datasets.DatasetDict:
         if not streamed or name != first_set:
-            return load_splits(name, args.data_root, args.images, args.shapes_config)
-        wanted = ([args.eval_split] if do_eval else []) + (args.test_splits if do_predict else [])
-        held = {split: paths for split, paths in files.items() if split in wanted}
+            return load_splits(name, args.data_root, args.images, args.shapes_config, wanted[name], args.columns)
+        held = {split: paths for split, paths in files.items() if split in wanted[name]}
         return as_stored(name, load_prepared(name, held) if held else datasets.DatasetDict())
 
     train = evaluation = None
-    if do_train:
-        tests_other_sets = any(":" in name for name in args.test_splits)
-        if streamed:
-            train = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
-            if tests_other_sets:
-                logger.warning("Streamed rows stay in training even if their images are in a split that is tested on.")
-        elif len(members) == 1 and members[0].weight == 1 and not tests_other_sets:
-            train = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
-        else:
-            train = _mix(members, splits_of, args)
+    if streamed:
+        train = StreamedRows(files[members[0].split], args.shuffle_buffer_size)
+        if tests_other_sets:
+            logger.warning("Streamed rows stay in training even if their images are in a split that is tested on.")
+    elif mixed:
+        train = _mix(members, splits_of, args)
+    elif do_train:
+        train = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
     if do_eval:
         evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples)
         if args.eval_first_phrase_only:
@@ -74,6 +84,19 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
         dataset, split = dataset_and_split(name, first_set)
         tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples)
     return Rows(members, train, evaluation, tests)
+
+
+def _wanted_splits(
+    args: DataArguments, members: list[Member], trains: bool, evaluates: bool, tests: bool
+) -> dict[str, list[str] | None]:
+    """For each data set that is read, the splits that are trained on, evaluated and tested on."""
+    wanted = [(member.name, member.split) for member in members] if trains else []
+    wanted += [(members[0].name, args.eval_split)] if evaluates else []
+    wanted += [dataset_and_split(name, members[0].name) for name in args.test_splits] if tests else []
+    splits = {}
+    for dataset, split in wanted:
+        splits.setdefault(dataset, []).append(split)
+    return splits
 
 
 def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict], args: DataArguments) -> Mixture:
@@ -95,16 +118,22 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
     if len(members) > 1:
         raise ValueError(f"streaming takes one data set, not the mixture {args.dataset!r}.")
     name, split = members[0].name, members[0].split
-    if not is_prepared(name, args.data_root):
+    of_hub = name.startswith(HUB)
+    if not (of_hub or is_prepared(name, args.data_root)):
         raise ValueError(
             f"{name!r} cannot be streamed: give a folder or Hub id that `python -m data.prepare` has made."
         )
     if Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
-        files = parquet_files(name)
+        files = parquet_files(hub_address(name) if of_hub else name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
+    if of_hub and not are_prepared_rows(column_names(files[split][0])):
+        raise ValueError(
+            f"{name!r} cannot be streamed, because it is a table: prepare it by `python -m data.prepare table "
+            f"{name.removeprefix(HUB)} --output …`, and give that folder."
+        )
     return files
 
 
@@ -128,6 +157,8 @@ def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | Non
 
 
 def dataset_and_split(name: str, default: str) -> tuple[str, str]:
-    """A test split's data set, such as 'refcoco+/unc', and its own name."""
+    """A test split's data set, such as 'refcoco+/unc' or 'hub:someone/mine', and its own name."""
     dataset, _, split = name.rpartition(":")
-    return dataset.replace(":", "/") or default, split
+    if not dataset.startswith(HUB):
+        dataset = dataset.replace(":", "/")
+    return dataset or default, split
