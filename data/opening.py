@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from configuration_detris import one_line, raise_if_out_of_memory
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
 
 from .mixture import HUB
 from .prepare import SUMMARY, require_whole
@@ -226,3 +226,23 @@ def as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
         require_rows(where, rows)
         stored[split] = rows
     return stored
+
+
+def as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
+    """The names of a table's columns by what they hold: `image=photo …` in a list, or a mapping in a file.
+
+    Raises:
+        ValueError: it is neither, or says twice which column something is.
+    """
+    pairs = [str(part).partition("=")[::2] for part in value] if isinstance(value, list) else []
+    columns = dict(pairs) if isinstance(value, list) else {} if value is None else value
+    if not isinstance(columns, dict) or not all(
+        isinstance(text, str) and text for text in [*columns, *columns.values()]
+    ):
+        raise ValueError(
+            f"columns is {short_repr(value)}: give what each column holds and its name, such as 'image=photo "
+            "mask=polygon text=caption'."
+        )
+    if len(columns) < len(pairs):
+        raise ValueError(f"columns is {short_repr(value)}: name one column for each thing.")
+    return columns

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.decoding import read_whole_mask
 from data.masks import RleMask
-from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample, shrink_mask
+from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample, fit_mask
 from pages import (
     COLORS,
     MAX_LINES,
@@ -140,7 +140,7 @@ def _thumbnail(sample: Sample) -> Image.Image:
     """A small picture of a sample, without the caption, which the page writes as text."""
     image = sample.image.convert("RGB")
     image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
-    truth, prediction = shrink_mask(sample.truth, image.size), shrink_mask(sample.prediction, image.size)
+    truth, prediction = fit_mask(sample.truth, image.size), fit_mask(sample.prediction, image.size)
     sheet = draw_sample(sample._replace(image=image, truth=truth, prediction=prediction))
     scale = SAMPLE_SIDE / max(image.size)
     return sheet.crop((0, 0, *(max(1, round(side * scale)) for side in image.size)))
