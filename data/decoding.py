@@ -105,7 +105,7 @@ def _image_errors(name: str, content: bytes) -> Iterator[None]:
 
 
 def _require_size_of_mask(row: dict, name: str, size: tuple[int, int]) -> None:
-    """Refuse an image whose upright `size` (height, width) is not its mask's, with an OSError that begins with `name`."""
+    """Refuse an image whose upright `size` (height, width) is not its mask's with an OSError that names it."""
     with _row_errors_begin_with_id(row):
         found = row["mask"].shape if isinstance(row["mask"], np.ndarray) else mask_size(row["mask"])
     if size != found:

@@ -100,7 +100,7 @@ def survey(split: str, rows: datasets.Dataset, seed: int = 0) -> Survey:
 
 
 def _mean_mask(rows: Sequence[dict], seed: int) -> tuple[np.ndarray, int]:
-    """The mean (GRID, GRID) of masks that are not empty, and of how many. Of many, as many are drawn as soon decode."""
+    """The mean (GRID, GRID) of masks that are not empty, and of how many: all of them, or so many drawn at random."""
     total, masks, pixels = np.zeros((GRID, GRID)), 0, 0
     for index in np.random.default_rng(seed).permutation(len(rows))[:MAX_MASKS].tolist():
         mask = read_whole_mask(rows[index])

@@ -259,7 +259,7 @@ LONG_CLASS = "class Long:\n" + "    x = 0\n" * MAX_CLASS_LINES
             {"gallery.py": "import model_card", "model_card.py": "def late():\n    from gallery import overlay"},
             [
                 "gallery -> model_card -> gallery is a cycle of imports",
-                "model_card.py imports gallery.py, which stands below it",
+                "gallery.py imports model_card.py, which stands below it",
             ],
             id="cycle",
         ),
