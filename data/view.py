@@ -24,12 +24,26 @@ from typing import NamedTuple
 
 import datasets
 import matplotlib
-from matplotlib.colors import to_hex
+import numpy as np
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from configuration_detris import one_line
-from gallery import FAINT, INK, MARGIN, MAX_CAPTION, PALETTE, POOR, SAMPLE_SIDE, Card, draw_cards, draw_masks, fit_mask
+from gallery import (
+    FAINT,
+    INK,
+    MARGIN,
+    MAX_CAPTION,
+    PALETTE,
+    POOR,
+    SAMPLE_SIDE,
+    TRUTH_COLOR,
+    Card,
+    draw_cards,
+    draw_masks,
+    fit_mask,
+)
 from pages import Plot, render, small_jpeg, write_whole
 
 from .decoding import read_phrases, read_thumbnail, read_whole_mask
@@ -44,15 +58,16 @@ COUNT, MAX_COUNT = 24, 200  # rows
 MAX_PHRASES_SHOWN = 30  # of a row
 MAX_NAME = 80  # characters of a category, of a file's name, and of the set's name in the output's
 MAX_LISTED = 20  # rows that cannot be read, on the screen
-MASK_COLOR, BOX_COLOR, NO_PICTURE = PALETTE[0], PALETTE[2], (225, 225, 230)
+MASK_COLOR, BOX_COLOR, NO_PICTURE = TRUTH_COLOR, PALETTE[2], (225, 225, 230)
 COLUMNS = 4  # of a sheet
-HOW_TO_READ = "The mask is tinted and outlined in pink. The thin yellow line is the box of the annotation."
+HOW_TO_READ = "The mask is tinted and outlined in green. The thin yellow line is the box of the annotation."
 
 
 class ShownRow(NamedTuple):
     """A row to look at. What strangers wrote in it is short and has no control characters."""
 
     phrases: list[str]
+    left_out: int  # phrases that are not among these
     about: str  # where it is from
     picture: Image.Image | None
     alt: str  # what the picture shows
@@ -162,7 +177,7 @@ def require_ours(path: Path) -> None:
             start = file.read(1000)
     if MAKER.encode() not in start:
         raise FileExistsError(
-            f"{path} exists and was not made by data.view: name another --output, or --overwrite it."
+            f"{path} exists and was not made by data.view: name another --output, or replace it by --overwrite."
         )
 
 
@@ -188,7 +203,8 @@ def write_view(
         figures=[(split.split, split.figures) for split in surveys],
         heads=list(dict.fromkeys(name for split in surveys for name in split.figures)),
         sections={
-            kind: [(row, row.picture and small_jpeg(row.picture)) for row in sections[kind]] for kind in sections
+            kind: [(row, small_jpeg(row.picture) if row.picture else "") for row in rows]
+            for kind, rows in sections.items()
         },
         plots=plots,
         splits=len(surveys),
@@ -223,6 +239,8 @@ def draw_sheet(
 
 def _card(row: ShownRow) -> Card:
     texts = [(f"“{phrase}”", INK) for phrase in row.phrases]
+    if row.left_out:
+        texts.append((f"and {row.left_out:,} more", FAINT))
     if row.reason:
         texts.append((row.reason, POOR))
     picture = row.picture or Image.new("RGB", (SAMPLE_SIDE, SAMPLE_SIDE // 4), NO_PICTURE)
@@ -233,8 +251,10 @@ def _plot_card(plot: Plot, width: int) -> Card:
     file = io.BytesIO()
     plot.figure.savefig(file, format="png", dpi=width / plot.figure.get_figwidth())
     picture = Image.open(file).convert("RGB")
-    splits = ", ".join(f"{name}" for _, name in plot.splits) if len(plot.splits) > 1 else ""
-    return Card(picture, [(plot.title, INK), (plot.alt, FAINT)] + ([(splits, FAINT)] if splits else []))
+    texts = [(plot.title, INK)]
+    if len(plot.splits) > 1:
+        texts += [(split, tuple(round(255 * channel) for channel in to_rgb(color))) for color, split in plot.splits]
+    return Card(picture, [*texts, (plot.alt.removeprefix(f"{plot.title}: "), FAINT)])
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -242,9 +262,8 @@ def _plot_card(plot: Plot, width: int) -> Card:
 
 def show_row(split: str, row: dict) -> ShownRow:
     """A row as it is shown. If it cannot be read, that is the reason why it has no picture."""
-    phrases = [one_line(phrase, MAX_CAPTION) for phrase in row["sentences"] or []]
-    left_out = phrases[MAX_PHRASES_SHOWN:]
-    phrases = phrases[:MAX_PHRASES_SHOWN] + ([f"and {len(left_out):,} more"] if left_out else [])
+    phrases = [one_line(phrase, MAX_CAPTION) for phrase in (row["sentences"] or [])[:MAX_PHRASES_SHOWN]]
+    left_out = len(row["sentences"] or []) - len(phrases)
     about = [split, f"ref_id {row['ref_id']}", one_line(row["category"] or "", MAX_NAME)]
     file_name = one_line(os.path.basename((row["image"] or {}).get("path") or ""), MAX_NAME)
     try:
@@ -253,14 +272,16 @@ def show_row(split: str, row: dict) -> ShownRow:
         picture = draw_row(image, mask, row["bbox"])
     except (OSError, ValueError) as error:
         text = " · ".join(part for part in [*about, file_name] if part)
-        return ShownRow(phrases, text, None, "", one_line(error))
-    share = f"{100 * mask.mean():.2g} % of the image" if mask.any() else "names nothing"
+        return ShownRow(phrases, left_out, text, None, "", one_line(error))
+    percent = 100 * mask.mean()
+    share = f"{percent:.1f} %" if percent >= 0.1 else "under 0.1 %"
+    share = f"{share} of the image" if mask.any() else "names nothing"
     text = " · ".join(part for part in [*about, share, file_name] if part)
     what = f"the mask of “{phrases[0]}” is outlined: {share}" if mask.any() else f"“{phrases[0]}” names nothing"
-    return ShownRow(phrases, text, picture, f"The image, in which {what}", "")
+    return ShownRow(phrases, left_out, text, picture, f"The image, in which {what}", "")
 
 
-def draw_row(image: Image.Image, mask, bbox: list[float] | None) -> Image.Image:
+def draw_row(image: Image.Image, mask: np.ndarray, bbox: list[float] | None) -> Image.Image:
     """Draw the mask (H, W) and the box of the annotation over an image, whose longer side becomes `SAMPLE_SIDE`.
 
     Args:
@@ -278,8 +299,8 @@ def draw_row(image: Image.Image, mask, bbox: list[float] | None) -> Image.Image:
             min(max(corner, -1), side) for corner, side in zip((left, top, left + width, top + height), size * 2)
         ]
         draw = ImageDraw.Draw(picture)
-        for color, thickness in (((0, 0, 0), 3), (BOX_COLOR, 1)):
-            draw.rectangle(corners, outline=color, width=thickness)
+        draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=(0, 0, 0))
+        draw.rectangle(corners, outline=BOX_COLOR)
     return picture
 
 
