@@ -117,7 +117,7 @@ def _mean_mask(rows: Sequence[dict], seed: int) -> tuple[np.ndarray, int]:
 
 
 def choose_rows(surveys: Sequence[Survey], count: int, seed: int = 0) -> dict[str, list[tuple[int, int]]]:
-    """Choose rows to look at: special ones, up to a half, and others at random, as many of each split.
+    """Choose rows to look at: special ones, up to a half, and others at random, in turn from each split.
 
     Args:
         surveys: the splits.
@@ -138,7 +138,7 @@ def choose_rows(surveys: Sequence[Survey], count: int, seed: int = 0) -> dict[st
         "Longest phrases": np.argsort(-np.concatenate([split.longest for split in surveys]), kind="stable").tolist(),
     }
     chosen, taken = {kind: [] for kind in special}, set()
-    for place in range(count // 2):
+    for place in range(min(count, len(rows)) // 2):
         kind = list(special)[place % len(special)]
         for index in (index for index in special[kind] if index not in taken):
             taken.add(index)
