@@ -60,6 +60,7 @@ MODULES = {
     "export_onnx.py": "export_onnx",
     "data.check": "data.check",
     "data.prepare": "data.prepare",
+    "data.view": "data.view",
     "benchmarks.data": "benchmarks.data",
     "benchmarks.model": "benchmarks.model",
     "benchmarks.two_processes": "benchmarks.two_processes",
@@ -343,6 +344,7 @@ def known_options() -> set[str]:
         ("convert_detris_checkpoint.py", ["source"]),
         ("data.check", ["root"]),
         ("data.prepare", ["folder", "path", "--output", "out"]),
+        ("data.view", ["shapes"]),
         ("benchmarks.model", ["--output", "out"]),
     ):
         helps.append(parse_and_stop(importlib.import_module(MODULES[program]).main, program, arguments))

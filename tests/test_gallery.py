@@ -205,7 +205,7 @@ def test_a_card_has_its_texts_in_their_colors_but_no_end_of_lines():
     assert sheet.height < long.height < sheet.height + 1_200
 
 
-@pytest.mark.parametrize("size", [(9, 5), (30, 60), (1, 1)])
+@pytest.mark.parametrize("size", [(9, 5), (30, 60), (180, 20)])
 def test_a_single_pixel_of_a_mask_stays_where_it_is(size):
     mask = np.zeros((40, 90))
     mask[31, 20] = 1
