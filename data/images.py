@@ -34,11 +34,11 @@ EXIF_SIDEWAYS = (5, 6, 7, 8)  # orientations for which width and height change p
 MIN_WRAPPED = 240  # CRIS adds overlapping polygons up in 8 bits, where 255 twice is 254 and three times 253
 
 
-def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = "") -> None:
+def check_image(image: str | os.PathLike | bytes, size: tuple[int, int], layout: str = "") -> None:
     """Make sure that an image file is whole and as large as its record says.
 
     Args:
-        path: the image file's path.
+        image: the image file's path, or all bytes of the file.
         size: (height, width) in pixels.
         layout: a clause on where such files belong, for the error about a missing one.
 
@@ -47,21 +47,21 @@ def check_image(path: str | os.PathLike, size: tuple[int, int], layout: str = ""
         OSError: it is cut short, or no image at all.
         ValueError: it has another size, or pixels of 32 bits.
     """
-    found, turned = _upright_size(path, layout, whole=True)
+    found, turned = _upright_size(image, layout, whole=True)
     if found != size:
         upright = " when upright, as its EXIF orientation says" if turned else ""
         remedy = "annotate the upright image" if turned else "take the image that was annotated, or correct the record"
         raise ValueError(
-            f"image {path} is {found[0]} x {found[1]} pixels (height x width){upright}, but its record says "
-            f"{size[0]} x {size[1]}: {remedy}."
+            f"{_called('image', image)} is {found[0]} x {found[1]} pixels (height x width){upright}, but its record "
+            f"says {size[0]} x {size[1]}: {remedy}."
         )
 
 
-def image_size(path: str | os.PathLike, layout: str = "") -> tuple[int, int]:
+def image_size(image: str | os.PathLike | bytes, layout: str = "") -> tuple[int, int]:
     """Read the (height, width) of an image from its header, as it is when `datasets.Image` has turned it upright.
 
     Args:
-        path: the image file's path.
+        image: the image file's path, or all bytes of the file.
         layout: a clause on where such files belong, for the error about a missing one.
 
     Raises:
@@ -69,16 +69,16 @@ def image_size(path: str | os.PathLike, layout: str = "") -> tuple[int, int]:
         OSError: it is no image.
         ValueError: its pixels have 32 bits.
     """
-    return _upright_size(path, layout, whole=False)[0]
+    return _upright_size(image, layout, whole=False)[0]
 
 
-def _upright_size(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tuple[int, int], bool]:
+def _upright_size(source: str | os.PathLike | bytes, layout: str, whole: bool) -> tuple[tuple[int, int], bool]:
     """The (height, width) of the upright image, and whether that swaps the sides of the file's image.
 
     Args:
         whole: whether to make sure that the file does not end early.
     """
-    with opened_image(path, "image", layout, IMAGE_FORMATS) as (file, image):
+    with opened_image(source, "image", layout, IMAGE_FORMATS) as (file, image):
         size, mode = image.size[::-1], image.mode
         turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in EXIF_SIDEWAYS
         if turned and image.format != "TIFF":  # Pillow has swapped the sides of a TIFF already
@@ -88,18 +88,23 @@ def _upright_size(path: str | os.PathLike, layout: str, whole: bool) -> tuple[tu
             if not file.read().endswith((END_OF_JPEG, END_OF_PNG)):
                 image.load()  # it is likely cut short: decoding tells for sure, at 20 times the cost
     if mode in ("I", "F"):
-        raise ValueError(f"image {path} has pixels of 32 bits (mode {mode}); write 8 bits a channel.")
+        raise ValueError(f"{_called('image', source)} has pixels of 32 bits (mode {mode}); write 8 bits a channel.")
     return size, turned
+
+
+def _called(what: str, source: str | os.PathLike | bytes) -> str:
+    """What errors call an image or mask."""
+    return f"the embedded {what}" if isinstance(source, bytes) else f"{what} {source}"
 
 
 @contextmanager
 def opened_image(
-    path: str | os.PathLike, what: str, layout: str, formats: Sequence[str]
+    source: str | os.PathLike | bytes, what: str, layout: str, formats: Sequence[str]
 ) -> Iterator[tuple[BinaryIO, PIL.Image.Image]]:
     """Open a stranger's image file: the file, and the image of which Pillow has read the header.
 
     Args:
-        path: the image file's path.
+        source: the image file's path, or all bytes of the file.
         what: what to call it in errors.
         layout: a clause on where such files belong, for the error about a missing one.
         formats: those that it may have.
@@ -108,17 +113,24 @@ def opened_image(
         FileNotFoundError: there is no such file.
         OSError: it has none of the formats, or is broken where it is read inside the `with` block.
     """
+    called = _called(what, source)
+    with _opened(source, called, layout) as file, _identified_image(file, called, formats) as image:
+        yield file, image
+
+
+def _opened(source: str | os.PathLike | bytes, called: str, layout: str) -> BinaryIO:
+    """The file of this path or of these bytes, opened to read; errors as in `opened_image`."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     try:
-        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe would wait for ever
+        if not os.path.isfile(source) and os.path.exists(source):  # reading a pipe would wait for ever
             raise OSError("it is no regular file")
-        file = open(path, "rb")
+        return open(source, "rb")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{what} {path} does not exist" + (f"; {layout}." if layout else ".")) from None
+        raise FileNotFoundError(f"{called} does not exist" + (f"; {layout}." if layout else ".")) from None
     except Exception as error:
         raise_if_out_of_memory(error)
-        raise OSError(f"{what} {path} cannot be read ({one_line(error)}); copy or download it again.") from error
-    with file, _identified_image(file, f"{what} {path}", formats) as image:
-        yield file, image
+        raise OSError(f"{called} cannot be read ({one_line(error)}); copy or download it again.") from error
 
 
 @contextmanager
@@ -180,11 +192,13 @@ def image_format(file: BinaryIO) -> str:
         return ""
 
 
-def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, wrapped: bool = False) -> dict:
+def read_png_mask(
+    source: str | os.PathLike | bytes, size: tuple[int, int], layout: str, wrapped: bool = False
+) -> dict:
     """Read a mask from a PNG of one channel, which is 0 outside the object and either 1 or 255 inside.
 
     Args:
-        path: the image file's path.
+        source: the image file's path, or all bytes of the file.
         size: (height, width) that it must have, in pixels.
         layout: a clause on where such files belong, for the error about a missing one.
         wrapped: whether CRIS wrote it, whose pixels are a little under 255 where polygons overlap.
@@ -197,20 +211,21 @@ def read_png_mask(path: str | os.PathLike, size: tuple[int, int], layout: str, w
         OSError: it is no PNG, or cut short.
         ValueError: it has another size, several channels, or other values.
     """
-    with opened_image(path, "mask", layout, ("PNG",)) as (_, image):
+    called = _called("mask", source)
+    with opened_image(source, "mask", layout, ("PNG",)) as (_, image):
         found, mode = image.size[::-1], image.mode
         one_channel = mode in ("1", "L", "P")
         pixels = np.asarray(image, dtype=np.uint8) if one_channel and found == size else None  # (H, W)
     if found != size:
         raise ValueError(
-            f"mask {path} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
+            f"{called} is {found[0]} x {found[1]} pixels (height x width), but its image is {size[0]} x {size[1]}."
         )
     if not one_channel:
-        raise ValueError(f"mask {path} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
+        raise ValueError(f"{called} has the mode {mode}; write one channel of 8 bits, 0 outside and 255 inside.")
     values = set(np.flatnonzero(np.bincount(pixels.ravel())).tolist()) - {0}
     if not (values <= {1} or values <= {255} or (wrapped and min(values) >= MIN_WRAPPED)):
         raise ValueError(
-            f"mask {path} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
+            f"{called} holds the values {short_repr(sorted(values))}; write 0 outside the object and either 1 or "
             "255 inside."
         )
     return RleMask().encode_example(pixels)

@@ -187,7 +187,7 @@ def union_of_parts(segmentation: list | dict, size: tuple[int, int], name: str) 
             continue
         try:
             corners = np.asarray(part, dtype=np.float64)
-        except (ValueError, TypeError):  # refused below
+        except (ValueError, TypeError, OverflowError):  # refused below
             corners = np.empty(0)
         # COCO's corners lie a little outside at times: as far as the image is long is allowed. pycocotools would take
         # two corners for a box.

@@ -16,12 +16,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
-HUB = "hub:"  # before the id of a data set of the Hub
+from .records import PUBLISHED_BY_COCO
+from .tables import HUB
+
 SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus
-MEMBER = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>(?:hub:)?[^*]+?)(?::(?P<split>\w+))?")
-# Exactly twelve digits, where `sources.py` takes fewer: other images may have names of six. In all of COCO's releases
-# an image has the same number.
-PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
+MEMBER = re.compile(rf"(?:(?P<weight>\d*\.?\d+)\*)?(?P<name>(?:{HUB})?[^*]+?)(?::(?P<split>\w+))?")
 COCO_NUMBER = "COCO"  # the kind of key that such a number is
 # RefCOCOg's two divisions are of the same images, and google's has images that are both in train and in val.
 INCOMPATIBLE = {"refcocog/google", "refcocog/umd"}

@@ -3,6 +3,7 @@
 Images and masks stay as they are stored. `decoding.py` decodes them, and names the row that is broken.
 """
 
+import glob
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,19 +11,21 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
 
-from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+from configuration_detris import one_line, raise_if_out_of_memory
 
-from .mixture import HUB
 from .prepare import SUMMARY, require_whole
 from .records import FEATURES, STORED_FEATURES, lmdb_hint, load_records, require_columns, require_rows
 from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
-from .streaming import StreamedRows, column_names, files_of_splits, parquet_files
-from .untrusted import require_regular_files
+from .streaming import StreamedRows, parquet_files
+from .tables import HUB, find_files
+from .untrusted import file_inside, require_regular_files
 
-HUB_NAME = re.compile(rf"{HUB}(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<split>\w+))?")
+OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 
 
@@ -59,19 +62,21 @@ def load_splits(
         ValueError: there is no such data set or split, or its columns are not those of `FEATURES` or a table.
         OSError: a file is missing or broken, or the Hub has no such data set or is out of reach.
     """
-    path, options = Path(name), {"images": images, "columns": columns or None, "splits": splits}
+    if of_hub := OF_HUB.fullmatch(name):
+        name, splits = of_hub["name"], [of_hub["split"]] if of_hub["split"] else splits
+    path, of_table = Path(name), {"images": images, "columns": columns or None, "splits": splits}
     if name == "shapes":
         found = load_shapes(**(shapes_config or {}))
     elif name.startswith(HUB):
-        found = _load_hub(name, **options)
+        found = _load_tables(name, **of_table)
     elif is_prepared(name, data_root):
         found = load_prepared(name)
     elif path.is_dir() and metadata_files(path):
         found = load_records(open_records("folder", name))
     elif any(path.joinpath(file).exists() for file in SAVED_BY_DATASETS):
-        found = _load_saved(name, **options)
-    elif holds_parquet(path):
-        found = load_records(open_records("table", name, **options))
+        found = _load_saved(name, **of_table)
+    elif holds_tables(path):
+        found = _load_tables(name, **of_table)
     elif path.is_dir():
         raise ValueError(
             f"The folder {name} has no metadata.jsonl and no Parquet file, and was made neither by data.prepare nor "
@@ -88,53 +93,44 @@ def load_splits(
     return as_stored(name, found)
 
 
-def _load_hub(
+def _load_tables(
     name: str, images: str | None, columns: dict[str, str] | None, splits: Collection[str] | None
 ) -> datasets.DatasetDict:
-    """The wanted splits of a set of the Hub: rows that data.prepare has pushed, or a table.
+    """The wanted splits of Parquet files, here or on the Hub, whose rows are prepared ones or those of a table.
 
-    Args:
-        name: `hub:<id>` or `hub:<id>:<split>`.
-        images, columns, splits: as in `load_splits`.
+    Args: as in `load_splits`.
     """
-    repository, split = _repository_and_split(name)
-    splits = [split] if split else splits
-    with hub_errors_name(name):
-        builder = datasets.load_dataset_builder(hub_address(name))
-        files = files_of_splits(builder)
-        if unknown := set(splits or []) - set(there := files or builder.info.splits or {}):
-            raise ValueError(f"{name} has no split {min(unknown)!r}: it has {', '.join(there)}.")
-        wanted = {split: files[split] for split in splits} if splits and files else files
-        if columns is None and is_prepared_set(builder, wanted):
-            return load_prepared(name, wanted)
-        return load_records(open_records("table", repository, images=images, columns=columns, splits=splits))
+    if not name.startswith(HUB):
+        require_regular_files(name)
+    _, root, files = find_files(name, splits=splits)
+    if columns is not None or not all(_holds_prepared_rows(members[0]) for members in files.values()):
+        return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
+    inside = {
+        split: [file_inside(root, str(file.relative_to(root))) for file in members] for split, members in files.items()
+    }
+    found = load_prepared(name, inside)
+    for split, rows in found.items():
+        images_of_rows = rows.select_columns("image").with_format("arrow")[:]["image"]
+        if pa.compute.struct_field(images_of_rows, "bytes").null_count:  # strangers must not say which files are read
+            raise ValueError(
+                f"Split {split!r} of {name} has images of which it holds only the paths, and these are not opened: "
+                "prepare the data set with --embed_images."
+            )
+    return found
 
 
-def holds_parquet(path: Path) -> bool:
-    """Whether this is a Parquet file, or a folder with some, or with some in its folder `data`."""
-    if path.is_dir():
-        return any(any(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet"))
-    return path.is_file() and path.suffix == ".parquet"
+def _holds_prepared_rows(file: Path) -> bool:
+    """Whether a Parquet file has the columns of prepared rows; if it is broken, whoever reads it says so."""
+    try:
+        return are_prepared_rows(pq.read_schema(file).names)
+    except Exception as error:  # Arrow's extension types run code of many libraries
+        raise_if_out_of_memory(error)
+        return False
 
 
-def _repository_and_split(name: str) -> tuple[str, str | None]:
-    """The id and the split, if it names one, in a name such as `hub:someone/mine:val`; ValueError if it is none."""
-    match = HUB_NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name!r} names no data set of the Hub: give 'hub:<owner>/<name>'.")
-    return match["repository"], match["split"]
-
-
-def hub_address(name: str) -> str:
-    """Where `datasets` finds a set of the Hub, whatever folders are called like it; ValueError if the name is none."""
-    return f"hf://datasets/{_repository_and_split(name)[0]}"
-
-
-def is_prepared_set(builder: datasets.DatasetBuilder, files: dict[str, list[str]]) -> bool:
-    """Whether a set of the Hub has the columns of prepared rows, as its card or else its first Parquet file says."""
-    if builder.info.features is None and builder.name == "parquet":
-        return are_prepared_rows(column_names(next(iter(files.values()))[0]))
-    return are_prepared_rows(builder.info.features or ())
+def holds_tables(path: Path) -> bool:
+    """Whether this is a Parquet file, or a folder that has some."""
+    return any(path.rglob("*.parquet")) if path.is_dir() else path.is_file()
 
 
 def are_prepared_rows(columns: Collection[str]) -> bool:
@@ -179,15 +175,17 @@ def is_prepared(name: str, data_root: str | None) -> bool:
 
 def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
     """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
-    source = hub_address(name) if name.startswith(HUB) else name
-    if Path(name).is_dir():
+    if files is None and Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
         try:
-            return datasets.load_dataset(source) if not files else datasets.load_dataset("parquet", data_files=files)
+            if files is None:
+                return datasets.load_dataset(name)
+            patterns = {split: list(map(glob.escape, paths)) for split, paths in files.items()}
+            return datasets.load_dataset("parquet", data_files=patterns)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
             raise_if_out_of_memory(error)
-            for split, paths in (files or parquet_files(source)).items():
+            for split, paths in (files or parquet_files(name)).items():
                 if not len(StreamedRows(paths)):  # opening them names a broken file, which `datasets` does not
                     raise ValueError(f"Split {split!r} of {name} has no rows: prepare the data set anew.") from error
             raise OSError(
@@ -201,10 +199,6 @@ def hub_errors_name(name: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        if name.startswith(HUB):
-            raise OSError(
-                f"{name!r} is not to be had from the Hub ({one_line(error)}): check name and network."
-            ) from error
         raise OSError(f"{name!r} is no folder here, nor to be had from the Hub ({error}): check its name.") from error
 
 
@@ -226,23 +220,3 @@ def as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:
         require_rows(where, rows)
         stored[split] = rows
     return stored
-
-
-def as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
-    """The names of a table's columns by what they hold: `image=photo …` in a list, or a mapping in a file.
-
-    Raises:
-        ValueError: it is neither, or says twice which column something is.
-    """
-    pairs = [str(part).partition("=")[::2] for part in value] if isinstance(value, list) else []
-    columns = dict(pairs) if isinstance(value, list) else {} if value is None else value
-    if not isinstance(columns, dict) or not all(
-        isinstance(text, str) and text for text in [*columns, *columns.values()]
-    ):
-        raise ValueError(
-            f"columns is {short_repr(value)}: give what each column holds and its name, such as 'image=photo "
-            "mask=polygon text=caption'."
-        )
-    if len(columns) < len(pairs):
-        raise ValueError(f"columns is {short_repr(value)}: name one column for each thing.")
-    return columns

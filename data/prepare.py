@@ -2,6 +2,7 @@
 
     python -m data.prepare refer path/to/refer --name refcoco/unc --output prepared/refcoco
     python -m data.prepare folder path/to/mine --output prepared/mine --push_to_hub someone/mine
+    python -m data.prepare table hub:someone/table --splits val --output prepared/table
 
 The output folder appears when it is whole. It holds `<split>-*.parquet`, a `README.md` that tells `datasets` and the
 Hub the splits, `summary.json`, and `problems.jsonl`, a line for each record that was left out, with the reason. Until
@@ -16,6 +17,7 @@ import multiprocessing.connection
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,10 +39,12 @@ from configuration_detris import one_line, raise_if_out_of_memory
 from .check import PUBLISHED
 from .records import FEATURES, STORED_FEATURES, Records, require_records, skipped_notice
 from .sources import KINDS, open_records
+from .tables import parse_columns
 from .untrusted import load_json, require_regular_files
 
 RECORDS_PER_CHUNK = 1000  # after an interruption, each process reads at most so many records again
 ROWS_PER_FILE, ROWS_PER_FILE_OF_IMAGES = 5000, 1000  # all rows of a file are in memory at once
+IMAGES_AT_ONCE = 100  # embedded ones in memory
 RESERVED_SPLIT = "all"  # `datasets` calls all splits together so
 SUMMARY, PROBLEMS = "summary.json", "problems.jsonl"
 # In the folder of work: the file that names the job, the files of what was read, the folder that becomes the output.
@@ -182,7 +186,8 @@ def _read_chunk(work: Path, start: int, strict: bool) -> int:
             if split == RESERVED_SPLIT:
                 raise ValueError(f"{records.refs}, ref_id {row['ref_id']}: `datasets` allows no split named {split}.")
             records.check(row)
-            rows.append(row | {"image": {"path": row["image"], "bytes": None}, "split": split, "record": index})
+            path = row["image"]["path"] if isinstance(row["image"], dict) else row["image"]
+            rows.append(row | {"image": {"path": path, "bytes": None}, "split": split, "record": index})
         except Exception as error:
             raise_if_out_of_memory(error)
             if not isinstance(error, OSError | ValueError):  # a stranger's file can raise what no reader foresees
@@ -208,9 +213,9 @@ def _assemble(records: Records, work: Path, strict: bool, embed_images: bool) ->
     whole.mkdir()
     figures, files, digest = {}, [], hashlib.sha256()
     for split in dict.fromkeys(table["split"].to_pylist()):
-        rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split", "record"])
-        figures[split] = split_figures(rows)
-        for path in _write_split(whole, split, rows, embed_images):
+        rows = table.filter(pa.compute.equal(table["split"], split)).drop_columns(["split"])
+        figures[split] = split_figures(rows, records.embedded)
+        for path in _write_split(whole, split, rows, embed_images, records):
             files.append(path.name)
             digest.update(path.name.encode())
             with open(path, "rb") as file:
@@ -234,7 +239,7 @@ def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[d
     chunks = [_chunk_files(work, start) for start in range(0, len(records), RECORDS_PER_CHUNK)]
     problems = [json.loads(line) for _, path in chunks for line in path.read_text(encoding="utf-8").splitlines()]
     table = pa.concat_tables([pq.read_table(rows) for rows, _ in chunks])
-    repeated = pa.array(table["ref_id"].to_pandas().duplicated(), pa.bool_())
+    repeated = pa.array(table.select(records.unique_ref_ids).to_pandas().duplicated(), pa.bool_())
     for row in table.filter(repeated).select(["ref_id", "record"]).to_pylist():
         reason = f"{records.refs}: ref_id {row['ref_id']} stands at an earlier record too; give each its own."
         if strict:
@@ -249,17 +254,47 @@ def _merge(records: Records, work: Path, strict: bool) -> tuple[pa.Table, list[d
     return table, problems
 
 
-def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool) -> Iterator[Path]:
-    """Write the rows of a split; yield each file when it is written."""
-    rows = datasets.Dataset(table.cast(STORED_FEATURES.arrow_schema), datasets.DatasetInfo(features=FEATURES))
+def _write_split(folder: Path, split: str, table: pa.Table, embed_images: bool, records: Records) -> Iterator[Path]:
+    """Write the rows of a split, which have the number of their `record`; yield each file when it is written."""
+    numbered = datasets.Features(FEATURES | {"record": datasets.Value("int64")})
+    stored = datasets.Features(STORED_FEATURES | {"record": datasets.Value("int64")})
+    rows = datasets.Dataset(table.cast(stored.arrow_schema), datasets.DatasetInfo(features=numbered))
+    embed_images |= records.embedded  # a table has no files that rows could name
     count = -(-len(rows) // (ROWS_PER_FILE_OF_IMAGES if embed_images else ROWS_PER_FILE))
     for part in tqdm(range(count), desc=f"writing {split}", unit="file"):
-        shard = rows.shard(count, part, contiguous=True)
-        if embed_images:
-            shard = shard.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
         path = folder / f"{split}-{part:05d}-of-{count:05d}.parquet"
-        shard.with_format(None).to_parquet(path)
+        shard = rows.shard(count, part, contiguous=True)
+        if records.embedded:
+            _write_pixels(shard, records, path)
+        else:
+            shard = shard.remove_columns("record")
+            if embed_images:
+                shard = shard.with_format("arrow").map(embed_table_storage, batched=True, batch_size=IMAGES_AT_ONCE)
+            shard.with_format(None).to_parquet(path)
         yield path
+
+
+def _write_pixels(rows: datasets.Dataset, records: Records, path: Path) -> None:
+    """Write a file of rows with the images that the annotation files hold. They pass through a file, not memory."""
+
+    def embed(batch: pa.Table) -> pa.Table:
+        images = [
+            {"path": image["path"], "bytes": records.pixels(number)}
+            for image, number in zip(batch["image"].to_pylist(), batch["record"].to_pylist())
+        ]
+        column = batch.column_names.index("image")
+        images = pa.array(images, datasets.Image.pa_type)
+        return embed_table_storage(batch.set_column(column, batch.schema.field("image"), images))
+
+    with tempfile.TemporaryDirectory(prefix=WHOLE_FOLDER, dir=path.parent.parent) as scratch:
+        rows.with_format("arrow").map(
+            embed,
+            batched=True,
+            batch_size=IMAGES_AT_ONCE,
+            writer_batch_size=IMAGES_AT_ONCE,
+            cache_file_name=os.path.join(scratch, "rows.arrow"),
+            new_fingerprint=path.stem,  # else `datasets` would hash the tables
+        ).with_format(None).remove_columns("record").to_parquet(path, batch_size=IMAGES_AT_ONCE)
 
 
 def _card(summary: dict) -> str:
@@ -298,16 +333,17 @@ def require_whole(folder: str | os.PathLike) -> None:
         )
 
 
-def split_figures(rows: pa.Table) -> dict[str, float]:
+def split_figures(rows: pa.Table, embedded: bool = False) -> dict[str, float]:
     """Figures of a split: numbers of objects, phrases, images and empty masks, words of a phrase, and the masks' mean
-    share of their images."""
+    share of their images. Images are told apart by their files, or, if they are embedded, by their image_id."""
     words = [len(sentence.split()) for sentences in rows["sentences"].to_pylist() for sentence in sentences]
     rles = rows["mask"].to_pylist()
+    images = pa.compute.struct_field(rows["image"], "path").to_pylist()
     areas = [coco_mask.area(rle) / (rle["size"][0] * rle["size"][1]) for rle in rles]
     return {
         "objects": len(rles),
         "phrases": len(words),
-        "images": len({image["path"] for image in rows["image"].to_pylist()}),
+        "images": len(set(rows["image_id"].to_pylist() if embedded else images)),
         "words_mean": sum(words) / len(words),
         "words_max": max(words),
         "mask_area_mean": float(sum(areas) / len(areas)),
@@ -333,19 +369,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Prepare the data set that the command line names, and print its summary."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS, help="the layout, as docs/data.md describes it")
-    parser.add_argument("path", help="folder that holds the data set, or a Hub id")
+    parser.add_argument("path", help="folder that holds the data set, or for tables also a Parquet file or a Hub id")
     parser.add_argument("--name", default="", help="which one of several in that folder, such as refcoco/unc")
     parser.add_argument("--images", help="folder of the image files, if it is not where the layout has it")
+    parser.add_argument("--splits", nargs="+", help="of a table with pixels, only these; others are not downloaded")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="KEY=COLUMN", help="of a table with pixels: image=… mask=… text=… and so on"
+    )
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that read")
     parser.add_argument("--strict", action="store_true", help="stop at the first broken record")
-    parser.add_argument("--embed_images", action="store_true", help="copy the images in, to move the set elsewhere")
+    parser.add_argument(
+        "--embed_images",
+        action="store_true",
+        help="copy the images in, to move the set elsewhere; tables with pixels always are",
+    )
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the rows, images included, to this data set")
     options = parser.parse_args(arguments)
     if options.num_proc < 1:
         parser.error(f"--num_proc is {options.num_proc}: give 1 or more.")
     try:
-        records = open_records(options.kind, options.path, options.name, options.images)
+        columns = None if options.columns is None else parse_columns(options.columns)
+        records = open_records(options.kind, options.path, options.name, options.images, columns, options.splits)
         summary = prepare(records, options.output, options.num_proc, options.strict, options.embed_images)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 NO_TARGET = -1  # the ann_id where phrases name nothing, as in gRefCOCO; here also where they name several objects
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of one phrase, and of all phrases of an object
 MAX_SPLIT = 200  # bytes of a split's name, which becomes a folder's
+# Exactly twelve digits: other images may have names of six. In all of COCO's releases an image has the same number.
+PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
 LMDB_FILES = ("*.lmdb", "data.mdb", "*/*.lmdb", "*/data.mdb", "lmdb/*/*.lmdb")  # in a data set's folder
 
 FEATURES = datasets.Features(
@@ -59,20 +61,26 @@ class Records:
             masks.
         without_phrases: how many objects of the annotation files are left out of the records, having no phrases.
         layout: a clause on where its files belong, for errors about missing ones.
+        embedded: whether the annotation files hold the images, too.
+        unique_ref_ids: the columns by which no two rows may be the same.
     """
 
     layout: str = ""
     without_phrases: int = 0
+    embedded: bool = False
+    unique_ref_ids: tuple[str, ...] = ("ref_id",)
 
-    def __init__(self, name: str, refs: Path, images: Path, annotation_files: Iterable[Path]) -> None:
+    def __init__(
+        self, name: str, refs: str | Path, images: Path, annotation_files: Iterable[Path], settings: tuple = ()
+    ) -> None:
         self.name, self.refs, self.images = name, refs, images
-        digest = hashlib.sha256(repr((type(self).__name__, name, os.fspath(images))).encode())
+        digest = hashlib.sha256(repr((type(self).__name__, name, os.fspath(images), *settings)).encode())
         for path in annotation_files:
             require_regular(path)
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = digest.hexdigest()
-        self._sound_images: set[tuple[str, tuple[int, int]]] = set()
+        self._sound_images: set[tuple[str | bytes, tuple[int, int]]] = set()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -81,13 +89,21 @@ class Records:
         """Read one record.
 
         Returns:
-            Its split, and a row with the columns of `FEATURES`. The image is an absolute path, and the mask a
-            compressed RLE whose `size` is the (height, width) that the image should have.
+            Its split, and a row with the columns of `FEATURES`. The image is an absolute path, or, where it is
+            embedded, its file's name or None as `path` and its `bytes`. The mask is a compressed RLE whose `size` is
+            the (height, width) that the image should have.
 
         Raises:
             OSError: a file that the record names is missing or unreadable.
             ValueError: the record is broken, or names a file outside the data set's folder.
         """
+        raise NotImplementedError
+
+    def pixels(self, index: int) -> bytes | None:
+        """The bytes of a record's image if the annotation files hold it, None if it has a file of its own."""
+
+    def split_of(self, index: int) -> str:
+        """The split of a record, for `embedded` ones, without reading all of it."""
         raise NotImplementedError
 
     def check(self, row: dict) -> None:
@@ -96,11 +112,14 @@ class Records:
         Raises:
             OSError, ValueError: as `check_image`, after the row's number.
         """
-        image = row["image"], tuple(row["mask"]["size"])
-        if image not in self._sound_images:
+        image, size = row["image"], tuple(row["mask"]["size"])
+        if isinstance(image, dict):
+            image = image["bytes"]
+        key = hashlib.sha256(image).digest() if isinstance(image, bytes) else image, size
+        if key not in self._sound_images:
             with record_errors_begin_with(f"{self.refs}, ref_id {row['ref_id']}", self.name):
-                check_image(*image, self.layout)
-            self._sound_images.add(image)
+                check_image(image, size, self.layout)
+            self._sound_images.add(key)
 
 
 def load_records(records: Records) -> datasets.DatasetDict:
@@ -114,6 +133,8 @@ def load_records(records: Records) -> datasets.DatasetDict:
         ValueError: two records have the same ref_id, or there are no records.
     """
     require_records(records)
+    if records.embedded:
+        return _load_embedded(records)
     splits = defaultdict(list)
     for index in range(len(records)):
         split, row = records.read(index)
@@ -127,10 +148,45 @@ def load_records(records: Records) -> datasets.DatasetDict:
     )
 
 
+def _load_embedded(records: Records) -> datasets.DatasetDict:
+    """As `load_records`, where images are embedded: `datasets` writes the rows to its cache, and maps them from there.
+
+    Several processes can do this at once: all but one wait for its result.
+    """
+    splits = defaultdict(list)
+    for index in range(len(records)):
+        splits[records.split_of(index)].append(index)
+    loaded = datasets.DatasetDict()
+    for split, indices in splits.items():
+
+        def rows(indices: list[int] = indices) -> Iterator[dict]:
+            ref_ids = []
+            for index in indices:
+                _, row = records.read(index)
+                records.check(row)
+                ref_ids.append(row["ref_id"])
+                yield row
+            require_unique_ref_ids(records.refs, ref_ids)
+
+        # Rows in the cache are of no use once the code reads them otherwise.
+        digest = hashlib.sha256(f"{records.fingerprint} {split}".encode())
+        for file in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        try:
+            loaded[split] = datasets.Dataset.from_generator(
+                rows, features=FEATURES, keep_in_memory=False, fingerprint=digest.hexdigest()[:32]
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, OSError | ValueError):
+                raise error.__cause__ from None
+            raise
+    return loaded
+
+
 def make_row(
     *,
     split: str,
-    image: str,
+    image: str | dict,
     size: tuple[int, int],
     mask: dict | list | None,
     sentences: list[str],
@@ -144,7 +200,7 @@ def make_row(
 
     Args:
         split: name of its split.
-        image: path of its image.
+        image: path of its image; or `path`, its name or None, and `bytes` of an embedded one.
         size: (height, width) of the image in pixels.
         mask: COCO's polygons and RLEs; None if the phrases name nothing.
         sentences: its phrases.
@@ -179,7 +235,7 @@ def make_row(
         mask = {"size": list(size), "counts": [size[0] * size[1]]}
     rle = union_of_parts(mask, size, f"ann_id {ann_id}")
     row = {
-        "image": checked_text(image, "the image's path", 2 * MAX_FILE_NAME),
+        "image": image if isinstance(image, dict) else checked_text(image, "the image's path", 2 * MAX_FILE_NAME),
         "mask": rle,
         "sentences": phrases,
         "ref_id": ref_id,
@@ -238,6 +294,11 @@ def require_unique_ref_ids(refs: str | os.PathLike, ref_ids: list[int]) -> None:
 def skipped_notice(without_phrases: int) -> str:
     """The sentence that tells how many objects were skipped."""
     return f"{without_phrases} objects have no phrases and are skipped, as in the official loader."
+
+
+def training_first(split: str) -> tuple[int, str]:
+    """A key that sorts the names of splits: training before validation, and this before all others."""
+    return (0 if split.startswith("train") else 1 if split.startswith("val") else 2, split)
 
 
 def require_exists(path: Path, layout: str, root: str | os.PathLike | None = None) -> None:

@@ -7,6 +7,7 @@ pixels, and a folder of one's own images with a `metadata.jsonl`. docs/data.md s
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -16,12 +17,15 @@ from huggingface_hub import snapshot_download
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
+from .coco_names import COCO_CATEGORIES, coco_image_id
 from .images import image_size, read_png_mask
-from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists
+from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists, training_first
 from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
+from .table_layouts import TABLE_LAYOUTS
+from .tables import TableRecords
 from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
-KINDS = ("refer", "cris", "hub_table", "folder")
+KINDS = ("refer", "cris", "hub_table", "folder", "table", *TABLE_LAYOUTS)
 METADATA = "metadata.jsonl"
 CRIS_LAYOUT = (
     "the CRIS layout is <path>/anns/<set>/<split>.json, <path>/masks/<set>/<segment_id>.png and <images>/<img_name>"
@@ -31,38 +35,28 @@ FOLDER_LAYOUT = (
     f"the layout of a folder is <path>/{METADATA} or <path>/<split>/{METADATA}, with file names relative to it"
 )
 HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
-COCO_FILE = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # a file name's stem that holds an image's id
-
-COCO_NAMES = (
-    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter "
-    "bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee "
-    "skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass "
-    "cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch "
-    "potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink "
-    "refrigerator book clock vase scissors teddy_bear hair_drier toothbrush"
-)
-COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids between 1 and 90 that no category has
-COCO_CATEGORIES = dict(
-    zip(
-        (number for number in range(1, 91) if number not in COCO_UNUSED),
-        (name.replace("_", " ") for name in COCO_NAMES.split()),
-        strict=True,
-    )
-)
 
 
 def open_records(
-    kind: str, path: str | os.PathLike, name: str = "", images: str | os.PathLike | None = None
+    kind: str,
+    path: str | os.PathLike,
+    name: str = "",
+    images: str | os.PathLike | None = None,
+    columns: dict[str, str] | None = None,
+    splits: Sequence[str] | None = None,
 ) -> Records:
     """Open a data set in any of the layouts of `KINDS`, and read its annotation files.
 
     Args:
-        kind: `refer` (gRefCOCO's included), `cris`, `hub_table` or `folder`.
-        path: the folder that holds it; for `hub_table` also its id on the Hub.
+        kind: `refer` (gRefCOCO's included), `cris`, `hub_table`, `folder`, or for tables with pixels `table` or the
+            name of one of their layouts.
+        path: the folder that holds it; for tables also its id on the Hub, and for those with pixels a Parquet file.
         name: which data set of the folder is meant: for `refer` dataset and split_by, such as `refcoco/unc`; for
             `cris` the folder in `anns`, such as `refcocog_u`. For the other kinds, what to call it; by default the
             path's end.
         images: folder of the images, if it is not where the layout has it.
+        columns: for a table with pixels, which of its columns hold `image`, `mask`, `text` and so on.
+        splits: for a table with pixels, those to read; others are not even downloaded.
 
     Raises:
         OSError: an annotation file is missing or unreadable.
@@ -71,6 +65,12 @@ def open_records(
     if kind in ("refer", "cris") and not name:
         raise ValueError(
             f"{path} may hold several data sets: give the name of one, such as refcoco/unc or, for cris, refcoco."
+        )
+    if kind == "table" or kind in TABLE_LAYOUTS:
+        return TableRecords(path, name, images, columns, splits, kind)
+    if kind in KINDS and (columns or splits):
+        raise ValueError(
+            f"`columns` and `splits` are for tables with pixels, not for the kind {kind}: leave them out."
         )
     if kind == "refer":
         return ReferRecords(path, *name.partition("/")[::2], images=images)
@@ -121,7 +121,7 @@ class CrisRecords(Records):
                 raise ValueError(f"{file} has no records: leave the file out, or get it again.")
             self._records += [(file, number, item) for number, item in enumerate(items)]
         img_names = (item.get("img_name") for *_, item in self._records if isinstance(item, dict))
-        others = {img_name for img_name in img_names if isinstance(img_name, str) and not _coco_id(img_name)}
+        others = {img_name for img_name in img_names if isinstance(img_name, str) and not coco_image_id(img_name)}
         self._ids_of_others = {img_name: -number for number, img_name in enumerate(sorted(others), 1)}
         super().__init__(name, annotations, images, files)
 
@@ -146,7 +146,7 @@ class CrisRecords(Records):
                 sentences=[sentence["sent"] for sentence in item["sentences"]],
                 ref_id=ref_id,
                 ann_id=ref_id,
-                image_id=_coco_id(img_name) or self._ids_of_others[img_name],
+                image_id=coco_image_id(img_name) or self._ids_of_others[img_name],
                 category="" if self.name.startswith("refclef") else self._category(item["cat"]),
                 bbox=[left, top, right - left, bottom - top],
             )
@@ -157,12 +157,6 @@ class CrisRecords(Records):
         if not is_int64(position) or not 0 <= position < len(COCO_CATEGORIES):
             raise ValueError(f"cat is {short_repr(position)}; give one of COCO's 80 categories, from 0.")
         return list(COCO_CATEGORIES.values())[position]
-
-
-def _coco_id(img_name: str) -> int:
-    """The image_id at the end of a COCO file's name; for other names 0, which is no image's id in COCO."""
-    match = COCO_FILE.fullmatch(Path(img_name).stem)
-    return int(match[1]) if match else 0
 
 
 class HubTableRecords(Records):
@@ -335,5 +329,4 @@ def metadata_files(folder: Path) -> list[Path]:
 
 def _training_first(file: Path) -> tuple[int, Path]:
     """A key that sorts files of training before those of validation, and these before all others."""
-    name = file.parent.name if file.name == METADATA else file.name
-    return (0 if name.startswith("train") else 1 if name.startswith("val") else 2, file)
+    return training_first(file.parent.name if file.name == METADATA else file.name)[0], file

@@ -27,26 +27,17 @@ def parquet_files(name: str) -> dict[str, list[str]]:
         Paths or URLs of the files of each split.
 
     Raises:
-        ValueError: its files are not Parquet.
+        ValueError: its files are not Parquet, or its card on the Hub names a file elsewhere.
         OSError: there is no such data set.
     """
     builder = datasets.load_dataset_builder(name)
     if builder.name != "parquet":
         raise ValueError(f"{name} holds {builder.name} files; only Parquet can be streamed: see data.prepare.")
-    return files_of_splits(builder)
-
-
-def files_of_splits(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
-    """The files that a data set is read from, by its splits; none if it is read from `datasets`' cache alone.
-
-    Raises:
-        ValueError: the card of a data set on the Hub names a file that is not in it.
-    """
-    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    for file in (file for files in splits.values() for file in files):
+    files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
+    for file in (file for paths in files.values() for file in paths):
         if builder.repo_id and not file.startswith(f"{builder.base_path}/"):
-            raise ValueError(f"The card of {builder.repo_id} names the file {file}, which is not in it.")
-    return splits
+            raise ValueError(f"The card of {name} names the file {file}, which is not in this data set.")
+    return files
 
 
 def column_names(file: str) -> list[str]:

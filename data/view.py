@@ -48,9 +48,10 @@ from pages import Plot, render, small_jpeg, write_whole
 
 from .decoding import read_phrases, read_thumbnail, read_whole_mask
 from .mixture import public_name
-from .opening import as_columns, load_splits
+from .opening import load_splits
 from .prepare import format_summary
 from .survey import Survey, choose_rows, format_plots, plot_surveys, survey
+from .tables import parse_columns
 
 MAKER = "python -m data.view"  # stands in each output, which may therefore be replaced
 PAGE, SHEET = (".html", ".htm"), ".png"
@@ -120,7 +121,7 @@ def view(options: argparse.Namespace, output: Path) -> int:
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder {output.absolute().parent}: make it, or name another --output.")
     wanted = [options.split] if options.split else None
-    columns = as_columns(options.columns)
+    columns = None if options.columns is None else parse_columns(options.columns)
     splits = load_splits(options.set, options.data_root, options.images, options.shapes_config, wanted, columns)
     surveys = survey_splits(options.set, splits, options.split, options.seed)
     plots = plot_surveys(surveys)

@@ -1,6 +1,9 @@
 """Image files: what is broken, of another size or format is named with its row; and masks as PNG."""
 
+import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import PIL.features
@@ -9,7 +12,7 @@ import pytest
 from helpers.refer_folder import HEIC, HEIGHT, WIDTH, A, by_annotation, pixels, truncate
 from pycocotools import mask as coco_mask
 
-from data.images import read_png_mask
+from data.images import check_image, image_size, read_png_mask
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,73 @@ def test_pixels_of_32_bits_are_no_broken_file(refer):
     PIL.Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32)).save(refer.images / "first.jpg", "TIFF")
     with pytest.raises(ValueError, match=r"first.jpg has pixels of 32 bits \(mode F\); write 8 bits a channel.$"):
         refer.load()
+
+
+# Embedded images: all bytes of a file in the place of its path
+
+
+def encoded(pixels, format="PNG", **options):
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def bomb(side=2**15):
+    """A PNG of some 60 bytes whose header tells of a billion pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_embedded_images_are_read(format):
+    content = encoded(NOISE, format)
+    assert image_size(content) == (HEIGHT, WIDTH)
+    check_image(content, (HEIGHT, WIDTH))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    if format in ("JPEG", "PNG", "WEBP"):
+        assert image_size(encoded(NOISE, format, exif=exif)) == (WIDTH, HEIGHT)
+    with pytest.raises(ValueError, match=f"^the embedded image is {HEIGHT} x {WIDTH} pixels .*record says 7 x 8: "):
+        check_image(content, (7, 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"cannot be read \(it is no JPEG or PNG"),
+        (b"\x89PNG", r"cannot be read \(it is no JPEG or PNG"),
+        (b"/etc/passwd", r"cannot be read \(it is no JPEG or PNG"),
+        (pickle.dumps([1]), r"cannot be read \(it is no JPEG or PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"cannot be read \(it is no JPEG or PNG"),
+        (HEIC, r"cannot be read \(it is HEIC or AVIF\); convert it"),
+        (bomb(), r"has too many pixels \(.*\); make it smaller"),
+        (encoded(NOISE, "JPEG")[:-200], r"cannot be read \(.*truncated.*\); copy or download it again"),
+        (encoded(NOISE)[:-200], r"cannot be read \(.*truncated.*\); copy or download it again"),
+    ],
+)
+def test_hostile_embedded_images_are_refused(content, message):
+    with pytest.raises(OSError, match=f"^the embedded image {message}"):
+        check_image(content, (HEIGHT, WIDTH))
+    with pytest.raises(
+        (OSError, ValueError), match="^the embedded mask (cannot be read|has too many pixels|has the mode)"
+    ):
+        read_png_mask(content, (HEIGHT, WIDTH), "")
+
+
+def test_embedded_masks_are_read():
+    mask = pixels(A)
+    np.testing.assert_array_equal(coco_mask.decode(read_png_mask(encoded(mask * 255), mask.shape, "")), mask)
+    with pytest.raises(OSError, match=r"^the embedded mask cannot be read \(.*truncated"):
+        read_png_mask(encoded(NOISE[..., 0])[:-200], mask.shape, "")
+    with pytest.raises(ValueError, match=r"^the embedded mask holds the values \[7\]"):
+        read_png_mask(encoded(mask * 7), mask.shape, "")
 
 
 # PNG masks

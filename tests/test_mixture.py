@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.check import PUBLISHED
-from data.mixture import Member, mix, parse_mixture
+from data.mixture import Member, mix, parse_mixture, public_name
 from data.records import FEATURES
 
 
@@ -99,6 +99,29 @@ def test_images_are_told_by_file_by_coco_number_or_within_a_set_by_number():
     assert leaking(("other", renamed(make_rows([8, 9]), "{:06d}.jpg"))) == [1, 0]
 
 
+def test_images_without_numbers_of_cocos_beside_others_are_told_of():
+    ours, theirs = make_rows([1, 2]), renamed(make_rows([3]), "COCO_train2014_{:012d}.jpg")
+    members = parse_mixture("hub:some/ours", "train")
+
+    def told(train: datasets.Dataset, *tested: tuple[str, datasets.Dataset]) -> str:
+        return mix(members, {"hub:some/ours": datasets.DatasetDict(train=train)}, tested).describe_leaks()
+
+    what = "have no numbers of COCO's in their names: those that the other data sets have, too, are not noticed."
+    assert told(ours, ("theirs", theirs)).endswith(f"tested on. The images of some/ours {what}")
+    assert told(theirs, ("one", ours), ("other", ours)).endswith(f"The images of one, other {what}")
+    assert what not in told(ours, ("other", make_rows([3], folder="/theirs")))
+    assert what not in told(theirs, ("other", renamed(make_rows([4]), "{:012d}.jpg")))
+
+
+def test_rows_are_chosen_without_copying_their_images(tmp_path, monkeypatch):
+    splits = {
+        name: datasets.DatasetDict(train=make_rows(range(start, start + 9))) for name, start in (("a", 0), ("b", 9))
+    }
+    monkeypatch.setattr(datasets.Dataset, "flatten_indices", None)
+    rows = mix(parse_mixture("2.5*a + b", "train"), splits, [("c", renamed(make_rows([4]), "/images/4.jpg"))]).rows
+    assert Counter(rows["repetition"]) == {0: 8 + 9, 1: 8, 2: 4}
+
+
 def test_weights_repeat_rows():
     splits = {
         name: datasets.DatasetDict(train=make_rows(range(start, start + 10), start))
@@ -115,6 +138,31 @@ def test_weights_repeat_rows():
     for ref_id in range(10):
         repetitions = [row["repetition"] for row in again if row["ref_id"] == ref_id]
         assert repetitions == list(range(counts[ref_id]))
+
+
+@pytest.mark.parametrize(
+    "mixture, members",
+    [
+        ("hub:someone/x", [(1, "hub:someone/x", "train")]),
+        ("hub:someone/x:val", [(1, "hub:someone/x", "val")]),
+        (
+            "0.5*hub:someone/x.y-z_1:val + refcoco+/unc",
+            [(0.5, "hub:someone/x.y-z_1", "val"), (1, "refcoco+/unc", "train")],
+        ),
+        ("path/to/table.parquet:val", [(1, "path/to/table.parquet", "val")]),
+        ("hub:x", [(1, "hub:x", "train")]),  # which no set is called; it is refused when it is opened
+    ],
+)
+def test_members_of_the_hub_are_told_from_splits(mixture, members):
+    assert parse_mixture(mixture, "train") == members
+
+
+def test_public_names_tell_no_path_of_this_machine(tmp_path):
+    (tmp_path / "table.parquet").touch()
+    assert public_name(str(tmp_path)) == tmp_path.name
+    assert public_name(str(tmp_path / "table.parquet")) == "table.parquet"
+    assert public_name("hub:someone/x") == "someone/x"
+    assert public_name("refcoco/unc") == "refcoco/unc"
 
 
 @pytest.mark.parametrize(

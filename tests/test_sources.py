@@ -28,9 +28,10 @@ from helpers.refer_folder import (
 )
 
 from data import sources
+from data.coco_names import COCO_CATEGORIES
 from data.records import FEATURES, load_records
 from data.refer import load_refer
-from data.sources import COCO_CATEGORIES, open_records
+from data.sources import open_records
 
 
 @pytest.fixture(params=["small", "refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google"])

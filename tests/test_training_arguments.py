@@ -149,6 +149,12 @@ def test_a_number_that_is_invalid_is_refused_by_name_and_value(config, tmp_path,
         ({"model_config": "[" * 50_000}, "model_config is .*which is not valid JSON"),
         ({1: 2, "learning_rat": 3}, r"sets \[1, 'learning_rat'\], which are no arguments"),
         ({"test_splits": [1]}, r"test_splits is \[1\]: give a list"),
+        ({"test_splits": ["hub:someone/x"]}, "'hub:someone/x': give .* such as .* 'hub:someone/mine:val'"),
+        ({"columns": ["photo"]}, "columns has 'photo': write <key>=<column>, such as image=picture"),
+        ({"columns": ["image="]}, "columns has 'image=': write <key>"),
+        ({"columns": {"image": 1}}, r"columns is {'image': 1}: give what each"),
+        ({"columns": "image=photo"}, "columns is 'image=photo': give what each"),
+        ({"columns": ["image=a", "image=b"]}, "columns names image twice, as a and b"),
     ],
 )
 def test_nothing_that_is_given_is_ignored(config, tmp_path, changes, message):
@@ -156,6 +162,20 @@ def test_nothing_that_is_given_is_ignored(config, tmp_path, changes, message):
     path.write_text(yaml.safe_dump(config | changes))
     with pytest.raises(ValueError, match=message):
         parse_arguments([str(path)])
+
+
+def test_columns_come_as_pairs_or_as_a_mapping(config, tmp_path):
+    path, columns = tmp_path / "config.yaml", {"image": "photo", "text": "caption = phrase"}
+    path.write_text(yaml.safe_dump(config | {"columns": columns}))
+    assert parse_arguments([str(path)])[1].columns == columns
+    assert parse_arguments([str(path), "--columns", "image=file", "mask=rle"])[1].columns == {
+        "image": "file",
+        "mask": "rle",
+    }
+    path.write_text(yaml.safe_dump(config | {"columns": [f"{what}={name}" for what, name in columns.items()]}))
+    assert parse_arguments([str(path)])[1].columns == columns
+    path.write_text(yaml.safe_dump(config))
+    assert parse_arguments([str(path)])[1].columns == {}
 
 
 @pytest.mark.parametrize("name", ["best_model.pth", "ViT-B-16.pt", "model.safetensors", "weights"])

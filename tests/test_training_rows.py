@@ -15,7 +15,7 @@ from data.mixture import Mixture
 from data.opening import load_splits
 from data.streaming import StreamedBatches, StreamedRows
 from training.arguments import DataArguments
-from training.rows import load_rows, select_split
+from training.rows import dataset_and_split, load_rows, results_name, select_split
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,30 @@ def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
     assert read_image(train[0]).shape == (30, 40, 3)
     with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'.*`images` says where"):
         load_splits("rrsisd/unc", str(folder.root))
-    with pytest.raises(
-        ValueError, match="images is the folder of the images of a REFER set or a table: give data_root"
-    ):
+    with pytest.raises(ValueError, match="images is the folder of the images of a REFER set or a table: give"):
         DataArguments(images=str(images))
+
+
+@pytest.mark.parametrize(
+    "test_split, dataset, split, name",
+    [
+        ("val", "first", "val", "val"),
+        ("train", "first", "train", "test_train"),
+        ("refcoco+:unc:testA", "refcoco+/unc", "testA", "refcoco+_unc_testA"),
+        ("prepared/mine:val", "prepared/mine", "val", "prepared_mine_val"),
+        ("hub:someone/x.y:val", "hub:someone/x.y", "val", "hub_someone_x.y_val"),
+        (f"/a/{'b' * 300}/t.parquet:val", f"/a/{'b' * 300}/t.parquet", "val", f"{'b' * 136}_t.parquet_val"),
+    ],
+)
+def test_test_splits_are_taken_apart_and_named_in_files(test_split, dataset, split, name):
+    assert dataset_and_split(test_split, "first") == (dataset, split)
+    assert results_name(test_split) == name
+
+
+def test_test_splits_whose_results_would_have_one_name_are_refused():
+    args = DataArguments(test_splits=["a/b:val", "a_b:val"])
+    with pytest.raises(ValueError, match="'a/b:val' and 'a_b:val', whose results would both be called a_b_val"):
+        load_rows(args, False, False, True)
 
 
 # --- mixtures -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_bitsandbytes_available
 
 from configuration_detris import DetrisConfig, short_repr
-from data.mixture import HUB, parse_mixture
-from data.opening import as_columns
+from data.mixture import parse_mixture
+from data.tables import HUB, parse_columns
 from data.untrusted import load_yaml
 from model_card import METRIC_NAMES
 from processing_detris import CLIP_TOKENIZER
@@ -157,7 +157,7 @@ class DataArguments:
 
     def __post_init__(self):
         self.shapes_config = _as_mapping(self.shapes_config, "shapes_config")
-        self.columns = as_columns(self.columns)
+        self.columns = _as_columns(self.columns)
         _check_texts(self)
         _check_not_empty(self, "dataset", "data_root", "train_split", "eval_split")
         for name in ("max_train_samples", "max_eval_samples"):
@@ -510,6 +510,25 @@ def _as_mapping(value: dict | str | None, name: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}: give a mapping, on the command line as JSON like '{{\"key\": 1}}'.")
     return value
+
+
+def _as_columns(value: list[str] | dict[str, str] | None) -> dict[str, str]:
+    """The names of a table's columns by what they hold: `image=photo …` in a list, or a mapping in a file.
+
+    Raises:
+        ValueError: it is neither, or says twice which column something is.
+    """
+    if isinstance(value, list) and all(isinstance(pair, str) for pair in value):
+        return parse_columns(value)
+    columns = {} if value is None else value
+    if not isinstance(columns, dict) or not all(
+        isinstance(text, str) and text for text in [*columns, *columns.values()]
+    ):
+        raise ValueError(
+            f"columns is {short_repr(value)}: give what each column holds and its name, such as 'image=photo "
+            "mask=polygon text=caption'."
+        )
+    return columns
 
 
 def _refuse_arguments(message: str) -> None:

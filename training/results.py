@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers.trainer_utils import PredictionOutput
 
 from data.mixture import Member, public_name
+from data.tables import HUB
 from model_card import METRIC_NAMES, make_model_card
 
 from .arguments import DataArguments
@@ -20,7 +20,7 @@ from .checkpoints import TRAINER_STATE_NAME, read_state
 from .evaluating_trainer import PADDING
 from .predictions import PictureWriter, make_anew, write_results
 from .report import REPORT, SplitResults, split_results, write_page
-from .rows import dataset_and_split
+from .rows import dataset_and_split, results_name
 from .trainer import DetrisTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,13 @@ def evaluate_and_predict(
         result = {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
         results.append(result | _figures(metrics, "eval"))
     for split, rows in test_rows.items():
-        # Files get this name, too, and there are files called "train" and "eval" that training writes.
-        name = f"test_{split}" if split in ("train", "eval") else re.sub("[:/]", "_", split)
+        name = results_name(split)
         folder = Path(args.output_dir, "predictions", name)
         output = predict(trainer, rows, name, folder)
         metrics |= report(trainer, name, output.metrics)
         figures = _figures(output.metrics, name)
         dataset, split_name = dataset_and_split(split, "")
-        label = f"{public_name(dataset)}:{split_name}" if Path(dataset).is_absolute() else split
+        label = f"{public_name(dataset)}:{split_name}" if Path(dataset).is_absolute() else split.removeprefix(HUB)
         line = {"split": label, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
         result = {"dataset": public_name(dataset) or own_set, "split": split_name + first_objects}

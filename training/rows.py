@@ -5,6 +5,7 @@ Images and masks stay as they are stored. The collators decode them, and name th
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,10 @@ from typing import NamedTuple
 
 import datasets
 
-from data.mixture import HUB, Member, Mixture, mix, parse_mixture
+from data.mixture import Member, Mixture, mix, parse_mixture
 from data.opening import (
     are_prepared_rows,
     as_stored,
-    hub_address,
     hub_errors_name,
     is_prepared,
     load_prepared,
@@ -24,8 +24,11 @@ from data.opening import (
 )
 from data.prepare import require_whole
 from data.streaming import StreamedRows, column_names, parquet_files
+from data.tables import HUB
 
 from .arguments import DataArguments
+
+MAX_RESULTS_NAME = 150  # characters; file systems take names of 255 bytes, and endings follow
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
         ValueError: a data set or split does not exist, is empty, or cannot be mixed or streamed.
         OSError: a file is missing or broken.
     """
+    _require_distinct_names(args.test_splits if do_predict else [])
     members = parse_mixture(args.dataset, args.train_split)
     first_set = members[0].name
     streamed = args.streaming and do_train
@@ -126,13 +130,14 @@ def _files_to_stream(members: list[Member], args: DataArguments) -> dict[str, li
     if Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
-        files = parquet_files(hub_address(name) if of_hub else name)
+        # With this address, `datasets` looks on the Hub whatever folders are called like the id.
+        files = parquet_files(f"hf://datasets/{name.removeprefix(HUB)}" if of_hub else name)
     if split not in files:
         raise ValueError(f"{name} has no split {split!r} to train on: it has {list(files)}.")
     if of_hub and not are_prepared_rows(column_names(files[split][0])):
         raise ValueError(
-            f"{name!r} cannot be streamed, because it is a table: prepare it by `python -m data.prepare table "
-            f"{name.removeprefix(HUB)} --output …`, and give that folder."
+            f"{name!r} cannot be streamed, because it is a table: prepare it by `python -m data.prepare table {name} "
+            "--output …`, and give that folder."
         )
     return files
 
@@ -162,3 +167,21 @@ def dataset_and_split(name: str, default: str) -> tuple[str, str]:
     if not dataset.startswith(HUB):
         dataset = dataset.replace(":", "/")
     return dataset or default, split
+
+
+def results_name(test_split: str) -> str:
+    """What metrics, files and folders of a test split are called, whatever the path or id of its data set."""
+    if test_split in ("train", "eval"):  # there are files called so that training writes
+        return f"test_{test_split}"
+    return re.sub("[:/]", "_", test_split)[-MAX_RESULTS_NAME:]
+
+
+def _require_distinct_names(test_splits: list[str]) -> None:
+    """Refuse test splits with a ValueError if the results of one would take the place of another's."""
+    splits = {}
+    for split in test_splits:
+        if (earlier := splits.setdefault(results_name(split), split)) != split:
+            raise ValueError(
+                f"test_splits has {earlier!r} and {split!r}, whose results would both be called "
+                f"{results_name(split)}: test on one of them in another run."
+            )

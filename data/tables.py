@@ -1,0 +1,370 @@
+"""Tables that hold the pixels of their images: Parquet files, folders of `save_to_disk`, and such tables on the Hub.
+
+`table_layouts.py` knows what the columns of a table mean; here its rows are found, and images are taken from them.
+The tables stay on disk: `datasets` turns Parquet into Arrow files in its cache, which are mapped into memory.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+
+from .images import image_size
+from .records import NO_TARGET, PUBLISHED_BY_COCO, Records, lmdb_hint, make_row, require_exists, training_first
+from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
+from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
+
+HUB = "hub:"  # stands before the id of a data set on the Hub
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TABLE_LAYOUT = (
+    "a table is a Parquet file, a folder of <split>-*.parquet, a folder made by save_to_disk, or a data set's id on "
+    "the Hub, hub:<id>"
+)
+DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"  # of `save_to_disk`
+ROWS_AT_ONCE = 100  # rows of a Parquet file that are in memory while it is converted
+
+
+class TableRecords(Records):
+    """Records in tables with an image column.
+
+    What the table does not say is filled in: `ref_id` is the number of the record, from 0; `ann_id` the ref_id, or -1
+    if the phrases name nothing; `image_id` the number in COCO's file name, or else a negative number that follows from
+    the bytes of the image; and the split is the table's.
+
+    Args:
+        path: a Parquet file, a folder of them or of `save_to_disk`, or an id on the Hub, with or without `hub:`.
+        name: what to call the data set; by default the path's end. If it is one such as `refcoco/unc` and there are
+            splits such as `refcoco_unc_val`, only these are read, and called `val` and so on. Where several folders
+            hold tables, it may also be the name of one of them.
+        images: folder in which the images lie whose names, not pixels, are in the table.
+        columns: which columns hold `image`, `mask`, `text` and so on, for a table of no known layout.
+        splits: those to read; by default all. Others are not downloaded.
+        kind: the layout's name; `table` for the one that has the table's columns.
+
+    Raises:
+        OSError: there is no such table, here or on the Hub, or it cannot be read.
+        ValueError: it is broken, or lacks a column or split.
+    """
+
+    layout = TABLE_LAYOUT
+    embedded = True
+    unique_ref_ids = ("split", "ref_id")  # the splits of a table can be of several data sets
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        name: str = "",
+        images: str | os.PathLike | None = None,
+        columns: dict[str, str] | None = None,
+        splits: Sequence[str] | None = None,
+        kind: str = "table",
+    ) -> None:
+        self._images = None if images is None else Path(images).absolute()
+        if self._images is not None:
+            require_exists(self._images, "`images` is the folder of the images that the table names")
+        where, root, files = find_files(path, name, splits)
+        self._table_layout, self._tables, self._splits, self._objects = None, [], [], []
+        for split, members in files.items():
+            table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
+            self._add_table(f"{where}, split {split}", split, table, kind, columns)
+        every_file = [file for members in files.values() for file in members]
+        settings = (self._table_layout.name, sorted((columns or {}).items()), list(files))
+        super().__init__(name or PurePosixPath(where).name, where, self._images or root, every_file, settings)
+        self._opened: tuple = ()
+
+    def _add_table(self, where: str, split: str, table: pa.Table, kind: str, columns: dict[str, str] | None) -> None:
+        """Add the objects of a split to the records."""
+        names = table.column_names
+        if repeated := {column for column in names if names.count(column) > 1}:
+            raise ValueError(f"{where} has several columns {sorted(repeated)}: rename them.")
+        if self._table_layout is None:
+            self._table_layout = _choose_layout(where, names, kind, columns)
+        layout = self._table_layout
+        if missing := {layout.image, *layout.needed} - set(names):
+            raise ValueError(
+                f"{where} has no columns {sorted(missing)}, which the layout {layout.name} needs; it has {names}."
+            )
+        try:
+            annotations = datasets.Dataset(table.drop_columns([layout.image]))
+            places = layout.places(annotations)
+        except Exception as error:  # a stranger's columns can be of any type
+            raise_if_out_of_memory(error)
+            raise ValueError(
+                f"{where} is no table of the layout {layout.name} ({one_line(error)}); see docs/data.md."
+            ) from error
+        images = datasets.Dataset(table.select([layout.image])).with_format("arrow")
+        self._objects += [(len(self._tables), place) for place in places]
+        self._splits.append(split)
+        self._tables.append((annotations.with_format("arrow"), images))
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def split_of(self, index: int) -> str:
+        """The split of a record, known without reading it."""
+        return self._splits[self._objects[index][0]]
+
+    def read(self, index: int) -> tuple[str, dict]:
+        number, place = self._objects[index]
+        split, layout = self._splits[number], self._table_layout
+        where = f"{self.refs}, split {split}, row {place.row}" + (f", object {place.position}" * bool(place.position))
+        with record_errors_begin_with(where, f"the layout {layout.name}"):
+            rows, image, size, digest = self._open(number, place)
+            fields = layout.read(rows, place.position, size)
+            given = {key: value for key, value in fields.items() if value is not None or key == "mask"}
+            file_name = given.pop("file_name", None)
+            if file_name is not None and isinstance(image, dict):
+                image = image | {"path": PurePosixPath(checked_text(file_name, "file_name", MAX_FILE_NAME)).name}
+            ref_id = given.setdefault("ref_id", index)
+            given.setdefault("ann_id", NO_TARGET if given["mask"] is None else ref_id)
+            given.setdefault("image_id", _image_id(image, digest))
+            return make_row(
+                **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size})
+            )
+
+    def _open(self, number: int, place: Place) -> tuple[list[dict], str | dict, tuple[int, int], bytes]:
+        """The rows of a place without the image, the image, its (height, width) and the digest of its bytes."""
+        key = number, place.row, place.rows
+        if not self._opened or self._opened[0] != key:  # the objects of a row follow each other
+            annotations, _ = self._tables[number]
+            rows = annotations[place.row : place.row + place.rows].to_pylist()
+            image = self._image(number, place.row)
+            content = image["bytes"] if isinstance(image, dict) else image
+            digest = hashlib.sha256(content if isinstance(content, bytes) else os.fsencode(content)).digest()
+            self._opened = key, (rows, image, image_size(content, self.layout), digest)
+        return self._opened[1]
+
+    def _image(self, number: int, row: int) -> str | dict:
+        """The image of a row: `path` and `bytes`, or, where a folder of images was named, the path of a file in it."""
+        column = self._table_layout.image
+        cell = self._tables[number][1][row][column][0].as_py()
+        if isinstance(cell, bytes):
+            cell = {"path": None, "bytes": cell}
+        if isinstance(cell, str):
+            cell = {"path": cell, "bytes": None}
+        if not isinstance(cell, dict) or not {"path", "bytes"} & cell.keys():
+            raise ValueError(f"the cell {column} is {short_repr(cell)}; give the bytes of an image file.")
+        content, name = cell.get("bytes"), cell.get("path")
+        if isinstance(content, bytes):
+            if name is not None:
+                name = PurePosixPath(checked_text(name, "the image's path", MAX_FILE_NAME)).name or None
+            return {"path": name, "bytes": content}
+        if content is not None or not isinstance(name, str):
+            raise ValueError(f"the cell {column} is {short_repr(cell)}; give the bytes of an image file.")
+        if self._images is None:  # a table must not choose which files and addresses are opened
+            raise ValueError(
+                f"the cell {column} has only the path {short_repr(name)}, which is not opened: give the folder "
+                "of the images as `images`, or embed them in the table."
+            )
+        return file_inside(self._images, name)
+
+    def pixels(self, index: int) -> bytes | None:
+        number, place = self._objects[index]
+        image = self._image(number, place.row)
+        return image["bytes"] if isinstance(image, dict) else None
+
+
+def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """The columns that the command line names as `key=column`, by their keys; ValueError for another form."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, column = pair.partition("=")
+        if not (key and equals and column):
+            raise ValueError(f"columns has {short_repr(pair)}: write <key>=<column>, such as image=picture.")
+        if key in columns:
+            raise ValueError(f"columns names {key} twice, as {columns[key]} and {column}: name it once.")
+        columns[key] = column
+    return columns
+
+
+def _image_id(image: str | dict, digest: bytes) -> int:
+    """COCO's number of an image, or else a negative number, which is none of COCO's, from the digest of its bytes."""
+    name = os.path.basename((image["path"] if isinstance(image, dict) else image) or "")
+    if match := PUBLISHED_BY_COCO.fullmatch(name):
+        return int(match[1])
+    return -1 - (int.from_bytes(digest[:8]) >> 1)
+
+
+def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, str] | None) -> TableLayout:
+    """The layout that the user has named, or else the one that has the columns of the table."""
+    if columns or kind == "columns":
+        if kind not in ("table", "columns"):
+            raise ValueError(f"The layout {kind} says itself which columns hold what: leave `columns` out.")
+        layout = ColumnsLayout(columns or {})
+        if missing := set(columns) and set(columns.values()) - set(names):
+            raise ValueError(f"{where} has no columns {sorted(missing)}, which `columns` names; it has {names}.")
+        return layout
+    if kind != "table":
+        return TABLE_LAYOUTS[kind]
+    try:
+        return recognised(names)
+    except ValueError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+# --- Where tables are ---------------------------------------------------------------------------------------------
+
+
+def find_files(
+    path: str | os.PathLike, name: str = "", splits: Sequence[str] | None = None
+) -> tuple[str, Path, dict[str, list[Path]]]:
+    """What errors call the table; the folder that its files lie in; and the files of each split.
+
+    Args:
+        path, name, splits: as in `TableRecords`.
+    """
+    where = os.fspath(path)
+    root = Path(path).absolute()
+    if where.startswith(HUB) or not os.path.lexists(root) and HUB_ID.fullmatch(where):
+        repository = where.removeprefix(HUB)
+        if not HUB_ID.fullmatch(repository):
+            raise ValueError(f"{short_repr(where)} names no data set of the Hub: write hub:<owner>/<name>.")
+        root = _download(repository, name, splits)
+        return HUB + repository, root, _chosen_files(_parquet_files(root), HUB + repository, root, name, splits)
+    require_exists(root, TABLE_LAYOUT, root)
+    if root.is_dir() and (root / DICT_FILE).exists():
+        require_inside(root / DICT_FILE, root)
+        found = load_json(root / DICT_FILE)
+        found = found["splits"] if isinstance(found, dict) and isinstance(found.get("splits"), list) else [None]
+        folders = {split: Path(file_inside(root, split)) for split in found}
+        chosen = _chosen_splits(sorted(folders), where, name, splits)
+        return where, root, {split: _saved_files(folders[folder], root) for split, folder in chosen.items()}
+    if root.is_dir() and (root / STATE_FILE).exists():
+        require_inside(root / STATE_FILE, root)
+        split = (load_json(root / STATE_FILE) or {}).get("_split") or "train"
+        chosen = _chosen_splits([split], where, name, splits)
+        return where, root, {split: _saved_files(root, root) for split in chosen}
+    if not root.is_dir():
+        return where, root.parent, _chosen_files([PurePosixPath(root.name)], where, root.parent, name, splits)
+    files = _parquet_files(root)
+    if not files:
+        raise FileNotFoundError(f"{root} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
+    return where, root, _chosen_files(files, where, root, name, splits)
+
+
+def _parquet_files(root: Path) -> list[PurePosixPath]:
+    """The Parquet files at any depth of a folder, relative to it."""
+    return [PurePosixPath(file.relative_to(root)) for file in root.rglob("*.parquet")]
+
+
+def _chosen_files(
+    files: list[PurePosixPath], where: str, root: Path, name: str, splits: Sequence[str] | None
+) -> dict[str, list[Path]]:
+    """The files of each split, which is what stands before the first `-` in their names.
+
+    Files that a README.md names are not looked for: it could name any.
+    """
+    folders = sorted({str(file.parent) for file in files if not any(part.startswith(".") for part in file.parts)})
+    folder = next((one for one in (".", "data") if one in folders), None)
+    if folder is None and len(folders) == 1:
+        (folder,) = folders
+    if name in folders:
+        folder = name
+    if folder is None:
+        raise ValueError(f"{where} has tables in several folders: give the name of one of {', '.join(folders)}.")
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(files):
+        if str(file.parent) == folder:
+            by_split.setdefault(file.stem.partition("-")[0], []).append(root / file)
+    return {split: by_split[found] for split, found in _chosen_splits(list(by_split), where, name, splits).items()}
+
+
+def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str] | None) -> dict[str, str]:
+    """The splits that are wanted, training first: what to call each, and what it is called where it lies."""
+    chosen = {split: split for split in found}
+    if "/" in name:
+        prefix = name.replace("+", "_plus").replace("/", "_") + "_"
+        named = {split.removeprefix(prefix): split for split in found if split.startswith(prefix)}
+        if not named and any(split.startswith("refcoco") for split in found):
+            raise ValueError(f"{where} has no splits of {name}; it has {', '.join(sorted(found))}.")
+        chosen = named or chosen
+    if missing := [split for split in splits or () if split not in chosen]:
+        raise ValueError(f"{where} has no split {', '.join(missing)}; it has {', '.join(sorted(chosen))}.")
+    return {split: chosen[split] for split in sorted(chosen, key=training_first) if not splits or split in splits}
+
+
+def _download(repository: str, name: str, splits: Sequence[str] | None) -> Path:
+    """Download the Parquet files of the splits that are wanted, or find them in the cache if there is no network."""
+    try:
+        try:
+            listed = HfApi().list_repo_files(repository, repo_type="dataset")
+        except OfflineModeIsEnabled:
+            return Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
+        files = [PurePosixPath(file) for file in listed if file.endswith(".parquet")]
+        if not files:
+            raise FileNotFoundError(f"{HUB}{repository} has no .parquet file; {TABLE_LAYOUT}.")
+        chosen = _chosen_files(files, HUB + repository, Path(), name, splits)
+        patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except OSError as error:
+        raise OSError(f"{repository!r} is not to be had from the Hub ({one_line(error)}): check its name.") from error
+
+
+# --- How tables are opened ----------------------------------------------------------------------------------------
+
+
+def _open_parquet(files: list[Path], root: Path) -> pa.Table:
+    """The table of a split's Parquet files, without what the files say about how to decode it."""
+    for file in files:
+        require_inside(file, root)
+        try:
+            with pq.ParquetFile(file) as parquet:
+                schema = parquet.schema_arrow.remove_metadata()
+        except Exception as error:  # Arrow's extension types run code of many libraries
+            raise _unreadable(file, error) from error
+        del schema
+    try:
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=[glob.escape(os.fspath(file)) for file in files],
+            split="train",
+            keep_in_memory=False,
+            batch_size=ROWS_AT_ONCE,
+        )
+        return rows.data.table.replace_schema_metadata(None)
+    except Exception as error:  # as above; and `datasets` raises what it meets as other types
+        raise _unreadable(files[0], error) from error
+
+
+def _saved_files(folder: Path, root: Path) -> list[Path]:
+    """The files that hold one split of `save_to_disk`, the state first."""
+    state, info = folder / STATE_FILE, folder / INFO_FILE
+    for file in (state, info):
+        require_exists(file, TABLE_LAYOUT)
+        require_inside(file, root)
+    with record_errors_begin_with(os.fspath(state), "save_to_disk"):
+        files = [Path(file_inside(folder, file["filename"])) for file in load_json(state)["_data_files"]]
+        for file in files:
+            require_exists(file, TABLE_LAYOUT)
+            require_inside(file, root)
+    return [state, info, *files]
+
+
+def _open_saved(folder: Path) -> pa.Table:
+    """The table of one split of a folder of `save_to_disk`."""
+    try:
+        table = datasets.load_from_disk(os.fspath(folder), keep_in_memory=False).data.table
+        table.validate(full=True)  # Arrow would follow wrong offsets out of its memory
+        return table.replace_schema_metadata(None)
+    except Exception as error:  # as in `_open_parquet`
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> OSError | ValueError:
+    """The error to raise where a library could not read a file."""
+    raise_if_out_of_memory(error)
+    reason: Any = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+    kind = OSError if isinstance(reason, OSError) else ValueError
+    return kind(f"{file} cannot be read as a table ({one_line(reason or error)}); download or write it again.")
