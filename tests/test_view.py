@@ -279,7 +279,7 @@ def test_an_output_of_others_is_not_replaced(tmp_path, monkeypatch):
         (["nosuch"], "'nosuch' is neither 'shapes' nor a"),
         (["set", "--split", "test"], "set has no split 'test': it has validation"),
         (["set", "--output", "nowhere/a.html"], "There is no folder .*nowhere: make it"),
-        (["set", "--columns", "image"], "columns is "),
+        (["set", "--columns", "image"], "columns has .image.: write <key>=<column>"),
     ],
 )
 def test_errors_are_one_sentence(tmp_path, arguments, message):
