@@ -20,6 +20,8 @@ COCO_CATEGORIES = dict(
     )
 )
 IMAGE_STEM = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{1,18})")  # a file name's stem that holds an image's id
+# Exactly twelve digits, as other images may have names of six. In all of COCO's releases an image has the same number.
+PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
 OBJECT_FILE = re.compile(r"(COCO_(?:train|val)\d{4}_\d{12})_\d{1,18}(\.\w{1,9})")
 
 

@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute
 
-from .records import PUBLISHED_BY_COCO
+from .coco_names import PUBLISHED_BY_COCO
 from .tables import HUB
 
 SEPARATOR = " + "  # between the data sets of a mixture; with spaces, because 'refcoco+' ends in a plus

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 NO_TARGET = -1  # the ann_id where phrases name nothing, as in gRefCOCO; here also where they name several objects
 MAX_PHRASE, MAX_PHRASES = 10_000, 100_000  # characters of one phrase, and of all phrases of an object
 MAX_SPLIT = 200  # bytes of a split's name, which becomes a folder's
-# Exactly twelve digits: other images may have names of six. In all of COCO's releases an image has the same number.
-PUBLISHED_BY_COCO = re.compile(r"(?:COCO_(?:train|val)\d{4}_)?(\d{12})\.jpg")
 LMDB_FILES = ("*.lmdb", "data.mdb", "*/*.lmdb", "*/data.mdb", "lmdb/*/*.lmdb")  # in a data set's folder
 
 FEATURES = datasets.Features(

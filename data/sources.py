@@ -25,7 +25,7 @@ from .table_layouts import TABLE_LAYOUTS
 from .tables import TableRecords
 from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
-KINDS = ("refer", "cris", "hub_table", "folder", "table", *TABLE_LAYOUTS)
+KINDS = ("refer", "cris", "hub_table", "folder", "table", "columns", *TABLE_LAYOUTS)
 METADATA = "metadata.jsonl"
 CRIS_LAYOUT = (
     "the CRIS layout is <path>/anns/<set>/<split>.json, <path>/masks/<set>/<segment_id>.png and <images>/<img_name>"
@@ -66,7 +66,7 @@ def open_records(
         raise ValueError(
             f"{path} may hold several data sets: give the name of one, such as refcoco/unc or, for cris, refcoco."
         )
-    if kind == "table" or kind in TABLE_LAYOUTS:
+    if kind in ("table", "columns", *TABLE_LAYOUTS):
         return TableRecords(path, name, images, columns, splits, kind)
     if kind in KINDS and (columns or splits):
         raise ValueError(

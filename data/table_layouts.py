@@ -90,11 +90,12 @@ class RefcocoBenchmark(TableLayout):
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
         entry = _entry(rows[0], "ref_list", position)
-        annotation, ref, image = (
-            _struct(entry, "ann_info"),
-            _struct(entry, "ref_info"),
-            rows[0].get("image_info") or {},
-        )
+        annotation, ref = _struct(entry, "ann_info"), _struct(entry, "ref_info")
+        image = rows[0].get("image_info")
+        image = image if isinstance(image, dict) else {}
+        for side, name in zip(size, ("height", "width")):
+            if _number(image.get(name)) not in (None, side):
+                raise ValueError(f"image_info says {name} {short_repr(image[name])}, but the image has {side} pixels.")
         mask = mask_of(annotation.get("segmentation"), size)
         if mask is None:
             raise ValueError(
@@ -112,13 +113,12 @@ class RefcocoBenchmark(TableLayout):
         category_id = _agreed("category_id", annotation.get("category_id"), ref.get("category_id"))
         if category_id is not None and (type(category_id) is not int or category_id not in COCO_CATEGORIES):
             raise ValueError(f"category_id is {short_repr(category_id)}; give the id of one of COCO's 80 categories.")
-        image_name = image.get("file_name") if isinstance(image, dict) else None
         return _given(
             mask=mask,
             sentences=[sentence.get("sent") for sentence in sentences],
             category=COCO_CATEGORIES.get(category_id),
             bbox=annotation.get("bbox"),
-            file_name=_image_name(image_name or ref.get("file_name")),
+            file_name=_image_name(image.get("file_name") or ref.get("file_name")),
             **ids,
         )
 
@@ -191,7 +191,7 @@ class BoolMasks(TableLayout):
         return [Place(start, end - start) for start, end in zip(starts, [*starts[1:], len(objects)])]
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
-        mask = rows[0]["mask"]
+        mask = _plain(rows[0]["mask"])
         ann_id, bbox = rows[0].get("ann_id"), rows[0].get("bbox")
         several = len(ann_id) > 1 if isinstance(ann_id, list) else isinstance(ann_id, str) and "_" in ann_id
         if isinstance(ann_id, list):
@@ -200,7 +200,7 @@ class BoolMasks(TableLayout):
             left, top, right, bottom = bbox
             bbox = [left, top, right - left, bottom - top]
         return _given(
-            mask=_encoded(_grid(mask, size, "mask")) if isinstance(mask, list) and mask else mask_of(mask, size),
+            mask=_encoded(_grid(mask, size, "mask")) if mask and isinstance(mask, list) else mask_of(mask, size),
             sentences=[phrase for row in rows for phrase in _phrases(row["text"], "text")],
             ann_id=NO_TARGET if several else _number_if_text(ann_id),
             image_id=_number_if_text(rows[0].get("image_id")),
@@ -293,8 +293,8 @@ def recognised(columns: Iterable[str]) -> TableLayout:
 def mask_of(value: Any, size: tuple[int, int]) -> dict | list | None:
     """A mask in any of the forms that tables hold: an image, RLE, polygons, or a pixel's value in nested lists.
 
-    Nested lists of an image's (height, width) that hold only 0 and 1 are a mask of values; other lists of numbers are
-    polygons. RLEs and polygons may be JSON text.
+    Nested lists of the image's (height, width) are a mask of values, 0 and 1, and other lists of numbers are polygons.
+    Only for an image of one row do the values themselves decide. RLEs and lists may be JSON text.
 
     Args:
         value: the bytes of a PNG, alone or as `{"bytes": …}`; an RLE or a list of them; polygons, or one flat polygon;
@@ -310,8 +310,7 @@ def mask_of(value: Any, size: tuple[int, int]) -> dict | list | None:
     """
     if isinstance(value, str):
         value = _from_json(value)
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = _plain(value)
     if isinstance(value, dict) and "bytes" in value:
         if value["bytes"] is None and value.get("path") is not None:
             raise ValueError(
@@ -330,9 +329,15 @@ def mask_of(value: Any, size: tuple[int, int]) -> dict | list | None:
         return _rles(value, "the mask", size)
     if not isinstance(value[0], list):
         return _polygons([value])
-    if type(next(iter(value[0]), None)) is bool or _is_grid(value, size):
+    is_grid = _has_size(value, size) and (size[0] > 1 or _holds_truth(value[0]))
+    if is_grid or type(next(iter(value[0]), None)) is bool:
         return _encoded(_grid(value, size, "the mask"))
     return _polygons(value)
+
+
+def _plain(value: Any) -> Any:
+    """An array as nested lists, which is what `datasets` stores one as; other values as they are."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _from_json(text: str) -> Any:
@@ -372,32 +377,29 @@ def _polygons(parts: list) -> list[list]:
     return parts
 
 
-def _is_grid(value: list, size: tuple[int, int]) -> bool:
-    """Whether nested lists have the image's size and hold only 0 and 1."""
-    return (
-        len(value) == size[0]
-        and all(isinstance(row, list) and len(row) == size[1] for row in value)
-        and all(set(map(type, row)) <= {bool, int, float} and set(row) <= {0, 1} for row in value)
-    )
+def _has_size(value: list, size: tuple[int, int]) -> bool:
+    """Whether nested lists have as many rows and columns as an image of `size` (height, width)."""
+    return len(value) == size[0] and all(isinstance(row, list) and len(row) == size[1] for row in value)
+
+
+def _holds_truth(row: list) -> bool:
+    """Whether a list holds only truth values, or 0 and 1."""
+    return set(map(type, row)) <= {bool, int, float} and set(row) <= {0, 1}
 
 
 def _grid(value: Any, size: tuple[int, int], name: str) -> np.ndarray:
     """Nested lists (height, width) of truth values, or of 0 and 1, as an array of uint8; else a ValueError."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise ValueError(f"{name} is {short_repr(value)}; give nested lists (height, width) of truth values.")
-    if not _is_grid(value, size):
+    if not _has_size(value, size):
         widths = sorted({len(row) for row in value})
         if len(widths) > 1:
             raise ValueError(f"{name} has rows of {widths[0]} to {widths[-1]} values; give all the image's {size[1]}.")
-        if (len(value), *widths) != size:
-            raise ValueError(
-                f"{name} is {len(value)} x {widths[0]} values (height x width), but its image is {size[0]} x "
-                f"{size[1]}."
-            )
-        row = next(row for row in value if not _is_grid([row], (1, size[1])))
-        raise ValueError(f"{name} has the row {short_repr(row)}; give truth values, or 0 outside and 1 inside.")
+        found = f"{len(value)} x {widths[0]} values (height x width)"
+        raise ValueError(f"{name} is {found}, but its image is {size[0]} x {size[1]}.")
+    for row in value:
+        if not _holds_truth(row):
+            raise ValueError(f"{name} has the row {short_repr(row)}; give truth values, or 0 outside and 1 inside.")
     return np.array(value, dtype=np.uint8)
 
 

@@ -6,6 +6,7 @@ The tables stay on disk: `datasets` turns Parquet into Arrow files in its cache,
 
 import glob
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,23 +18,28 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
-from configuration_detris import one_line, raise_if_out_of_memory, short_repr
+from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
+from .coco_names import PUBLISHED_BY_COCO
 from .images import image_size
-from .records import NO_TARGET, PUBLISHED_BY_COCO, Records, lmdb_hint, make_row, require_exists, training_first
+from .records import NO_TARGET, Records, lmdb_hint, make_row, require_exists, training_first
 from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
+logger = logging.getLogger(__name__)
+
 HUB = "hub:"  # stands before the id of a data set on the Hub
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TABLE_LAYOUT = (
     "a table is a Parquet file, a folder of <split>-*.parquet, a folder made by save_to_disk, or a data set's id on "
     "the Hub, hub:<id>"
 )
 DICT_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"  # of `save_to_disk`
 ROWS_AT_ONCE = 100  # rows of a Parquet file that are in memory while it is converted
+NO_FINGERPRINT = "none"  # `datasets` would pickle the whole table, in memory, to make one
+UNBUFFERED = {"use_buffered_stream": True, "pre_buffer": False}  # else Arrow would read all of a file first
 
 
 class TableRecords(Records):
@@ -74,13 +80,18 @@ class TableRecords(Records):
         self._images = None if images is None else Path(images).absolute()
         if self._images is not None:
             require_exists(self._images, "`images` is the folder of the images that the table names")
-        where, root, files = find_files(path, name, splits)
-        self._table_layout, self._tables, self._splits, self._objects = None, [], [], []
+        in_column = "split" in (columns or {})  # then each row says which split it is of, whatever its file
+        where, root, files = find_files(path, name, None if in_column else splits)
+        self._table_layout, self._tables, self._objects = None, [], []
         for split, members in files.items():
             table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
             self._add_table(f"{where}, split {split}", split, table, kind, columns)
+        if in_column:
+            found = sorted({split for split, *_ in self._objects if isinstance(split, str)})
+            chosen = _chosen_splits(found, where, "", splits)
+            self._objects = [entry for entry in self._objects if not splits or entry[0] in chosen]
         every_file = [file for members in files.values() for file in members]
-        settings = (self._table_layout.name, sorted((columns or {}).items()), list(files))
+        settings = (self._table_layout.name, sorted((columns or {}).items()), list(splits or ()), list(files))
         super().__init__(name or PurePosixPath(where).name, where, self._images or root, every_file, settings)
         self._opened: tuple = ()
 
@@ -97,16 +108,18 @@ class TableRecords(Records):
                 f"{where} has no columns {sorted(missing)}, which the layout {layout.name} needs; it has {names}."
             )
         try:
-            annotations = datasets.Dataset(table.drop_columns([layout.image]))
+            annotations = datasets.Dataset(table.drop_columns([layout.image]), fingerprint=NO_FINGERPRINT)
             places = layout.places(annotations)
         except Exception as error:  # a stranger's columns can be of any type
             raise_if_out_of_memory(error)
             raise ValueError(
                 f"{where} is no table of the layout {layout.name} ({one_line(error)}); see docs/data.md."
             ) from error
-        images = datasets.Dataset(table.select([layout.image])).with_format("arrow")
-        self._objects += [(len(self._tables), place) for place in places]
-        self._splits.append(split)
+        images = datasets.Dataset(table.select([layout.image]), fingerprint=NO_FINGERPRINT).with_format("arrow")
+        column = (columns or {}).get("split")
+        given = table[column].to_pylist() if column else [split] * len(table)
+        number = len(self._tables)
+        self._objects += [(given[place.row] or split, number, place) for place in places]
         self._tables.append((annotations.with_format("arrow"), images))
 
     def __len__(self) -> int:
@@ -114,11 +127,11 @@ class TableRecords(Records):
 
     def split_of(self, index: int) -> str:
         """The split of a record, known without reading it."""
-        return self._splits[self._objects[index][0]]
+        return self._objects[index][0]
 
     def read(self, index: int) -> tuple[str, dict]:
-        number, place = self._objects[index]
-        split, layout = self._splits[number], self._table_layout
+        split, number, place = self._objects[index]
+        layout = self._table_layout
         where = f"{self.refs}, split {split}, row {place.row}" + (f", object {place.position}" * bool(place.position))
         with record_errors_begin_with(where, f"the layout {layout.name}"):
             rows, image, size, digest = self._open(number, place)
@@ -142,8 +155,9 @@ class TableRecords(Records):
             rows = annotations[place.row : place.row + place.rows].to_pylist()
             image = self._image(number, place.row)
             content = image["bytes"] if isinstance(image, dict) else image
-            digest = hashlib.sha256(content if isinstance(content, bytes) else os.fsencode(content)).digest()
-            self._opened = key, (rows, image, image_size(content, self.layout), digest)
+            size = image_size(content, self.layout)
+            digest = hashlib.sha256(content if isinstance(content, bytes) else read_regular(content)).digest()
+            self._opened = key, (rows, image, size, digest)
         return self._opened[1]
 
     def _image(self, number: int, row: int) -> str | dict:
@@ -171,7 +185,7 @@ class TableRecords(Records):
         return file_inside(self._images, name)
 
     def pixels(self, index: int) -> bytes | None:
-        number, place = self._objects[index]
+        _, number, place = self._objects[index]
         image = self._image(number, place.row)
         return image["bytes"] if isinstance(image, dict) else None
 
@@ -202,16 +216,15 @@ def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, s
     if columns or kind == "columns":
         if kind not in ("table", "columns"):
             raise ValueError(f"The layout {kind} says itself which columns hold what: leave `columns` out.")
-        layout = ColumnsLayout(columns or {})
-        if missing := set(columns) and set(columns.values()) - set(names):
-            raise ValueError(f"{where} has no columns {sorted(missing)}, which `columns` names; it has {names}.")
-        return layout
+        if columns and len(set(columns.values())) < len(columns):
+            raise ValueError(f"`columns` gives one column two meanings, {columns}: name another for one of them.")
+        return ColumnsLayout(columns or {})
     if kind != "table":
         return TABLE_LAYOUTS[kind]
-    try:
+    if {"raw_anns", "raw_image_info"} <= set(names):
+        raise ValueError(f"{where} has no pixels: the kind hub_table reads it, with COCO's train2014 as `images`.")
+    with record_errors_begin_with(where, kind):
         return recognised(names)
-    except ValueError as error:
-        raise ValueError(f"{where}: {one_line(error)}") from error
 
 
 # --- Where tables are ---------------------------------------------------------------------------------------------
@@ -227,6 +240,8 @@ def find_files(
     """
     where = os.fspath(path)
     root = Path(path).absolute()
+    if "::" in where or "://" in where:
+        raise ValueError(f"{where} would be taken for an address; rename it without '::' and '://'.")
     if where.startswith(HUB) or not os.path.lexists(root) and HUB_ID.fullmatch(where):
         repository = where.removeprefix(HUB)
         if not HUB_ID.fullmatch(repository):
@@ -234,24 +249,24 @@ def find_files(
         root = _download(repository, name, splits)
         return HUB + repository, root, _chosen_files(_parquet_files(root), HUB + repository, root, name, splits)
     require_exists(root, TABLE_LAYOUT, root)
-    if root.is_dir() and (root / DICT_FILE).exists():
-        require_inside(root / DICT_FILE, root)
-        found = load_json(root / DICT_FILE)
-        found = found["splits"] if isinstance(found, dict) and isinstance(found.get("splits"), list) else [None]
-        folders = {split: Path(file_inside(root, split)) for split in found}
-        chosen = _chosen_splits(sorted(folders), where, name, splits)
-        return where, root, {split: _saved_files(folders[folder], root) for split, folder in chosen.items()}
-    if root.is_dir() and (root / STATE_FILE).exists():
-        require_inside(root / STATE_FILE, root)
-        split = (load_json(root / STATE_FILE) or {}).get("_split") or "train"
-        chosen = _chosen_splits([split], where, name, splits)
-        return where, root, {split: _saved_files(root, root) for split in chosen}
     if not root.is_dir():
         return where, root.parent, _chosen_files([PurePosixPath(root.name)], where, root.parent, name, splits)
-    files = _parquet_files(root)
-    if not files:
-        raise FileNotFoundError(f"{root} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
-    return where, root, _chosen_files(files, where, root, name, splits)
+    if saved := _saved_splits(root):
+        chosen = _chosen_splits(list(saved), where, name, splits)
+        return where, root, {split: _saved_files(saved[found], root) for split, found in chosen.items()}
+    return where, root, _chosen_files(_parquet_files(root), where, root, name, splits)
+
+
+def _saved_splits(root: Path) -> dict[str, Path]:
+    """The folder of each split that `save_to_disk` has written; none if it has not made this folder."""
+    for file in (root / DICT_FILE, root / STATE_FILE):
+        if file.exists():
+            require_inside(file, root)
+            with record_errors_begin_with(os.fspath(file), "save_to_disk"):
+                if file.name == DICT_FILE:
+                    return {split: Path(file_inside(root, split)) for split in load_json(file)["splits"]}
+                return {load_json(file)["_split"] or "train": root}
+    return {}
 
 
 def _parquet_files(root: Path) -> list[PurePosixPath]:
@@ -272,6 +287,8 @@ def _chosen_files(
         (folder,) = folders
     if name in folders:
         folder = name
+    if not folders:
+        raise FileNotFoundError(f"{where} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
     if folder is None:
         raise ValueError(f"{where} has tables in several folders: give the name of one of {', '.join(folders)}.")
     by_split: dict[str, list[Path]] = {}
@@ -296,20 +313,34 @@ def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str
 
 
 def _download(repository: str, name: str, splits: Sequence[str] | None) -> Path:
-    """Download the Parquet files of the splits that are wanted, or find them in the cache if there is no network."""
+    """Download the Parquet files of the splits that are wanted, or find them in the cache without the Hub."""
     try:
-        try:
-            listed = HfApi().list_repo_files(repository, repo_type="dataset")
-        except OfflineModeIsEnabled:
+        files = _listed_files(repository)
+        if files is None:
+            logger.warning(f"The Hub is out of reach: of {repository}, only the splits in the cache are read.")
             return Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
-        files = [PurePosixPath(file) for file in listed if file.endswith(".parquet")]
-        if not files:
-            raise FileNotFoundError(f"{HUB}{repository} has no .parquet file; {TABLE_LAYOUT}.")
         chosen = _chosen_files(files, HUB + repository, Path(), name, splits)
         patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except OSError as error:
-        raise OSError(f"{repository!r} is not to be had from the Hub ({one_line(error)}): check its name.") from error
+    except ValueError:
+        raise
+    except Exception as error:  # not all errors of the Hub's client are OSErrors
+        raise_if_out_of_memory(error)
+        raise OSError(
+            f"{repository} is no file or folder here, nor to be had from the Hub ({one_line(error)}): check its name."
+        ) from error
+
+
+def _listed_files(repository: str) -> list[PurePosixPath] | None:
+    """The Parquet files of a data set on the Hub; None if there is no answer."""
+    try:
+        listed = HfApi().list_repo_files(repository, repo_type="dataset")
+    except (HfHubHTTPError, ValueError):  # the Hub's answer
+        raise
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        return None
+    return [PurePosixPath(file) for file in listed if file.endswith(".parquet")]
 
 
 # --- How tables are opened ----------------------------------------------------------------------------------------
@@ -320,11 +351,9 @@ def _open_parquet(files: list[Path], root: Path) -> pa.Table:
     for file in files:
         require_inside(file, root)
         try:
-            with pq.ParquetFile(file) as parquet:
-                schema = parquet.schema_arrow.remove_metadata()
+            pq.read_schema(file)  # so that the file that is none is named
         except Exception as error:  # Arrow's extension types run code of many libraries
             raise _unreadable(file, error) from error
-        del schema
     try:
         rows = datasets.load_dataset(
             "parquet",
@@ -332,6 +361,7 @@ def _open_parquet(files: list[Path], root: Path) -> pa.Table:
             split="train",
             keep_in_memory=False,
             batch_size=ROWS_AT_ONCE,
+            fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(**UNBUFFERED),
         )
         return rows.data.table.replace_schema_metadata(None)
     except Exception as error:  # as above; and `datasets` raises what it meets as other types
@@ -346,9 +376,9 @@ def _saved_files(folder: Path, root: Path) -> list[Path]:
         require_inside(file, root)
     with record_errors_begin_with(os.fspath(state), "save_to_disk"):
         files = [Path(file_inside(folder, file["filename"])) for file in load_json(state)["_data_files"]]
-        for file in files:
-            require_exists(file, TABLE_LAYOUT)
-            require_inside(file, root)
+    for file in files:
+        require_exists(file, TABLE_LAYOUT)
+        require_inside(file, root)
     return [state, info, *files]
 
 

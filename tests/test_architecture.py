@@ -28,8 +28,8 @@ ORDER = """
 
     gallery pages
 
-    data data.untrusted data.coco_names data.masks data.images data.records data.refer data.table_layouts
-    data.tables data.sources data.decoding
+    data data.untrusted data.coco_names data.masks data.images data.records data.table_layouts data.tables data.refer
+    data.sources data.decoding
     data.shapes.scenes data.shapes.drawing data.shapes.phrases data.shapes.composition data.shapes.rows
     data.shapes data.shapes.__main__
     data.streaming data.mixture data.check data.prepare data.opening

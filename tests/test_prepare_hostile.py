@@ -5,13 +5,13 @@ In a call, each of `RECORDS` records is one case, and after it stands a sound re
 
 import os
 import pickle
-import sys
 from collections import Counter
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from helpers.canary import Code, guarded
 from helpers.other_layouts import open_lines
 from helpers.prepared import entries, load_prepared, open_refer, problems_of
 from helpers.refer_folder import HEIGHT, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
@@ -30,44 +30,13 @@ FUZZ = settings(
     phases=[Phase.generate],  # a call tells which record it was; making it smaller would take minutes
     suppress_health_check=list(HealthCheck),
 )
-_guarded: tuple[str, int] | None = None  # folder, and file to write to when something in it is opened
-
-
-def _guard(event, arguments):
-    if _guarded and event == "open" and isinstance(arguments[0], str):
-        if os.path.realpath(arguments[0].replace("\0", "")).startswith(_guarded[0]):
-            os.write(_guarded[1], arguments[0].encode() + b"\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def audit():
-    sys.addaudithook(_guard)  # there is no way to remove it
 
 
 @pytest.fixture
 def canary(tmp_path):
-    """A photograph and a mask that nobody may open, and the file that tells whether somebody did."""
-    global _guarded
-    folder = tmp_path / "canary"
-    folder.mkdir()
-    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "canary.jpg")
-    PIL.Image.fromarray(pixels(A)).save(folder / "canary.png")
-    opened = tmp_path / "opened"
-    descriptor = os.open(opened, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _guarded = (str(folder), descriptor)
-    yield opened
-    _guarded = None
-    os.close(descriptor)
-
-
-class Code:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+    """The file that tells whether somebody has opened what lies in `tmp_path / "canary"`."""
+    with guarded(tmp_path / "canary", tmp_path / "opened") as opened:
+        yield opened
 
 
 def traps(folder, tmp_path):

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 LARGE_SUFFIXES, LARGE_SIZE = (".safetensors", ".parquet"), 10 * 2**20  # the Hub keeps such files as LFS objects
@@ -96,10 +96,9 @@ class HubServer:
     def files(self, name: str, revision: str = "main") -> Files:
         return self._find(name, revision)[1]
 
-    def publish(self, name: str, folder: Path) -> None:
-        """Make the files of a folder a repository, or its next revision, as if they had been uploaded."""
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        self._add_revision(name, {place: path.read_bytes() for place, path in files.items()})
+    def publish(self, name: str, files: Files) -> str:
+        """Put a repository on the Hub without a client; its sha."""
+        return self._add_revision(name, files)
 
     def answer(self, method: str, address: str, body: bytes) -> Answer:
         for known_method, pattern, function in ROUTES:

@@ -131,14 +131,14 @@ def truncate(path, kept):
 
 
 @contextmanager
-def not_waiting():
-    """Whoever opens a pipe that nobody writes to waits for ever: here for ten seconds."""
+def not_waiting(seconds=10):
+    """Whoever opens a pipe that nobody writes to waits for ever: here for some seconds."""
 
     def stop(*_):
         raise TimeoutError("it waits")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
+    signal.alarm(seconds)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 A schema is a function that gives the rows of each split, and the types of its columns as public copies show them.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import Image, List, Value
 from pycocotools import mask as coco_mask
 
 from .other_layouts import ReferSet
+from .refer_folder import HEIGHT, WIDTH, A, pixels, rectangle, rle
 
 INT, TEXT, NUMBERS, NUMBERS_32 = Value("int64"), Value("string"), List(Value("float64")), List(Value("float32"))
 RLE = {"size": List(Value("int32")), "counts": TEXT}
@@ -210,8 +212,6 @@ COLUMNS = {"image": "photo", "mask": "region", "text": "captions", "ref_id": "nu
 
 
 def png(pixels):
-    import io
-
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -278,3 +278,40 @@ def write(schema: Schema, rows: Rows, folder: Path, form: str) -> Path:
     for split, table in tables(schema, rows).items():
         table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+BOX = [3.0, 4.0, 17.0, 11.0]  # of A
+
+
+def sound(kind):
+    """A record of A in a schema."""
+    image = {"path": "COCO_train2014_000000000001.jpg", "bytes": png(np.zeros((HEIGHT, WIDTH), np.uint8))}
+    mask, polygon = rle(pixels(A), compressed=True), [float(side) for side in rectangle(*A)]
+    ref = {"ref_id": 7, "ann_id": 8, "image_id": 1, "category_id": 17, "sentences": [{"sent": "a cat"}]}
+    annotation = {"id": 8, "image_id": 1, "category_id": 17, "segmentation": [polygon], "bbox": BOX}
+    sample = {"id": 7, "image_id": 1, "category": "cat", "sentences": ["a cat"], "bbox": BOX, "mask": mask}
+    cells = {
+        "refcoco_benchmark": {
+            "image_info": {"height": HEIGHT, "width": WIDTH},
+            "ref_list": [{"ann_info": annotation, "ref_info": ref}],
+        },
+        "refcoco_m": {"image_id": 1, "file_name": image["path"], "samples": [sample]},
+        "pbench": {"expression": "a cat", "masks": [mask], "count": 1, "id": "x"},
+        "bool_masks": {"text": "a cat", "mask": pixels(A).astype(bool).tolist(), "image_id": 1, "ann_id": 8},
+        "lmms": {"answer": ["a cat"], "segmentation": polygon, "bbox": BOX, "iscrowd": 0, "file_name": image["path"]},
+    }
+    return {"image": image} | cells[kind]
+
+
+def changed(record, place, value):
+    """The record with another value at a place such as `samples.0.mask.size`, or, as `...`, without it."""
+    first, _, rest = place.partition(".")
+    copy = list(record) if isinstance(record, list) else dict(record)
+    key = int(first) if isinstance(record, list) else first
+    if rest:
+        copy[key] = changed(record[key], rest, value)
+    elif value is ...:
+        del copy[key]
+    else:
+        copy[key] = value
+    return copy
