@@ -84,6 +84,7 @@ def draw_masks(
     colors: Sequence[tuple[int, int, int]] | None = None,
     scores: Sequence[float | None] | None = None,
     legend: bool = True,
+    fill: float = FILL,
 ) -> Image.Image:
     """Show `N` masks over their image, each filled and outlined in its color, with a legend beneath.
 
@@ -95,6 +96,7 @@ def draw_masks(
             fewer than masks, they are used again.
         scores: numbers from 0 to 1 that the legend shows behind the phrases; None stands for no number.
         legend: whether there is one.
+        fill: share of the mask's color in its pixels.
 
     Returns:
         An RGB image. Its upper left part (H, W) is the image. A legend makes it higher, and a small image also wider.
@@ -117,7 +119,7 @@ def draw_masks(
                 f"masks[{index}] has shape {mask.shape}, but its image has {pixels.shape[:2]} when upright: give "
                 "(height, width) masks of the image's size."
             )
-        _fill(pixels, mask, color)
+        _fill(pixels, mask, color, fill)
     for mask, color in zip(masks, cycle(colors)):
         _outline(pixels, mask, color)
     picture = Image.fromarray(pixels)
@@ -130,10 +132,10 @@ def draw_masks(
     return sheet
 
 
-def _fill(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
+def _fill(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], share: float) -> None:
     """Tint a mask's pixels by a table of values, because a huge image takes four times the memory in floats."""
     values = np.arange(256, dtype=np.float32)[:, None]
-    table = ((1 - FILL) * values + FILL * np.float32(color)).round().astype(np.uint8)  # (256, 3)
+    table = ((1 - share) * values + share * np.float32(color)).round().astype(np.uint8)  # (256, 3)
     left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
     box = pixels[top : top + height, left : left + width]
     inside = mask[top : top + height, left : left + width, None]

@@ -59,6 +59,7 @@ COUNT, MAX_COUNT = 24, 200  # rows
 MAX_PHRASES_SHOWN = 30  # of a row
 MAX_NAME = 80  # characters of a category, of a file's name, and of the set's name in the output's
 MAX_LISTED = 20  # rows that cannot be read, on the screen
+FILL = 0.25  # share of the mask's colour in its pixels, so that phrases of colours can be checked
 MASK_COLOR, BOX_COLOR, NO_PICTURE = TRUTH_COLOR, PALETTE[2], (225, 225, 230)
 COLUMNS = 4  # of a sheet
 HOW_TO_READ = "The mask is tinted and outlined in green. The thin yellow line is the box of the annotation."
@@ -293,7 +294,7 @@ def draw_row(image: Image.Image, mask: np.ndarray, bbox: list[float] | None) -> 
     scale = SAMPLE_SIDE / max(mask.shape)
     size = tuple(max(1, round(side * scale)) for side in mask.shape[::-1])
     picture = image.resize(size, Image.Resampling.BICUBIC)
-    picture = draw_masks(picture, [fit_mask(mask, size)], [""], [MASK_COLOR], legend=False)
+    picture = draw_masks(picture, [fit_mask(mask, size)], [""], [MASK_COLOR], legend=False, fill=FILL)
     if bbox and all(side is not None and math.isfinite(side) for side in bbox) and min(bbox[2:]) > 0:
         left, top, width, height = (side * scale for side in bbox)
         corners = [

@@ -7,9 +7,12 @@ import json
 import datasets
 import numpy as np
 import pytest
+from helpers.other_layouts import small_set
 from helpers.pages import HOSTILE, Page, read
 from helpers.refer_folder import ReferFolder
 from helpers.rows import make_row, make_rows, write_prepared
+from helpers.table_writers import SCHEMAS
+from helpers.table_writers import write as write_table
 from PIL import Image
 
 from data import view
@@ -61,7 +64,7 @@ def picture(source: str) -> np.ndarray:
 
 
 def is_green(pixels: np.ndarray) -> np.ndarray:
-    return pixels[..., 1] - pixels[..., 0] > 25
+    return pixels[..., 1] - pixels[..., 0] > 15
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -250,6 +253,18 @@ def test_sets_of_refer_ones_own_folder_and_shapes_are_shown(tmp_path, capsys):
     assert "published" not in capsys.readouterr().out  # a single split is compared with nothing
     assert main(["refcoco/unc", "--data_root", "refer", "--output", "refer.html"]) == 0
     assert "(published: 42404)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["refcoco_m", "bool_masks"])
+def test_tables_with_pixels_are_shown(tmp_path, kind):
+    schema = SCHEMAS[kind]
+    folder = write_table(schema, schema.rows(small_set(tmp_path)), tmp_path / "table", "parquet")
+    assert main([str(folder), "--split", "train", "--output", "table.html"]) == 0
+    page = read(tmp_path / "table.html")
+    assert page.tables["table"][0] == ["split", "train"] and "train · ref_id" in page.text
+    columns = ["--columns", "image=image", "mask=mask", "text=text"]
+    if kind == "bool_masks":
+        assert main([str(folder), "--output", "table.html", *columns]) == 0
 
 
 def test_an_output_of_others_is_not_replaced(tmp_path, monkeypatch):
