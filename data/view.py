@@ -142,7 +142,12 @@ def view(options: argparse.Namespace, output: Path) -> int:
         print(f"Not readable: {one_line(reason)}", file=sys.stderr)
     if len(problems) > MAX_LISTED:
         print(f"… and {len(problems) - MAX_LISTED:,} more rows that cannot be read.", file=sys.stderr)
-    print(one_line(f"{sum(map(len, sections.values()))} rows of {title} are in {output}."))
+    shown = sum(map(len, sections.values()))
+    print(
+        one_line(
+            f"{shown} {'row of' if shown == 1 else 'rows of'} {title} {'is' if shown == 1 else 'are'} in {output}."
+        )
+    )
     return 1 if problems else 0
 
 

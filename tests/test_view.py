@@ -216,7 +216,7 @@ def test_splits_are_shown_together_or_one_alone(plots, tmp_path, capsys):
     assert (head, objects) == (["split", "train", "validation"], ["objects", "1", "2"])
     assert {*page.images} >= {"Words of a phrase", "Mask's share of the image", "Phrases of an object"}
     assert main([name, "--split", "train"]) == 0
-    assert "1 rows of set are in view_set-train.html" in capsys.readouterr().out
+    assert "1 row of set is in view_set-train.html" in capsys.readouterr().out
     assert read(tmp_path / "view_set-train.html").tables["set"][0] == ["split", "train"]
 
 
