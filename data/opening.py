@@ -102,7 +102,7 @@ def _load_tables(
     """
     if not name.startswith(HUB):
         require_regular_files(name)
-    files = _prepared_files(name, splits) if columns is None else None
+    files = _prepared_files(name, columns, splits)
     if files is None:
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
     found = load_prepared(name, files)
@@ -116,11 +116,15 @@ def _load_tables(
     return found
 
 
-def _prepared_files(name: str, splits: Collection[str] | None) -> dict[str, list[str]] | None:
+def _prepared_files(
+    name: str, columns: dict[str, str] | None, splits: Collection[str] | None
+) -> dict[str, list[str]] | None:
     """The Parquet files of each wanted split, if they have the columns of prepared rows; else None."""
+    if "split" in (columns or {}):  # then a table's rows say which split they are of, whatever their file
+        splits = None
     _, root, files = find_files(name, splits=splits)
     try:
-        if not all(are_prepared_rows(pq.read_schema(members[0]).names) for members in files.values()):
+        if not all(are_prepared_rows(pq.read_schema(members[0]).names, columns) for members in files.values()):
             return None
     except Exception as error:  # Arrow's extension types run code of many libraries
         raise_if_out_of_memory(error)
@@ -135,9 +139,9 @@ def holds_tables(path: Path) -> bool:
     return any(path.rglob("*.parquet")) if path.is_dir() else path.is_file()
 
 
-def are_prepared_rows(columns: Collection[str]) -> bool:
-    """Whether these are the columns of prepared rows, and not those of a table; one of them may be missing."""
-    return len(FEATURES.keys() - set(columns)) <= 1
+def are_prepared_rows(names: Collection[str], columns: dict[str, str] | None = None) -> bool:
+    """Whether columns have the names of those of prepared rows; one may be missing, unless the user names `columns`."""
+    return len(FEATURES.keys() - set(names)) <= (0 if columns else 1)
 
 
 def _load_saved(
@@ -154,7 +158,7 @@ def _load_saved(
         raise ValueError(f"{name} has a split without any row: save it without that split.") from error
     if not isinstance(saved, datasets.DatasetDict):
         raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
-    if columns is not None or not all(are_prepared_rows(rows.column_names) for rows in saved.values()):
+    if not all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
     try:
         for rows in saved.values():

@@ -98,6 +98,8 @@ def test_columns_name_what_a_table_of_no_known_layout_holds(refer_set, tmp_path)
     train, evaluation, tests = load_rows(args, True, True, True)[1:]
     assert train["sentences"][:] == theirs["train"]["sentences"][:]
     assert evaluation["sentences"][:] == tests["val"]["sentences"][:] == theirs["val"]["sentences"][:]
+    prepared = save(tmp_path / "prepared", val=make_rows(make_row(1)))
+    assert load_splits(prepared, columns=COLUMNS)["val"]["ref_id"][:] == [1]  # which columns are not meant for
     with pytest.raises(ValueError, match="of no known layout; missing are .*--columns image="):
         load_splits(path)
     with pytest.raises(ValueError, match=r"no columns \['nosuch'\]"):
