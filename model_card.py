@@ -1,14 +1,17 @@
 """The card (README.md) of a shared model: what it is, what it was trained and tested on, and how to use it."""
 
 import os
+import re
 from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_detris import TASK, DetrisConfig
+from repository_files import may_be_repository
 
 METRIC_NAMES = {"mean_iou": "mIoU", "overall_iou": "oIoU"} | {f"precision@0.{x}": f"Pr@0.{x}" for x in range(5, 10)}
 METRIC_NAMES |= {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}  # where some phrases name nothing
+HUB_DATASET = re.compile(r"(?:[\d.]+\*)?hub:(?P<id>[^:]+)(?::\w+)?")  # how a data set of the Hub is named here
 EXAMPLE_IMAGE = "http://images.cocodataset.org/val2017/000000039769.jpg"  # two cats and two remotes on a couch
 EXAMPLE_PHRASE = "the left cat"
 
@@ -127,30 +130,36 @@ def make_model_card(
         name: the model's name; on the Hub `owner/name`.
         origin: a sentence that says where the weights come from.
         trained_on: the names of the data sets that it was trained on, after their weights if these are not 1, such as
-            `refcoco/unc` and `0.5*refcoco+/unc`.
-        results: for each split that it was tested on: `dataset`, `split`, and the metrics by name, from 0 to 1.
+            `refcoco/unc`, `0.5*refcoco+/unc` and `hub:someone/mine`. Those of the Hub become links.
+        results: for each split that it was tested on: `dataset`, named likewise, `split`, and the metrics by name,
+            from 0 to 1. They become the card's `model-index`, which the Hub shows beside the model. Its newer folder
+            `.eval_results` takes only data sets that are registered there as benchmarks; we know no referring set
+            among them.
         license: the licence of the weights, by the Hub's abbreviation.
         adapter_only: whether adapters and head were saved without the backbones.
     """
     results = results or []
     sources = [config.vision_backbone, config.text_backbone]
-    hub_sources = sorted({source for source in sources if source and not os.path.exists(source)})
+    hub_sources = sorted({source for source in sources if source and _is_of_hub(source)})
     metadata = ModelCardData(
         license=license,
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag="image-segmentation",
         tags=["detris", "referring-image-segmentation", "transformers"],
-        datasets=[member.rpartition("*")[2] for member in trained_on] or None,
+        datasets=list(dict.fromkeys(filter(None, map(_hub_id, trained_on)))) or None,
+        trained_on=list(trained_on) or None,  # no field of the Hub's: names that are no ids of it have no place there
         metrics=["mean_iou"],
         base_model=hub_sources or None,
+        # The Hub would take what has two base models for a merge of their weights.
+        base_model_relation=("adapter" if adapter_only else "finetune") if hub_sources else None,
         widget=[{"src": EXAMPLE_IMAGE, "text": EXAMPLE_PHRASE, "example_title": EXAMPLE_PHRASE}],
         model_name=name if results else None,
         eval_results=[
             EvalResult(
                 task_type="image-segmentation",
                 task_name="Referring image segmentation",
-                dataset_type=result["dataset"],
-                dataset_name=result["dataset"],
+                dataset_type=_hub_id(result["dataset"]) or re.sub(r"[^\w.+-]", "-", result["dataset"]),
+                dataset_name=_without_prefix(result["dataset"]),
                 dataset_split=result["split"],
                 metric_type=metric,
                 metric_name=METRIC_NAMES[metric],
@@ -167,7 +176,7 @@ def make_model_card(
     lines = [f"| data set | split | {headings} |", "|---|---|" + "---:|" * len(metrics)]
     for result in results:
         figures = " | ".join(f"{100 * result[metric]:.2f}" if metric in result else "" for metric in metrics)
-        lines.append(f"| {result['dataset']} | {result['split']} | {figures} |")
+        lines.append(f"| {_without_prefix(result['dataset'])} | {result['split']} | {figures} |")
     vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
     place = "where they are published" if hub_sources else "the folders that you name"
     unnamed = adapter_only and not hub_sources
@@ -182,7 +191,7 @@ def make_model_card(
             text=config.text_config,
             vision_source=vision_source,
             text_source=text_source,
-            trained_on=" + ".join(trained_on) or "not said",
+            trained_on=" + ".join(map(_without_prefix, trained_on)) or "not said",
             results="\n".join(lines) if results else "None measured.",
             task=TASK,
             phrase=EXAMPLE_PHRASE,
@@ -193,3 +202,19 @@ def make_model_card(
             ),
         )
     )
+
+
+def _is_of_hub(source: str) -> bool:
+    """Whether backbones come from the Hub, not from a folder, be it on this machine or on the one that trained."""
+    return not os.path.exists(source) and may_be_repository(source)
+
+
+def _hub_id(dataset: str) -> str | None:
+    """The id of a data set that is named `hub:<id>`, be it with a weight or a split; None for other names."""
+    match = HUB_DATASET.fullmatch(dataset)
+    return match["id"] if match and may_be_repository(match["id"]) else None
+
+
+def _without_prefix(dataset: str) -> str:
+    """How people read a data set's name: without the `hub:` before its id."""
+    return dataset.replace("hub:", "", 1) if _hub_id(dataset) else dataset

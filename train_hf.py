@@ -175,7 +175,7 @@ def run(prepared: PreparedRun) -> dict[str, float]:
     else:
         metrics |= evaluated.metrics
         if trainer.is_world_process_zero():
-            write_card(trainer, members, evaluated.card)
+            write_card(trainer, prepared.data_args, members, evaluated.card)
             write_report(trainer, prepared.data_args, evaluated)
         if args.push_to_hub:
             trainer.push_to_hub()

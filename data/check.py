@@ -2,7 +2,8 @@
 
     python -m data.check path/to/refer                          # every data set of PUBLISHED
     python -m data.check path/to/refer refcoco/unc grefcoco/unc
-    python -m data.check path/to/refer rrsisd/unc --images path/to/refer/images/rrsisd/JPEGImages
+    python -m data.check path/to/refer ref-zom/final rrefcoco/unc
+    python -m data.check path/to/refer mine/unc --images path/to/photographs
 
 The status is 0 if all is complete, and 1 if anything is missing, broken or differs in number. Numbers are compared
 where they are known.
@@ -70,7 +71,7 @@ def check(
         images: folder of the images, as in `load_refer`.
 
     Returns:
-        The counts of each split's sound refs, even of those whose images are missing; a sentence for each problem; and
+        The counts of each split's sound rows, even of those whose images are missing; a sentence for each problem; and
         how many objects of gRefCOCO were skipped because they have no phrases.
 
     Raises:
@@ -96,8 +97,8 @@ def check(
 
     splits = defaultdict(list)
     sizes = set()
-    for index, ref in tqdm(refs, desc=f"{name}: annotations", unit="ref"):
-        if found := attempt(read_row, files, index, ref, instances):
+    for ref in tqdm(refs, desc=f"{name}: annotations", unit="ref"):
+        if found := attempt(read_row, files, ref, instances):
             split, row = found
             splits[split].append(row)
             sizes.add((row["image"], tuple(row["mask"]["size"])))

@@ -9,7 +9,6 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -84,7 +83,7 @@ class Mixture:
 
 def public_name(dataset: str) -> str:
     """A data set's name for logs and model cards: of what lies on this machine without its path, on the Hub the id."""
-    return Path(dataset).name if os.path.exists(dataset) else dataset.removeprefix(HUB)
+    return os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset.removeprefix(HUB)
 
 
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:

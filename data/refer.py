@@ -1,4 +1,5 @@
-"""RefCOCO and its relatives in the layout of the official reader, REFER (lichengunc/refer), and gRefCOCO's variant.
+"""RefCOCO and its relatives in the layout of the official reader, REFER (lichengunc/refer), and in what others made of
+it: gRefCOCO and Ref-ZOM, whose phrases may name several objects or none, and R-RefCOCO, some of whose name nothing.
 
 `load_refer` reads a whole data set. Importing this module also registers the masks' feature type (`masks.py`) with
 `datasets`: import it before you load saved rows.
@@ -20,12 +21,19 @@ from .records import NO_TARGET, Records, is_int64, load_records, make_row, requi
 from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
 
 COCO_IMAGES = "images/train2014"  # under the root
+MERGED_COCO_IMAGES = "images/trainval2014"  # train2014 and val2014 in one folder
 SOURCES = {  # the published data sets: their folder of images under the root, and who split them
     "refcoco": (COCO_IMAGES, ("unc", "google")),
     "refcoco+": (COCO_IMAGES, ("unc",)),
     "refcocog": (COCO_IMAGES, ("umd", "google")),
     "refclef": ("images/saiapr_tc-12", ("unc", "berkeley")),
     "grefcoco": (COCO_IMAGES, ("unc",)),
+    "ref-zom": (MERGED_COCO_IMAGES, ("final",)),
+    "refzom": (MERGED_COCO_IMAGES, ("final",)),
+    "rrefcoco": (COCO_IMAGES, ("unc",)),
+    "rrefcoco+": (COCO_IMAGES, ("unc",)),
+    "rrefcocog": (COCO_IMAGES, ("unc", "umd", "google")),
+    "rrsisd": ("images/rrsisd/JPEGImages", ("unc",)),
 }
 REFER_NAME = re.compile(r"[\w+-][\w+. -]{0,99}")  # names a data set or who split it, and becomes part of a path
 REFER_LAYOUT = (
@@ -39,13 +47,15 @@ def load_refer(
 ) -> datasets.DatasetDict:
     """Read one data set in the REFER layout, one row for each referred object.
 
+    Where a ref also has phrases that name nothing, as in R-RefCOCO, these are a second row.
+
     Every image file is opened once, and its size compared with the annotations.
 
     Args:
         root: folder that holds `images/` and one folder for each data set.
-        dataset: `refcoco`, `refcoco+`, `refcocog`, `refclef` or `grefcoco`; with `images` any other folder in the root
-            that holds `refs(<split_by>).p` and `instances.json`, such as RRSIS-D's `rrsisd`.
-        split_by: who split it: `unc`, `umd`, `google` or `berkeley`, or the name in the brackets of its refs file.
+        dataset: one of `SOURCES`, such as `refcoco`; with `images` any other folder in the root that holds
+            `refs(<split_by>).p`, or the same as JSON, and `instances.json`.
+        split_by: who split it, which is the name in the brackets of its refs file, such as `unc`.
         images: folder of the images, if it is not that of a published data set.
 
     Returns:
@@ -60,7 +70,7 @@ def load_refer(
 
 
 class ReferRecords(Records):
-    """Records in the REFER layout, or in gRefCOCO's, whose refs are in a JSON file.
+    """Records in the REFER layout: refs of a pickle or a JSON file, each of one object, several or none.
 
     Args:
         root, dataset, split_by, images: as in `load_refer`.
@@ -87,7 +97,7 @@ class ReferRecords(Records):
         return len(self._refs)
 
     def read(self, index: int) -> tuple[str, dict]:
-        return read_row(self.files, *self._refs[index], self._instances)
+        return read_row(self.files, self._refs[index], self._instances)
 
 
 class ReferFiles(NamedTuple):
@@ -98,10 +108,20 @@ class ReferFiles(NamedTuple):
     instances: Path
 
 
+class Ref(NamedTuple):
+    """What one row is read from: a ref, or those of its phrases that name nothing."""
+
+    index: int  # its place in the refs file
+    record: Any  # the ref; that of a sound file is a dictionary
+    exist: bool = True  # whether the phrases that name its objects are meant, or those that name nothing
+
+
 def refer_files(
     root: str | os.PathLike, dataset: str, split_by: str, images: str | os.PathLike | None = None
 ) -> ReferFiles:
     """Where the files of a data set belong, whether they exist or not.
+
+    Refs are a pickle, or the same as JSON where there is none; gRefCOCO's are never a pickle.
 
     Args:
         root, dataset, split_by, images: as in `load_refer`.
@@ -117,20 +137,25 @@ def refer_files(
             "other folder in the root, if `images` says where its images are."
         )
     root = Path(root).absolute()
-    refs = f"grefs({split_by}).json" if dataset == "grefcoco" else f"refs({split_by}).p"
+    names = [f"refs({split_by}).p", f"refs({split_by}).json", f"grefs({split_by}).json"]
+    names = names[2:] if dataset == "grefcoco" else names
+    refs = next((name for name in names if (root / dataset / name).exists()), names[0])
     images = root / SOURCES[dataset][0] if images is None else Path(images).absolute()
     return ReferFiles(images, root / dataset / refs, root / dataset / "instances.json")
 
 
-def read_refs(path: Path) -> tuple[list[tuple[int, Any]], int]:
-    """Read a refs file, which is a pickle or gRefCOCO's JSON.
+def read_refs(path: Path) -> tuple[list[Ref], int]:
+    """Read a refs file, which is a pickle or JSON.
+
+    A ref of R-RefCOCO has phrases that name its object and others that name nothing, which is what `exist` says. They
+    become two records, that of the object first.
 
     gRefCOCO has objects without phrases, which are skipped here. Its own loaders read phrase by phrase and so never
     meet them, as its authors say (henghuiding/gRefCOCO, issues 3 and 8). In other data sets such an object is a fault,
     and `read_row` refuses it.
 
     Returns:
-        The refs, each with its place in the file; and how many were skipped.
+        What each row is read from, in the file's order; and how many refs were skipped.
 
     Raises:
         ValueError: the file holds no list, or more than plain data, or is a link that leads out of the data set.
@@ -139,20 +164,31 @@ def read_refs(path: Path) -> tuple[list[tuple[int, Any]], int]:
     refs = load_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise ValueError(f"{path} holds a {type(refs).__name__}, not a list of refs.")
-    is_grefcoco = path.suffix == ".json"
-    kept = [
-        (index, ref)
-        for index, ref in enumerate(refs)
-        if not (is_grefcoco and isinstance(ref, dict) and ref.get("sentences") == [])
-    ]
-    return kept, len(refs) - len(kept)
+    is_grefcoco = path.name.startswith("grefs(")
+    kept, skipped = [], 0
+    for index, ref in enumerate(refs):
+        sentences = ref.get("sentences") if isinstance(ref, dict) else None
+        if is_grefcoco and sentences == []:
+            skipped += 1
+        elif isinstance(sentences, list) and any(map(_names_nothing, sentences)):
+            parts = {not _names_nothing(sentence) for sentence in sentences}
+            kept += [Ref(index, ref, exist) for exist in sorted(parts, reverse=True)]
+        else:
+            kept.append(Ref(index, ref))
+    return kept, skipped
+
+
+def _names_nothing(sentence: Any) -> bool:
+    """Whether R-RefCOCO says of a phrase that it names nothing."""
+    return isinstance(sentence, dict) and sentence.get("exist", True) == 0
 
 
 def read_instances(path: Path) -> dict[str, dict[int, dict]]:
     """Read `instances.json`.
 
     Returns:
-        Its `images`, `annotations` and `categories`: dictionaries of records by their ids.
+        Its `images`, `annotations` and `categories`: dictionaries of records by their ids. The last is empty if the
+        file has none.
 
     Raises:
         ValueError: it is no COCO annotation file, or a link that leads out of the data set.
@@ -160,9 +196,9 @@ def read_instances(path: Path) -> dict[str, dict[int, dict]]:
     require_inside(path, path.parent, path.parent.parent)
     try:
         instances = load_json(path, object_hook=_pack_polygons)
-        return {
-            key: {record["id"]: record for record in instances[key]} for key in ("images", "annotations", "categories")
-        }
+        records = {key: instances[key] for key in ("images", "annotations")}
+        records["categories"] = instances.get("categories") or []
+        return {key: {record["id"]: record for record in records[key]} for key in records}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a COCO annotation file ({one_line(repr(error))}).") from error
 
@@ -181,16 +217,20 @@ def _pack_polygons(record: dict) -> dict:
 
 
 def read_row(
-    files: ReferFiles, index: int, ref: dict, instances: dict[str, dict[int, dict]], home: Path | None = None
+    files: ReferFiles, ref: Ref, instances: dict[str, dict[int, dict]], home: Path | None = None
 ) -> tuple[str, dict]:
-    """Read one ref, without looking at its image.
+    """Read one row, without looking at its image.
 
-    In gRefCOCO a ref has a list of ann_ids. Several objects become one, whose mask and box are the union of theirs;
-    `[-1]` stands for no object. Crowds do not count, as in its loader (henghuiding/ReLA, `grefer.py`, `getMaskByRef`).
+    In gRefCOCO and Ref-ZOM a ref has a list of ann_ids. Several objects become one, whose mask and box are the union
+    of theirs. No object is `[-1]` in gRefCOCO; in Ref-ZOM the `source` of the ref is then `zero`, whatever its ann_ids
+    are. Crowds count in Ref-ZOM but not in gRefCOCO. All this is as in their loaders (henghuiding/ReLA, `grefer.py`,
+    `getMaskByRef`; toggle1995/RIS-DMMI, `refer/refer.py`, `getMask`).
+
+    Phrases that do not `exist` (R-RefCOCO) have an empty mask and the ref_id `-1 - ref_id`, which no other ref has
+    where all count from 0.
 
     Args:
         files: the data set's files.
-        index: place of the ref in its file.
         ref: as `read_refs` gives it.
         instances: as `read_instances` gives them.
         home: folder besides that of the images that links to images may lead into; by default the data set's root.
@@ -201,44 +241,70 @@ def read_row(
     Raises:
         ValueError: the ref is broken, or a record that it names is missing or broken.
     """
-    ref_id = ref.get("ref_id") if isinstance(ref, dict) else None
+    index, record, exist = ref
+    ref_id = record.get("ref_id") if isinstance(record, dict) else None
     place = f"ref_id {ref_id}" if is_int64(ref_id) else f"entry {index}"
     with record_errors_begin_with(f"{files.refs}, {place}", "REFER"):
-        several = isinstance(ref["ann_id"], list)
-        ann_ids = ref["ann_id"] if several else [ref["ann_id"]]
-        category_ids = ref["category_id"] if several else [ref["category_id"]]
-        no_target = several and ann_ids == [NO_TARGET]
-        if no_target:
-            ann_ids, category_ids = [], []
-        image = _record_with_id(instances["images"], "image_id", ref["image_id"])
-        annotations = [
-            _record_with_id(instances["annotations"], "ann_id", ann_id) for ann_id in dict.fromkeys(ann_ids)
+        several = isinstance(record["ann_id"], list)
+        no_target = not exist or record.get("source") == "zero" or several and record["ann_id"] == [NO_TARGET]
+        image = _record_with_id(instances["images"], "image_id", record["image_id"])
+        annotations = [] if no_target else _annotations_of(record, image, instances["annotations"])
+        boxes = [
+            checked_bbox(annotation["bbox"], annotation["id"]) for annotation in annotations if "bbox" in annotation
         ]
-        for annotation in annotations:
-            if annotation["image_id"] != image["id"]:
-                raise ValueError(
-                    f"ann_id {short_repr(annotation['id'])} is of image {short_repr(annotation['image_id'])}, "
-                    f"not {short_repr(image['id'])}."
-                )
-        if several:
-            annotations = [annotation for annotation in annotations if not annotation.get("iscrowd")]
-        if not annotations and not no_target:
-            raise ValueError(f"the ann_ids {short_repr(ann_ids)} name no object; for no target give [{NO_TARGET}].")
-        categories = {_record_with_id(instances["categories"], "category_id", key)["name"] for key in category_ids}
-        masks = [part for annotation in annotations for part in mask_parts(annotation["segmentation"])]
-        boxes = [checked_bbox(annotation["bbox"], annotation["id"]) for annotation in annotations]
         return make_row(
-            split=ref["split"],
+            split=record["split"],
             image=file_inside(files.images, image["file_name"], home or files.refs.parent.parent),
             size=(image["height"], image["width"]),
-            mask=None if no_target else masks,
-            sentences=[sentence["sent"] for sentence in ref["sentences"]],
-            ref_id=ref["ref_id"],
+            mask=None if no_target else [part for one in annotations for part in mask_parts(one["segmentation"])],
+            sentences=_phrases_of(record, exist),
+            ref_id=record["ref_id"] if exist or not is_int64(ref_id) else -1 - ref_id,
             ann_id=annotations[0]["id"] if len(annotations) == 1 else NO_TARGET,
             image_id=image["id"],
-            category=categories.pop() if len(categories) == 1 else "",
-            bbox=box_around(boxes) if boxes else None,
+            category="" if no_target else _category_of(record, instances["categories"]),
+            bbox=box_around(boxes) if boxes and len(boxes) == len(annotations) else None,
         )
+
+
+def _annotations_of(ref: dict, image: dict, annotations: dict[int, dict]) -> list[dict]:
+    """The annotations of a ref's objects; ValueError if there are none, or one is missing or of another image."""
+    several = isinstance(ref["ann_id"], list)
+    ann_ids = ref["ann_id"] if several else [ref["ann_id"]]
+    found = [_record_with_id(annotations, "ann_id", ann_id) for ann_id in dict.fromkeys(ann_ids)]
+    for annotation in found:
+        if annotation["image_id"] != image["id"]:
+            raise ValueError(
+                f"ann_id {short_repr(annotation['id'])} is of image {short_repr(annotation['image_id'])}, "
+                f"not {short_repr(image['id'])}."
+            )
+    if several and "source" not in ref:  # gRefCOCO
+        found = [annotation for annotation in found if not annotation.get("iscrowd")]
+    if not found:
+        remedy = "source zero" if "source" in ref else f"[{NO_TARGET}]"
+        raise ValueError(f"the ann_ids {short_repr(ann_ids)} name no object; for no target give {remedy}.")
+    return found
+
+
+def _phrases_of(ref: dict, exist: bool) -> list:
+    """The phrases of a ref that exist, or those that do not; ValueError if it is not said which."""
+    phrases = []
+    for sentence in ref["sentences"]:
+        value = sentence.get("exist", True)
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise ValueError(f"exist is {short_repr(value)} at a phrase; give true or false.")
+        if value == exist:
+            phrases.append(sentence["sent"] if "sent" in sentence else sentence["raw"])
+    return phrases
+
+
+def _category_of(ref: dict, categories: dict[int, dict]) -> str:
+    """The name of the category that all objects of a ref share; empty if they do not, or the set has none."""
+    if not categories:
+        return ""
+    several = isinstance(ref["ann_id"], list) and isinstance(ref["category_id"], list)
+    keys = ref["category_id"] if several else [ref["category_id"]]
+    names = {_record_with_id(categories, "category_id", key)["name"] for key in keys}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _record_with_id(records: dict[int, dict], name: str, key: int) -> dict:

@@ -20,7 +20,7 @@ from configuration_detris import one_line, raise_if_out_of_memory, read_regular,
 from .coco_names import COCO_CATEGORIES, coco_image_id
 from .images import image_size, read_png_mask
 from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists, training_first
-from .refer import COCO_IMAGES, ReferFiles, ReferRecords, read_row
+from .refer import COCO_IMAGES, Ref, ReferFiles, ReferRecords, read_row
 from .table_layouts import TABLE_LAYOUTS
 from .tables import TableRecords
 from .untrusted import file_inside, load_json, record_errors_begin_with, require_inside
@@ -48,8 +48,8 @@ def open_records(
     """Open a data set in any of the layouts of `KINDS`, and read its annotation files.
 
     Args:
-        kind: `refer` (gRefCOCO's included), `cris`, `hub_table`, `folder`, or for tables with pixels `table` or the
-            name of one of their layouts.
+        kind: `refer` (Ref-ZOM, R-RefCOCO and gRefCOCO included), `cris`, `hub_table`, `folder`, or for tables with
+            pixels `table` or the name of one of their layouts.
         path: the folder that holds it; for tables also its id on the Hub, and for those with pixels a Parquet file.
         name: which data set of the folder is meant: for `refer` dataset and split_by, such as `refcoco/unc`; for
             `cris` the folder in `anns`, such as `refcocog_u`. For the other kinds, what to call it; by default the
@@ -221,7 +221,7 @@ class HubTableRecords(Records):
                 "annotations": {annotation["id"]: annotation},
                 "categories": self._categories,
             }
-        return read_row(ReferFiles(self.images, self.refs, self.refs), index, ref, instances, home=self.images)
+        return read_row(ReferFiles(self.images, self.refs, self.refs), Ref(index, ref), instances, home=self.images)
 
 
 class FolderRecords(Records):

@@ -96,8 +96,6 @@ class TableRecords(Records):
     def _add_table(self, where: str, split: str, table: pa.Table, kind: str, columns: dict[str, str] | None) -> None:
         """Add the objects of a split to the records."""
         names = table.column_names
-        if repeated := {column for column in names if names.count(column) > 1}:
-            raise ValueError(f"{where} has several columns {sorted(repeated)}: rename them.")
         if self._table_layout is None:
             self._table_layout = _choose_layout(where, names, kind, columns)
         layout = self._table_layout
@@ -352,25 +350,45 @@ def _listed_files(repository: str) -> list[PurePosixPath] | None:
 
 
 def _open_parquet(files: list[Path], root: Path) -> pa.Table:
-    """The table of a split's Parquet files, without what the files say about how to decode it."""
+    """The table of a split's Parquet files, with types as Arrow knows them, whatever the files say of decoding."""
+    features, filled = datasets.Features(), []
     for file in files:
         require_inside(file, root)
         try:
-            pq.read_schema(file)  # so that the file that is none is named
+            with pq.ParquetFile(file) as parquet:
+                features = features or _readable(parquet.schema_arrow)
+                filled += [file] if parquet.metadata.num_rows else []
         except Exception as error:  # Arrow's extension types run code of many libraries
             raise _unreadable(file, error) from error
+    if not filled:  # `datasets` knows no split without rows
+        return features.arrow_schema.empty_table()
     try:
         rows = datasets.load_dataset(
             "parquet",
-            data_files=[glob.escape(os.fspath(file)) for file in files],
+            data_files=[glob.escape(os.fspath(file)) for file in filled],
             split="train",
             keep_in_memory=False,
+            features=features,
+            columns=list(features),
             batch_size=ROWS_AT_ONCE,
             fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(**UNBUFFERED),
         )
         return rows.data.table.replace_schema_metadata(None)
     except Exception as error:  # as above; and `datasets` raises what it meets as other types
-        raise _unreadable(files[0], error) from error
+        raise _unreadable(filled[0], error) from error
+
+
+def _readable(schema: pa.Schema) -> datasets.Features:
+    """The columns whose types `datasets` knows; ValueError if two have the same name."""
+    if repeated := {column for column in schema.names if schema.names.count(column) > 1}:
+        raise ValueError(f"several columns are called {', '.join(sorted(repeated))}")
+    features = datasets.Features()
+    for field in schema.remove_metadata():
+        try:
+            features.update(datasets.Features.from_arrow_schema(pa.schema([field])))
+        except Exception as error:  # it may be of no interest; a layout names what it lacks
+            raise_if_out_of_memory(error)
+    return features
 
 
 def _saved_files(folder: Path, root: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from helpers.rows import OUT_OF_MEMORY, make_row
 from PIL import ExifTags, Image, ImageOps
 
 from data import decoding
-from data.decoding import read_image, read_mask, read_phrases, read_whole_mask
+from data.decoding import read_image, read_mask, read_phrases, read_thumbnail, read_whole_mask
 from data.images import check_image
 from data.masks import RleMask
 
@@ -114,6 +114,39 @@ def test_a_pipe_for_an_image_is_not_read(tmp_path):
         pytest.raises(OSError, match="a.jpg of the row with ref_id 7 cannot be read .it is no regular file"),
     ):
         read_image(make_row(7, image={"path": str(tmp_path / "a.jpg"), "bytes": None}))
+
+
+@pytest.mark.parametrize("exif", [1, 3, 6, 8])
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.tiff"])
+def test_thumbnails_are_the_upright_image_made_smaller(tmp_path, name, exif):
+    """Four colours in the corners tell how an image is turned; Pillow is asked for the truth."""
+    pixels = np.zeros((90, 160, 3), np.uint8)
+    pixels[:45, :80], pixels[:45, 80:], pixels[45:, :80] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    options = Image.Exif()
+    options[ExifTags.Base.Orientation] = exif
+    Image.fromarray(pixels).save(tmp_path / name, exif=options)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    row = {"image": {"path": str(tmp_path / name), "bytes": None}, "ref_id": 17, "mask": np.zeros(upright.size[::-1])}
+    found = read_thumbnail(row, 40)
+    assert max(found.size) == 40 and found.mode == "RGB" and (found.width > found.height) == (exif in (1, 3))
+    for across in (0.25, 0.75):
+        for down in (0.25, 0.75):
+            expected = upright.getpixel((int(upright.width * across), int(upright.height * down)))
+            colour = found.getpixel((int(found.width * across), int(found.height * down)))
+            assert np.abs(np.subtract(colour, expected)).max() < 40
+    with pytest.raises(OSError, match="ref_id 17 is .* pixels, height x width, but its mask 90 x 161"):
+        read_thumbnail(row | {"mask": np.zeros((90, 161))}, 40)
+    assert read_thumbnail(row, 1000).size == upright.size  # it is not made larger
+
+
+def test_a_huge_jpeg_is_made_smaller_while_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("L", (8_000, 4_000)).save(tmp_path / "huge.jpg")
+    decoded, transpose = [], ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or transpose(image))
+    row = {"image": {"path": str(tmp_path / "huge.jpg"), "bytes": None}, "ref_id": 17}
+    row["mask"] = {"size": [4_000, 8_000], "counts": ""}
+    assert read_thumbnail(row, 400).size == (400, 200)
+    assert decoded == [(1_000, 500)]
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ MODULES = {
     "data.check": "data.check",
     "data.fetch": "data.fetch",
     "data.prepare": "data.prepare",
+    "data.view": "data.view",
     "benchmarks.data": "benchmarks.data",
     "benchmarks.model": "benchmarks.model",
     "benchmarks.two_processes": "benchmarks.two_processes",
@@ -345,6 +346,7 @@ def known_options() -> set[str]:
         ("data.check", ["root"]),
         ("data.fetch", ["refcoco", "root"]),
         ("data.prepare", ["folder", "path", "--output", "out"]),
+        ("data.view", ["shapes"]),
         ("benchmarks.model", ["--output", "out"]),
     ):
         helps.append(parse_and_stop(importlib.import_module(MODULES[program]).main, program, arguments))

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gallery import FILL, PALETTE, PREDICTION_COLOR, Sample, draw_gallery, draw_masks, draw_sample, overlay
+from gallery import (
+    FILL,
+    PALETTE,
+    PREDICTION_COLOR,
+    Card,
+    Sample,
+    draw_cards,
+    draw_gallery,
+    draw_masks,
+    draw_sample,
+    fit_mask,
+    overlay,
+)
 
 # How linear red, green and blue look to people without one kind of cones (Machado, Oliveira and Fernandes, 2009).
 COLOR_VISION = {
@@ -173,3 +185,30 @@ def test_what_does_not_fit_is_refused(arguments, message):
     given = {"image": sample().image, "masks": [np.ones((40, 60))], "labels": ["a"]} | arguments
     with pytest.raises(ValueError, match=message):
         draw_masks(**given)
+
+
+def test_cards_stand_in_columns_and_none_covers_another():
+    colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
+    cards = [Card(Image.new("RGB", (100, 40 + 20 * place), color), []) for place, color in enumerate(colors)]
+    sheet = np.asarray(draw_cards("title", {"three": cards[:3], "one": cards[3:]}, 260)).astype(int)
+    for place, color in enumerate(colors):
+        assert (sheet == color).all(-1).sum() == 100 * (40 + 20 * place)
+    lefts = [np.flatnonzero((sheet == color).all(-1).any(0)).min() for color in colors]
+    assert lefts[0] == lefts[2] == lefts[3] < lefts[1]  # two columns have room
+
+
+def test_a_card_has_its_texts_in_their_colors_but_no_end_of_lines():
+    card = Card(Image.new("RGB", (100, 40)), [("few words", (255, 0, 0)), ("x" * 50, (0, 0, 255))])
+    sheet = draw_cards("", {"": [card]}, 200)
+    assert has_color(sheet, (255, 0, 0)) and has_color(sheet, (0, 0, 255))
+    long = draw_cards("", {"": [Card(card.picture, [("word " * 5_000, (255, 0, 0))])]}, 200)
+    assert sheet.height < long.height < sheet.height + 1_200
+
+
+@pytest.mark.parametrize("size", [(9, 5), (30, 60), (180, 20)])
+def test_a_single_pixel_of_a_mask_stays_where_it_is(size):
+    mask = np.zeros((40, 90))
+    mask[31, 20] = 1
+    fitted = fit_mask(mask, size)
+    assert fitted.shape == size[::-1] and fitted.any()
+    assert fitted[31 * size[1] // 40, 20 * size[0] // 90]

@@ -292,8 +292,14 @@ def test_pushed_adapters_name_their_backbones_and_bring_nothing_else(trained):
 @pytest.mark.parametrize("name", ["detris-whole", "detris-adapter"])
 def test_pushed_card_tells_data_metrics_licence_and_citation(trained, name):
     card = ModelCard(trained.server.files(f"someone/{name}")["README.md"].decode())
-    assert (card.data.license, card.data.pipeline_tag, card.data.datasets) == ("mit", "image-segmentation", ["shapes"])
+    assert (card.data.license, card.data.pipeline_tag, card.data.trained_on) == (
+        "mit",
+        "image-segmentation",
+        ["shapes"],
+    )
+    assert card.data.datasets is None  # the synthetic set is not the Hub's
     assert card.data.base_model == ["someone/tiny-text", "someone/tiny-vision"] and card.data.widget[0]["text"]
+    assert card.data.base_model_relation == ("adapter" if name == "detris-adapter" else "finetune")
     figures = json.loads((trained.folder / name / "val_results.json").read_text())
     results = {result.metric_type: result for result in card.data.eval_results}
     assert set(results) == {"mean_iou", "overall_iou", *(f"precision@0.{x}" for x in range(5, 10))}

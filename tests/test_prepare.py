@@ -402,14 +402,14 @@ def test_objects_without_phrases_are_counted_in_the_summary(tmp_path, capsys):
 
 def test_any_set_in_the_layout_is_prepared_with_its_images(tmp_path, capsys):
     folder = ReferFolder(tmp_path / "refer")
-    folder.write("rrsisd")
+    folder.write("aerial")
     images = folder.images.rename(tmp_path / "JPEGImages")
-    arguments = ["refer", str(folder.root), "--name", "rrsisd/unc", "--output", str(tmp_path / "out")]
+    arguments = ["refer", str(folder.root), "--name", "aerial/unc", "--output", str(tmp_path / "out")]
     prepare.main([*arguments, "--images", str(images), "--num_proc", "1"])
     assert "published" not in capsys.readouterr().out and not problems_of(tmp_path / "out")
-    expected = load_records(open_records("refer", folder.root, "rrsisd/unc", images))
+    expected = load_records(open_records("refer", folder.root, "aerial/unc", images))
     assert_same_rows(load_prepared(tmp_path / "out", tmp_path), expected)
-    with pytest.raises(SystemExit, match="no data set 'rrsisd' split by 'unc'"):
+    with pytest.raises(SystemExit, match="no data set 'aerial' split by 'unc'"):
         prepare.main([*arguments[:-1], str(tmp_path / "other")])
 
 

@@ -194,12 +194,13 @@ BAD_REFS = {
     ("ref", "ref_id"): BAD_IDS,
     ("ref", "ann_id"): st.one_of(BAD_IDS, st.sampled_from([-1, [], [10**4], [-1, 3], 10**5000])),
     ("ref", "image_id"): BAD_IDS,
-    ("ref", "category_id"): st.one_of(BAD_IDS, st.sampled_from([99, [17], 10**5000])),
+    ("ref", "category_id"): st.one_of(BAD_IDS.filter(lambda key: key != []), st.sampled_from([99, [99], 10**5000])),
     ("ref", "split"): BAD_SPLITS,
     ("ref", "sentences"): st.one_of(
         BAD_PHRASES.map(lambda phrases: [{"sent": phrase} for phrase in phrases]),
         st.sampled_from([None, 7, "a cat", ["a cat"], [{}], {"sent": "a cat"}]),
     ),
+    ("ref", "exist"): st.sampled_from(["false", None, 2, -1, 0.5, float("nan"), [], {}, [False]]),
     ("ref", "itself"): st.sampled_from([None, 7, "ref", [], {}, {"ref_id": 10**5000}]),
     ("image", "file_name"): st.one_of(st.integers(0, 99), st.sampled_from([None, 7, ["whole.jpg"], {}])),
     ("image", "height"): st.one_of(st.integers(-3, 999).filter(lambda side: side != HEIGHT), BAD_IDS),
@@ -211,12 +212,20 @@ BAD_REFS = {
 REF_PARTS = {
     "ref": ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences"),
     "image": ("file_name", "height", "width"),
-    "annotation": ("segmentation", "bbox", "image_id"),
+    "annotation": ("segmentation", "image_id"),
+}
+# Without these also the phrases of a ref that name nothing are no row.
+NEEDED_BY_ALL = {
+    ("ref", "ref_id"),
+    ("ref", "image_id"),
+    ("ref", "split"),
+    *(("image", key) for key in REF_PARTS["image"]),
 }
 
 
 @pytest.mark.slow
 def test_hostile_refer_sets(tmp_path, canary):
+    """The refs are by turns those of REFER, of Ref-ZOM, and of R-RefCOCO, whose broken refs may be two records."""
     folder = ReferFolder(tmp_path / "refer")
     names = traps(folder.images, tmp_path)
     removable = [(part, key) for part, keys in REF_PARTS.items() for key in keys]
@@ -226,6 +235,7 @@ def test_hostile_refer_sets(tmp_path, canary):
     @given(st.lists(changes(BAD_REFS, removable), min_size=RECORDS, max_size=RECORDS))
     def fuzz(mutations):
         folder.refs, folder.instances["images"], folder.instances["annotations"], sound = [], [], [], {}
+        records = 0
         for number, ((part, key), value) in enumerate(mutations):
             if key == "file_name" and type(value) is int and number % 3:
                 value = names[(value * 7 + number) % len(names)]
@@ -238,10 +248,20 @@ def test_hostile_refer_sets(tmp_path, canary):
                     "annotation": {"id": id, "image_id": id, "segmentation": [rectangle(*A)], "bbox": [3, 4, 17, 11]},
                 }
                 record["ref"]["sentences"] = [{"sent": "a cat"}]
-                if id < 2000:
+                if number % 3 == 1:
+                    record["ref"] |= {"source": "one", "ann_id": [id], "category_id": [17]}
+                elif number % 3 == 2:
+                    record["ref"]["sentences"][0]["exist"] = True
+                if id >= 2000:
+                    sound[records] = id
+                elif key == "exist":
+                    record["ref"]["sentences"][0]["exist"] = value
+                elif number % 3 == 2 and (part, key) in NEEDED_BY_ALL:
+                    record["ref"]["sentences"].append({"sent": "no dog", "exist": False})
+                    records += 1
+                if id < 2000 and key != "exist":
                     record[part] = value if key == "itself" else apply(record[part], key, value)
-                else:
-                    sound[len(folder.refs)] = id
+                records += 1
                 folder.refs.append(record["ref"])
                 folder.instances["images"].append(record["image"])
                 folder.instances["annotations"].append(record["annotation"])

@@ -113,36 +113,36 @@ def test_broken_instances_are_named(refer):
 # Any data set in the layout
 
 
-def as_rrsisd(refer):
-    """As RRSIS-D is published: `rrsisd/refs(unc).p`, images elsewhere, and a list of one compressed RLE a mask."""
+def as_another_set(refer):
+    """`aerial/refs(unc).p`, images elsewhere, and a list of one compressed RLE a mask, as in RRSIS-D."""
     for annotation in refer.instances["annotations"]:
         annotation["segmentation"] = [rle(MASKS[annotation["id"]][1], compressed=True)]
-    refer.write("rrsisd")
+    refer.write("aerial")
     return refer.images.rename(refer.root / "images" / "JPEGImages")
 
 
 def test_any_set_in_the_layout_is_read_with_its_images(refer):
-    images = as_rrsisd(refer)
+    images = as_another_set(refer)
     for given in (images, os.path.relpath(images)):
-        rows = by_annotation(load_refer(refer.root, "rrsisd", "unc", images=given))
+        rows = by_annotation(load_refer(refer.root, "aerial", "unc", images=given))
         assert set(rows) == set(MASKS)
         for ann_id, row in rows.items():
             np.testing.assert_array_equal(row["mask"], MASKS[ann_id][1])
             assert row["image"].size == (WIDTH, HEIGHT)
-    with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'; known are .*`images` says where"):
-        load_refer(refer.root, "rrsisd", "unc")
+    with pytest.raises(ValueError, match="no data set 'aerial' split by 'unc'; known are .*`images` says where"):
+        load_refer(refer.root, "aerial", "unc")
     refer.write("refcoco", "mine")  # another division of a published set
     assert len(by_annotation(load_refer(refer.root, "refcoco", "mine", images))) == len(MASKS)
-    with pytest.raises(FileNotFoundError, match=r"rrsisd/refs\(umd\).p does not exist; the REFER layout"):
-        load_refer(refer.root, "rrsisd", "umd", images)
+    with pytest.raises(FileNotFoundError, match=r"aerial/refs\(umd\).p does not exist; the REFER layout"):
+        load_refer(refer.root, "aerial", "umd", images)
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "", "../rrsisd", "/rrsisd", "a/b", "a\0b", "a\nb", "a::b", "~", ".hidden", "x" * 101]
+    "name", ["..", ".", "", "../aerial", "/aerial", "a/b", "a\0b", "a\nb", "a::b", "~", ".hidden", "x" * 101]
 )
 def test_no_name_leads_out_of_the_root(refer, name):
-    images = as_rrsisd(refer)
-    for dataset, split_by in ((name, "unc"), ("rrsisd", name), ("rrsisd", f"{name}/../x")):
+    images = as_another_set(refer)
+    for dataset, split_by in ((name, "unc"), ("aerial", name), ("aerial", f"{name}/../x")):
         with pytest.raises(ValueError, match="There is no data set"):
             load_refer(refer.root, dataset, split_by, images)
 

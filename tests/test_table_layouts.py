@@ -34,7 +34,7 @@ def coco_named(refer_set):
     return refer_set
 
 
-@pytest.fixture(params=["small", "refer_mini"])
+@pytest.fixture(params=["small", pytest.param("refer_mini", marks=pytest.mark.slow)])
 def refer_set(request, tmp_path):
     if request.param == "small":
         return coco_named(small_set(tmp_path))

@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.hub_client import run_client
 from helpers.hub_server import HubServer
@@ -297,6 +299,35 @@ def test_other_columns_are_not_decoded(tmp_path):
     os.mkfifo(tmp_path / "secret")  # whoever opens it waits
     with not_waiting():
         assert len(load_records(open_records("table", tmp_path / "t", columns=NAMED))["val"]) == 1
+
+
+def test_what_a_file_says_of_its_columns_is_not_believed(tmp_path):
+    """Neither classes that decode, nor columns of types that `datasets` has not, which are not needed here."""
+    table = pa.Table.from_pylist(plain(noise(1)))
+    table = table.append_column("pairs", pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int32())))
+    table = table.append_column("kind", pa.array(["a"]).dictionary_encode())
+    for features in ({"image": {"_type": "Nope"}}, {"image": {"_type": "Audio"}, "text": {"_type": "Pdf"}}, 7):
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "val.parquet")
+        found = load_records(open_records("table", tmp_path / "val.parquet", columns=NAMED))
+        assert found["val"]["sentences"][:] == [["a thing"]]
+
+
+def test_columns_of_the_same_name(tmp_path):
+    table = pa.Table.from_pylist(plain(noise(1)))
+    pq.write_table(pa.table([*table.columns, table["text"]], [*table.column_names, "text"]), tmp_path / "val.parquet")
+    with pytest.raises(ValueError, match=r"val.parquet cannot be read as a table \(several columns are called text\)"):
+        open_records("table", tmp_path / "val.parquet", columns=NAMED)
+
+
+def test_files_without_rows(tmp_path):
+    table = pa.Table.from_pylist(plain(noise(1)))
+    (tmp_path / "t").mkdir()
+    for name, rows in (("val-0", 0), ("val-1", 1), ("test", 0)):
+        pq.write_table(table.slice(0, rows), tmp_path / "t" / f"{name}.parquet")
+    assert list(load_records(open_records("table", tmp_path / "t", columns=NAMED))) == ["val"]
+    with pytest.raises(ValueError, match="has no records"):
+        load_records(open_records("table", tmp_path / "t", columns=NAMED, splits=["test"]))
 
 
 @pytest.mark.parametrize(

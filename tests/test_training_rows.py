@@ -60,19 +60,19 @@ def test_the_official_choice_of_a_checkpoint_is_by_first_phrases(two_sets):
 
 def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
     folder = ReferFolder(tmp_path / "refer")
-    folder.write("rrsisd", "unc")
+    folder.write("aerial", "unc")
     images = folder.images.rename(tmp_path / "JPEGImages")
-    arguments = {"data_root": str(folder.root), "dataset": "rrsisd/unc", "test_splits": ["testA", "rrsisd:unc:testB"]}
+    arguments = {"data_root": str(folder.root), "dataset": "aerial/unc", "test_splits": ["testA", "aerial:unc:testB"]}
     arguments = DataArguments(**arguments, images=str(images))
     _, _, val, tests = load_rows(arguments, False, True, True)
     assert val["ann_id"][:] == [12]
-    assert {name: rows["ann_id"][:] for name, rows in tests.items()} == {"testA": [13], "rrsisd:unc:testB": [15]}
+    assert {name: rows["ann_id"][:] for name, rows in tests.items()} == {"testA": [13], "aerial:unc:testB": [15]}
     arguments.test_splits = []
     _, train, *_ = load_rows(arguments, True, False, False)
     assert train["ann_id"][:] == [10, 11, 14, 16]
     assert read_image(train[0]).shape == (30, 40, 3)
-    with pytest.raises(ValueError, match="no data set 'rrsisd' split by 'unc'.*`images` says where"):
-        load_splits("rrsisd/unc", str(folder.root))
+    with pytest.raises(ValueError, match="no data set 'aerial' split by 'unc'.*`images` says where"):
+        load_splits("aerial/unc", str(folder.root))
     with pytest.raises(ValueError, match="images is the folder of the images of a REFER set or a table: give"):
         DataArguments(images=str(images))
 

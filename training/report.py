@@ -1,51 +1,47 @@
 """The page that a run leaves beside its table: curves, figures, and phrases with their masks, in one file.
 
-It needs neither a network nor scripts. Phrases and names in it are strangers': Jinja2 escapes them, and no plot has
-them. `report.html` beside this file is its template.
+`pages.py` at the root makes pages; `report.html` beside this file is the template of this one.
 """
 
-import base64
-import io
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import evaluate
-import jinja2
 import numpy as np
-from matplotlib import color_sequences
-from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from data.decoding import read_whole_mask
 from data.masks import RleMask
-from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample
+from gallery import MAX_CAPTION, PREDICTION_COLOR, SAMPLE_SIDE, TRUTH_COLOR, Sample, draw_sample, fit_mask
+from pages import (
+    COLORS,
+    MAX_LINES,
+    NUMBERS,
+    Plot,
+    bin_numbers,
+    draw_bins,
+    format_figure,
+    is_finite,
+    mask_size_bins,
+    new_figure,
+    render,
+    shortened,
+    small_jpeg,
+    write_whole,
+)
 
 from .evaluating_trainer import PADDING
 
 REPORT = "report.html"
 MAX_POINTS = 500  # of a curve
-MAX_LINES = 8  # splits in one plot
-COLORS = [to_hex(color) for color in color_sequences["petroff10"]]
 KINDS = ("best", "middle", "worst")
 MAX_SHOWN, MAX_SHOWN_OF_KIND = 72, 4  # phrases with a picture in the whole page, and of a kind in one split
-MAX_PICTURE = 30_000  # bytes, to which the quality of a picture is lowered; 72 of them are 2.9 MB as text
 HISTOGRAM_BINS = 10
-MASK_SIZES = {  # lower bound of each bin, as a share of the image
-    "under 1 %": 0.0,
-    "1 to 3 %": 0.01,
-    "3 to 10 %": 0.03,
-    "10 to 30 %": 0.1,
-    "30 % or more": 0.3,
-}
-NO_TARGET = "no target"
-PHRASE_LENGTHS = {"1": 1, "2": 2, "3": 3, "4": 4, "5 to 6": 5, "7 to 9": 7, "10 or more": 10}  # words
 
 
 class SplitResults(NamedTuple):
@@ -71,18 +67,6 @@ class ShownPhrase(NamedTuple):
     picture: str  # a data URI
     alt: str
     note: str  # what the picture cannot show: that a mask is empty
-
-
-class Plot(NamedTuple):
-    """A picture, what to call it, how to read it, and its numbers."""
-
-    title: str
-    how_to_read: str
-    picture: str  # a data URI
-    alt: str
-    bins: Sequence[str] = ()
-    numbers: Sequence[tuple[str, Sequence[tuple[str, int]]]] = ()  # for each split a value and a count for each bin
-    splits: Sequence[tuple[str, str]] = ()  # colour and name of each split in the picture
 
 
 def split_results(name: str, rows: datasets.Dataset, counts: np.ndarray, metric: evaluate.Metric) -> SplitResults:
@@ -147,30 +131,19 @@ def show_phrase(split: SplitResults, number: int, segment: Callable[[dict], np.n
     picture = _thumbnail(Sample(image, "", truth, prediction, iou))
     note = "" if truth.any() else "It names nothing in the image. "
     note += "" if prediction.any() else "Nothing is predicted."
-    if len(sentence) > MAX_CAPTION:
-        sentence = f"{sentence[:MAX_CAPTION]} …"
+    sentence = shortened(sentence, MAX_CAPTION)
     alt = f"The image, in which the prediction and the truth for “{sentence}” are outlined"
-    return ShownPhrase(sentence, iou, row["ref_id"], _data_uri(picture, "jpeg"), alt, note.strip())
+    return ShownPhrase(sentence, iou, row["ref_id"], small_jpeg(picture), alt, note.strip())
 
 
-def _thumbnail(sample: Sample) -> bytes:
-    """A small JPEG of a sample, without the caption, which the page writes as text."""
+def _thumbnail(sample: Sample) -> Image.Image:
+    """A small picture of a sample, without the caption, which the page writes as text."""
     image = sample.image.convert("RGB")
     image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
-
-    def shrink(mask: np.ndarray) -> np.ndarray:
-        whole = Image.fromarray((np.asarray(mask) != 0).astype(np.uint8) * 255)
-        return np.asarray(whole.resize(image.size, Image.Resampling.BOX)) > 0  # so that a small object stays
-
-    sheet = draw_sample(sample._replace(image=image, truth=shrink(sample.truth), prediction=shrink(sample.prediction)))
+    truth, prediction = fit_mask(sample.truth, image.size), fit_mask(sample.prediction, image.size)
+    sheet = draw_sample(sample._replace(image=image, truth=truth, prediction=prediction))
     scale = SAMPLE_SIDE / max(image.size)
-    picture = sheet.crop((0, 0, *(max(1, round(side * scale)) for side in image.size)))
-    for quality in (85, 70, 50, 30, 15):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, optimize=True)
-        if file.tell() <= MAX_PICTURE:
-            break
-    return file.getvalue()
+    return sheet.crop((0, 0, *(max(1, round(side * scale)) for side in image.size)))
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
@@ -181,7 +154,7 @@ def curve(history: Iterable[dict[str, Any]], name: str) -> np.ndarray:
     points = {}
     for entry in history:
         step, value = entry.get("step"), entry.get(name)
-        if _is_finite(step) and step > 0 and _is_finite(value):
+        if is_finite(step) and step > 0 and is_finite(value):
             points.setdefault(step, value)  # what comes later at the last step is of the best checkpoint
     return np.array(sorted(points.items()), dtype=float).reshape(-1, 2)
 
@@ -205,7 +178,7 @@ def plot_curves(history: Sequence[dict[str, Any]], eval_split: str) -> list[Plot
         if len(points) > MAX_POINTS:
             shown = np.array([part.mean(axis=0) for part in np.array_split(points, MAX_POINTS)])
             what += f" Each of its {MAX_POINTS} points is the mean of neighbouring ones."
-        figure, axes = _figure()
+        figure, axes = new_figure()
         (line,) = axes.plot(*shown.T, marker="o" if len(shown) <= 40 else "", markersize=4, color=COLORS[0])
         line.set_gid("curve")
         axes.set_xlabel("step")
@@ -217,7 +190,7 @@ def plot_curves(history: Sequence[dict[str, Any]], eval_split: str) -> list[Plot
         if name != "loss":
             highest = points[points[:, 1].argmax()]
             summary += f"; the highest is {highest[1]:.3f} at step {highest[0]:.0f}"
-        plots.append(Plot(title, f"{summary}. {what}", _svg(figure), f"Curve over the steps of training: {summary}"))
+        plots.append(Plot(title, f"{summary}. {what}", figure, f"Curve over the steps of training: {summary}"))
     return plots
 
 
@@ -227,21 +200,13 @@ def plot_results(splits: Sequence[SplitResults]) -> list[Plot]:
         return []
     shown = [(COLORS[index], split.name) for index, split in enumerate(splits[:MAX_LINES])]
     plots = [_plot_histogram(splits, shown)]
-    sizes, size_bins = list(MASK_SIZES), [_bin(split.mask_sizes, MASK_SIZES) for split in splits]
-    if any((split.mask_sizes == 0).any() for split in splits):
-        sizes.append(NO_TARGET)
-        size_bins = [np.where(split.mask_sizes == 0, len(MASK_SIZES), bins) for split, bins in zip(splits, size_bins)]
+    sizes, size_bins = mask_size_bins([split.mask_sizes for split in splits])
     how_to_read = "The mean IoU of the phrases whose true mask covers so much of the image. Small objects are harder."
     plots.append(_plot_means("Mean IoU by mask size", how_to_read, splits, size_bins, sizes, shown))
-    lengths, length_bins = list(PHRASE_LENGTHS), [_bin(split.words, PHRASE_LENGTHS) for split in splits]
+    lengths, length_bins = list(NUMBERS), [bin_numbers(split.words, NUMBERS) for split in splits]
     how_to_read = "The mean IoU of the phrases with that many words."
     plots.append(_plot_means("Mean IoU by words of the phrase", how_to_read, splits, length_bins, lengths, shown))
     return plots
-
-
-def _bin(values: np.ndarray, bins: dict[str, float]) -> np.ndarray:
-    """The number of each value's bin (N,). A value on a bound belongs to the bin above it."""
-    return (np.digitize(values, list(bins.values())) - 1).clip(0)
 
 
 def _plot_histogram(splits: Sequence[SplitResults], shown: Sequence[tuple[str, str]]) -> Plot:
@@ -251,7 +216,7 @@ def _plot_histogram(splits: Sequence[SplitResults], shown: Sequence[tuple[str, s
         (split.name, [(f"{100 * count / sum(row):.1f} %", count) for count in row.tolist()])
         for split, row in zip(splits, counts)
     ]
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for row, (color, _) in zip(counts, shown):
         axes.stairs(100 * row / row.sum(), edges, color=color, linewidth=1.8, fill=len(splits) == 1)
     axes.set_xlim(0, 1)
@@ -264,7 +229,7 @@ def _plot_histogram(splits: Sequence[SplitResults], shown: Sequence[tuple[str, s
     bins = [f"{low:.1f} to {high:.1f}" for low, high in zip(edges, edges[1:])]
     missed = np.mean(np.concatenate([split.ious for split in splits]) < 0.5)
     alt = f"Histogram of IoU: {100 * missed:.0f} % of the phrases of all splits are below 0.5"
-    return Plot("IoU histogram", how_to_read, _svg(figure), alt, bins, numbers, shown)
+    return Plot("IoU histogram", how_to_read, figure, alt, bins, numbers, shown)
 
 
 def _plot_means(
@@ -288,46 +253,15 @@ def _plot_means(
         (split.name, [(format_figure(mean, 3), count) for mean, count in zip(row.tolist(), row_counts.tolist())])
         for split, row, row_counts in zip(splits, means, counts)
     ]
-    figure, axes = _figure()
-    ordered = len(MASK_SIZES) if NO_TARGET in labels else len(labels)  # a line to "no target" would mean nothing
-    for row, (color, _) in zip(means, shown):
-        if len(splits) == 1:
-            axes.bar(range(len(labels)), np.nan_to_num(row), color=color, width=0.7)
-        else:
-            axes.plot(range(ordered), row[:ordered], marker="o", markersize=5, color=color)
-            axes.plot(range(ordered, len(labels)), row[ordered:], marker="o", markersize=5, color=color)
-    axes.set_xticks(range(len(labels)), [label.replace(" or ", "\nor ") for label in labels], fontsize=8)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
+    figure, axes = draw_bins(means, counts, labels, shown)
     axes.set_ylim(0, 1)
     axes.set_ylabel("mean IoU")
-    for place, count in enumerate(counts.sum(axis=0).tolist()):
-        axes.annotate(f"{count:,}", (place, 1), (0, 2), textcoords="offset points", ha="center", fontsize=8)
     alt = f"{title}: " + ", ".join(
         f"{label} {format_figure(total / max(count, 1) if count else None, 2)}"
         for label, total, count in zip(labels, sums.sum(axis=0).tolist(), counts.sum(axis=0).tolist())
     )
     how_to_read += " Above each bin stands the number of its phrases in all splits."
-    return Plot(title, how_to_read, _svg(figure), alt, labels, numbers, shown)
-
-
-def _figure() -> tuple[Figure, Axes]:
-    """A figure of its own: pyplot would keep it, and choose a backend for the whole process."""
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return _data_uri(file.getvalue(), "svg+xml")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return Plot(title, how_to_read, figure, alt, labels, numbers, shown)
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -355,48 +289,25 @@ def write_page(
     Returns:
         The page's path.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = format_figure
     most = min(MAX_SHOWN_OF_KIND, max(1, MAX_SHOWN // (len(KINDS) * max(len(splits), 1))))
     galleries = []
     for split in splits[: MAX_SHOWN // len(KINDS)]:
         chosen = choose_phrases(split, most).items()
         shown = {kind: [show_phrase(split, number, segment) for number in numbers] for kind, numbers in chosen}
         galleries.append((split.name, len(split.ious), split.ious.mean(), shown))
-    page = environment.get_template(REPORT).render(
+    page = render(
+        Path(__file__).with_name(REPORT),
         title=folder.resolve().name,
         curves=plot_curves(history, eval_split),
         heads=list(dict.fromkeys(head for line in table for head in line)),
         table=table,
         plots=plot_results(splits),
         no_target=any((split.mask_sizes == 0).any() for split in splits),
-        max_lines=MAX_LINES,
         splits=len(splits),
         galleries=galleries,
         prediction_color=to_hex(np.divide(PREDICTION_COLOR, 255)),
         truth_color=to_hex(np.divide(TRUTH_COLOR, 255)),
     )
-    path, scratch = folder / REPORT, folder / f".{REPORT}"
-    try:
-        scratch.write_text(page, encoding="utf-8", errors="replace")  # half a character is no UTF-8
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    path = folder / REPORT
+    write_whole(path, page)
     return path
-
-
-def format_figure(value: Any, digits: int = 2) -> str:
-    """A cell of a table: numbers with so many digits, whole ones and texts as they are, what is missing as a dash."""
-    if isinstance(value, int) or isinstance(value, str) and value:
-        return str(value)
-    return f"{value:.{digits}f}" if _is_finite(value) else "–"
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

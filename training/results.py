@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import pandas as pd
 from huggingface_hub import ModelCard
 from transformers.trainer_utils import PredictionOutput
 
+from configuration_detris import one_line
 from data.mixture import Member, public_name
+from data.opening import is_prepared
 from data.tables import HUB
 from model_card import METRIC_NAMES, make_model_card
 
@@ -30,7 +33,7 @@ class Evaluated(NamedTuple):
     """What an evaluation has found out."""
 
     metrics: dict[str, float]  # all of them
-    card: list[dict[str, Any]]  # for each split `dataset`, `split` and the metrics by `METRIC_NAMES`
+    card: list[dict[str, Any]]  # for each split `dataset` (as `card_name`), `split` and the metrics by `METRIC_NAMES`
     table: list[dict[str, Any]]  # for each test split its cells by their heads; the mean of them comes last
     splits: list[SplitResults]  # what was predicted, on the main process
 
@@ -45,7 +48,7 @@ def evaluate_and_predict(
         test_rows: what to predict, by the names of the test splits.
     """
     args, metrics = trainer.args, {}
-    own_set = public_name(members[0].name)
+    own_set = card_name(members[0].name, data_args)
     first_phrase = ", first phrases" if data_args.eval_first_phrase_only else ""
     first_objects = f", first {data_args.max_eval_samples} objects" if data_args.max_eval_samples else ""
     lines, results, splits = [], [], []  # of the table, of the card, of the report
@@ -63,7 +66,10 @@ def evaluate_and_predict(
         label = f"{public_name(dataset)}:{split_name}" if Path(dataset).is_absolute() else split.removeprefix(HUB)
         line = {"split": label, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
-        result = {"dataset": public_name(dataset) or own_set, "split": split_name + first_objects}
+        result = {
+            "dataset": card_name(dataset, data_args) if dataset else own_set,
+            "split": split_name + first_objects,
+        }
         if not any(result.items() <= other.items() for other in results):  # do_eval may have run over the same split
             results.append(result | figures)
         if trainer.is_world_process_zero():
@@ -132,7 +138,15 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
     return text
 
 
-def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict[str, Any]]) -> None:
+def card_name(dataset: str, data_args: DataArguments) -> str:
+    """A data set's name for the model card: `hub:<id>` if it is the Hub's, else that of `public_name`."""
+    of_hub = not os.path.exists(dataset) and (dataset.startswith(HUB) or is_prepared(dataset, data_args.data_root))
+    return HUB * of_hub + public_name(dataset)
+
+
+def write_card(
+    trainer: DetrisTrainer, data_args: DataArguments, members: list[Member], results: list[dict[str, Any]]
+) -> None:
     """Write the model card into the output folder.
 
     Args:
@@ -143,11 +157,13 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
     origin, trained_on = "Evaluated with `train_hf.py`.", []
     earlier_card = Path(trainer.model.name_or_path, "README.md")
     if not args.do_train and earlier_card.is_file():
-        known = ModelCard.load(earlier_card, ignore_metadata_errors=True).data.datasets or []
-        trained_on = [known] if isinstance(known, str) else known
+        earlier = ModelCard.load(earlier_card, ignore_metadata_errors=True).data
+        known = earlier.get("trained_on") or earlier.datasets or []
+        trained_on = [one_line(name) for name in (known if isinstance(known, list) else [known])]
     if args.do_train:
         trained_on = [
-            (f"{member.weight:g}*" if member.weight != 1 else "") + public_name(member.name) for member in members
+            (f"{member.weight:g}*" if member.weight != 1 else "") + card_name(member.name, data_args)
+            for member in members
         ]
         origin = (
             f"Trained with `train_hf.py`: {trainer.state.global_step} steps of "
@@ -156,7 +172,7 @@ def write_card(trainer: DetrisTrainer, members: list[Member], results: list[dict
         )
         if trainer.mixture is not None:
             origin += f" {trainer.mixture.describe_leaks()}"
-        elif {result["dataset"] for result in results} - {public_name(members[0].name)}:
+        elif {result["dataset"] for result in results} - {card_name(members[0].name, data_args)}:
             origin += " Its training images were not compared with those of the other data sets it is tested on."
     name = trainer.hub_model_id or Path(args.output_dir).name
     card = make_model_card(
@@ -169,7 +185,7 @@ def write_report(trainer: DetrisTrainer, data_args: DataArguments, evaluated: Ev
     """Write `report.html` into the output folder. If that fails, say why and go on: all else has been written."""
     folder = Path(trainer.args.output_dir)
     table = evaluated.table or [
-        {"split": f"{result['dataset']}:{result['split']}"}
+        {"split": f"{result['dataset'].removeprefix(HUB)}:{result['split']}"}
         | {METRIC_NAMES[key]: 100 * result[key] for key in METRIC_NAMES if key in result}
         for result in evaluated.card
     ]
