@@ -28,6 +28,7 @@ from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, rec
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
 HUB = "hub:"  # stands before the id of a data set on the Hub
+PART = re.compile(r".*-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?")  # a file's name without its ending
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TABLE_LAYOUT = (
     "a table is a Parquet file, a folder of <split>-*.parquet, a folder made by save_to_disk, or a data set's id on "
@@ -244,14 +245,15 @@ def find_files(
         if not HUB_ID.fullmatch(repository):
             raise ValueError(f"{short_repr(where)} names no data set of the Hub: write hub:<owner>/<name>.")
         root = _download(repository, name, splits)
-        return HUB + repository, root, _chosen_files(_parquet_files(root), HUB + repository, root, name, splits)
+        where, files = HUB + repository, _parquet_files(root)
+        return where, root, _require_all_parts(where, _chosen_files(files, where, root, name, splits))
     require_exists(root, TABLE_LAYOUT, root)
     if not root.is_dir():
         return where, root.parent, _chosen_files([PurePosixPath(root.name)], where, root.parent, name, splits)
     if saved := _saved_splits(root):
         chosen = _chosen_splits(list(saved), where, name, splits)
         return where, root, {split: _saved_files(saved[found], root) for split, found in chosen.items()}
-    return where, root, _chosen_files(_parquet_files(root), where, root, name, splits)
+    return where, root, _require_all_parts(where, _chosen_files(_parquet_files(root), where, root, name, splits))
 
 
 def _saved_splits(root: Path) -> dict[str, Path]:
@@ -293,6 +295,19 @@ def _chosen_files(
         if str(file.parent) == folder:
             by_split.setdefault(file.stem.partition("-")[0], []).append(root / file)
     return {split: by_split[found] for split, found in _chosen_splits(list(by_split), where, name, splits).items()}
+
+
+def _require_all_parts(where: str, files: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """The files of each split, if none is missing: their names say how many there are, as in `val-00000-of-00002`."""
+    for split, members in files.items():
+        parts = [match for file in members if (match := PART.fullmatch(file.stem))]
+        count = max((int(part["count"]) for part in parts), default=0)
+        if missing := sorted(set(range(count)) - {int(part["number"]) for part in parts}):
+            raise FileNotFoundError(
+                f"{where} lacks {len(missing)} of the {count} files of its split {split}, such as number {missing[0]} "
+                "from 0: download it again."
+            )
+    return files
 
 
 def _chosen_splits(found: list[str], where: str, name: str, splits: Sequence[str] | None) -> dict[str, str]:

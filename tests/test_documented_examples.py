@@ -20,8 +20,10 @@ from helpers.hub_client import CLIENT_TIMEOUT, run_client
 from helpers.hub_server import HubServer
 from helpers.markdown import code_blocks, commands
 from helpers.models import save_backbones
+from helpers.other_layouts import ReferSet
 from helpers.refer_folder import ReferFolder
 from helpers.segmenting import save_picture
+from helpers.table_writers import SCHEMAS, write
 from helpers.tiny_conversion import write_tiny_conversion
 from huggingface_hub import ModelCard
 
@@ -223,6 +225,8 @@ def test_the_examples_of_data_run(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     refer = ReferFolder(tmp_path / "path" / "to" / "refer")
     refer.write()
+    schema = SCHEMAS["refcoco_m"]
+    write(schema, schema.rows(ReferSet(refer.root, "refcoco/unc")), tmp_path / "path" / "to" / "table", "parquet")
     _, data_args, _ = parse_arguments([str(ROOT / quickstart.CONFIG)])
     lines = quickstart.write_examples(tmp_path / "path" / "to" / "mine", data_args.shapes_config)
     names = {}
@@ -231,14 +235,17 @@ def test_the_examples_of_data_run(tmp_path, monkeypatch):
     (read_prepared,) = (text for text in blocks if "prepared/refcoco" in text)
     (tables,) = (text for text in blocks if "snapshot_download" in text)
     (own_folder,) = (text for text in blocks if "folder.mkdir()" in text)
+    (with_pixels,) = (text for text in blocks if '"path/to/table"' in text)
     for text in blocks:
-        if text not in (share, read_prepared, tables, own_folder):
+        if text not in (share, read_prepared, tables, own_folder, with_pixels):
             exec(text, names)
     assert names["splits"]["train"].num_rows == len(lines) and names["row"]["sentences"] == lines[0]["sentences"]
+    names["rows"], names["datasets"] = names["splits"]["train"], datasets
+    exec(with_pixels, names)
+    assert names["splits"]["val"].num_rows == sum(ref["split"] == "val" for ref in refer.refs)
     ast.parse(tables)
     assert re.findall(r"^from (\S+) import (\w+)$", tables, re.M) == [("huggingface_hub", "snapshot_download")]
 
-    names["rows"], names["datasets"] = names["splits"]["train"], datasets
     plain = eval(share, names)
     assert plain[0]["mask"]["size"] == [96, 96] and plain.cast_column("mask", RleMask())[0]["mask"].shape == (96, 96)
 

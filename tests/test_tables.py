@@ -73,6 +73,15 @@ def test_shards_are_in_order(tmp_path):
     assert rows["ref_id"][:] == rows["ann_id"][:] == [0, 1, 2]
 
 
+def test_a_split_of_which_files_are_missing_is_refused(tmp_path):
+    for part in (0, 2):
+        write_plain(tmp_path / "t" / f"val-{part:05d}-of-00003.parquet", plain(png(pixels(A))))
+    with pytest.raises(FileNotFoundError, match="t lacks 1 of the 3 files of its split val, such as number 1 from 0"):
+        open_records("table", tmp_path / "t", columns=NAMED)
+    one = open_records("table", tmp_path / "t" / "val-00000-of-00003.parquet", columns=NAMED)  # meant by its own name
+    assert len(one) == 1
+
+
 def test_paths_that_libraries_would_take_for_patterns(tmp_path):
     folder = tmp_path / ".hidden" / "a [1] * b"
     records = open_plain(folder / "val.parquet", plain(png(pixels(A))))

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             ["--learning_rate", "x"],
             "argument --learning_rate/--learning-rate: invalid float value: 'x' (`--help` lists all arguments)",
         ),
-        (["--do_train", "--dataset", "refcocoo"], "The data set 'refcocoo' is neither 'shapes' nor a folder: "),
+        (["--do_train", "--dataset", "refcocoo"], "The data set 'refcocoo' is neither 'shapes' nor a file or folder"),
         (["--do_train", "--text_backbone", "nosuch/folder"], ""),  # said by transformers
     ],
 )
