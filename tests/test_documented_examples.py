@@ -170,7 +170,7 @@ def test_official_weights_are_converted_used_trained_and_shared_as_the_readme_sa
     (mine / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
     torch.save({"state_dict": official}, tmp_path / "official.pth")
     tiny = write_tiny_conversion(tmp_path)  # what a checkpoint of real size needs not be told
-    (convert, segment_photo), (own_data,), (share,) = (
+    (convert, segment_photo, _), (own_data,), (share,) = (  # tests/test_hub_sets.py makes the paper's table
         python_commands(block_with(README, text, "bash")) for text in ("NAME.pth", "own_data.yaml", "--push_to_hub")
     )
     todo = [[*convert, *tiny], segment_photo, [*own_data, "--max_steps", "1"], share]
@@ -251,7 +251,7 @@ def test_the_examples_of_data_run(tmp_path, monkeypatch):
 
     (prepare_refer,) = (
         words
-        for words in python_commands(block_with(DATA, "data.prepare refer path/to/refer", "sh"))
+        for words in python_commands(block_with(DATA, "--name refcoco/unc --output prepared/refcoco\n", "sh"))
         if words[2] == "refer"
     )
     prepare.main([*prepare_refer[2:], "--num_proc", "1"])
