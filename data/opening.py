@@ -11,22 +11,28 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 
 from configuration_detris import one_line, raise_if_out_of_memory
 
 from .prepare import SUMMARY, require_whole
-from .records import FEATURES, STORED_FEATURES, lmdb_hint, load_records, require_columns, require_rows
+from .records import (
+    FEATURES,
+    STORED_FEATURES,
+    lmdb_hint,
+    load_records,
+    require_columns,
+    require_embedded,
+    require_rows,
+)
 from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
 from .streaming import StreamedRows, parquet_files
-from .tables import HUB, find_files
+from .tables import DICT_FILE, HUB, STATE_FILE, find_files
 from .untrusted import file_inside, require_regular_files
 
 OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
-SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 
 
 def load_splits(
@@ -73,7 +79,7 @@ def load_splits(
         found = load_prepared(name)
     elif path.is_dir() and metadata_files(path):
         found = load_records(open_records("folder", name))
-    elif any(path.joinpath(file).exists() for file in SAVED_BY_DATASETS):
+    elif any(path.joinpath(file).exists() for file in (DICT_FILE, STATE_FILE)):
         found = _load_saved(name, **of_table)
     elif holds_tables(path):
         found = _load_tables(name, **of_table)
@@ -105,15 +111,7 @@ def _load_tables(
     files = _prepared_files(name, columns, splits)
     if files is None:
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
-    found = load_prepared(name, files)
-    for split, rows in found.items():
-        images_of_rows = rows.select_columns("image").with_format("arrow")[:]["image"]
-        if pa.compute.struct_field(images_of_rows, "bytes").null_count:  # strangers must not say which files are read
-            raise ValueError(
-                f"Split {split!r} of {name} has images of which it holds only the paths, and these are not opened: "
-                "prepare the data set with --embed_images."
-            )
-    return found
+    return load_prepared(name, files)
 
 
 def _prepared_files(
@@ -152,6 +150,7 @@ def _load_saved(
     Args: as in `load_splits`.
     """
     require_regular_files(name)
+    find_files(name)  # refuses a folder that names files outside
     try:
         saved = datasets.load_from_disk(name)
     except IndexError as error:  # `datasets` saves splits without rows, but does not read them
@@ -180,15 +179,21 @@ def is_prepared(name: str, data_root: str | None) -> bool:
 
 
 def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
-    """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given."""
+    """All splits of a folder made by data.prepare, or of a Hub id; those in `files` alone if these are given.
+
+    Rows may name image files only if they are of such a folder.
+    """
     if files is None and Path(name).is_dir():
         require_whole(name)
     with hub_errors_name(name):
         try:
             if files is None:
-                return datasets.load_dataset(name)
-            patterns = {split: list(map(glob.escape, paths)) for split, paths in files.items()}
-            return datasets.load_dataset("parquet", data_files=patterns)
+                if Path(name).is_dir():
+                    parquet_files(name)  # refuses a card that names files elsewhere
+                found = datasets.load_dataset(name)
+            else:
+                patterns = {split: list(map(glob.escape, paths)) for split, paths in files.items()}
+                found = datasets.load_dataset("parquet", data_files=patterns)
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError) as error:
             raise_if_out_of_memory(error)
             for split, paths in (files or parquet_files(name)).items():
@@ -197,6 +202,12 @@ def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datas
             raise OSError(
                 f"{name} cannot be read ({one_line(error.__cause__ or error)}): prepare the data set anew."
             ) from error
+    if not Path(name, SUMMARY).exists():
+        for split, rows in found.items():
+            if "image" in rows.column_names:  # else `as_stored` names what is missing
+                images = rows.select_columns("image").with_format("arrow")[:]["image"]
+                require_embedded(f"Split {split!r} of {name}", images)
+    return found
 
 
 @contextmanager

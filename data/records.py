@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute
 from pycocotools import mask as coco_mask
 
 from configuration_detris import require_regular, short_repr
@@ -154,6 +156,10 @@ def _load_embedded(records: Records) -> datasets.DatasetDict:
     splits = defaultdict(list)
     for index in range(len(records)):
         splits[records.split_of(index)].append(index)
+    # Rows in the cache are of no use once the code reads them otherwise.
+    digest = hashlib.sha256(records.fingerprint.encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     loaded = datasets.DatasetDict()
     for split, indices in splits.items():
 
@@ -166,13 +172,10 @@ def _load_embedded(records: Records) -> datasets.DatasetDict:
                 yield row
             require_unique_ref_ids(records.refs, ref_ids)
 
-        # Rows in the cache are of no use once the code reads them otherwise.
-        digest = hashlib.sha256(f"{records.fingerprint} {split}".encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
-            digest.update(file.read_bytes())
+        of_split = hashlib.sha256(f"{digest.hexdigest()} {split}".encode())
         try:
             loaded[split] = datasets.Dataset.from_generator(
-                rows, features=FEATURES, keep_in_memory=False, fingerprint=digest.hexdigest()[:32]
+                rows, features=FEATURES, keep_in_memory=False, fingerprint=of_split.hexdigest()[:32]
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, OSError | ValueError):
@@ -254,6 +257,20 @@ def require_columns(where: str, names: Iterable[str]) -> None:
     """Refuse columns that are not all those of `FEATURES` with a ValueError that begins with `where`."""
     if missing := FEATURES.keys() - set(names):
         raise ValueError(f"{where} has no columns {sorted(missing)}: see docs/data.md.")
+
+
+def require_embedded(where: str, images: pa.ChunkedArray) -> None:
+    """Refuse images without their bytes with a ValueError that begins with `where`.
+
+    Rows of strangers must not say which files are opened.
+    """
+    if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+        images = pa.compute.struct_field(images, "bytes")
+    if images.null_count or not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+        raise ValueError(
+            f"{where} has images of which it holds only the paths, and these are not opened: prepare the data set "
+            "with --embed_images."
+        )
 
 
 def require_rows(where: str, rows: datasets.Dataset) -> None:

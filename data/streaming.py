@@ -1,5 +1,6 @@
 """Training rows that are read from Parquet files when they are needed, not downloaded or converted before."""
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from configuration_detris import one_line, raise_if_out_of_memory, require_regular
 
-from .records import FEATURES, require_columns
+from .records import FEATURES, require_columns, require_embedded
 
 
 def parquet_files(name: str) -> dict[str, list[str]]:
@@ -27,16 +28,19 @@ def parquet_files(name: str) -> dict[str, list[str]]:
         Paths or URLs of the files of each split.
 
     Raises:
-        ValueError: its files are not Parquet, or its card on the Hub names a file elsewhere.
+        ValueError: its files are not Parquet, or its card names a file elsewhere.
         OSError: there is no such data set.
     """
     builder = datasets.load_dataset_builder(name)
     if builder.name != "parquet":
-        raise ValueError(f"{name} holds {builder.name} files; only Parquet can be streamed: see data.prepare.")
+        raise ValueError(f"{name} holds {builder.name} files; only Parquet is read: see data.prepare.")
+    home = builder.base_path if builder.repo_id else os.path.abspath(name)
     files = {str(split): list(paths) for split, paths in builder.config.data_files.items()}
     for file in (file for paths in files.values() for file in paths):
-        if builder.repo_id and not file.startswith(f"{builder.base_path}/"):
-            raise ValueError(f"The card of {name} names the file {file}, which is not in this data set.")
+        if not (file if builder.repo_id else os.path.abspath(file)).startswith(f"{home}/"):
+            raise ValueError(
+                f"The card of {name} names the file {file}, which is not in this data set: remove it there."
+            )
     return files
 
 
@@ -94,6 +98,7 @@ class StreamedRows:
 
         Raises:
             OSError: a file is missing or broken.
+            ValueError: rows of the Hub do not hold their images.
         """
         position = 0  # number of the row group's first row
         for group in (self.groups[index] for index in order):
@@ -102,6 +107,8 @@ class StreamedRows:
                 with _opened_parquet(group.file) as parquet:
                     rows = parquet.read_row_group(group.index, columns=list(FEATURES)).select(list(FEATURES))
                     rows = rows.cast(FEATURES.arrow_schema)
+                if "://" in group.file:
+                    require_embedded(group.file, rows["image"])
                 yield from rows.slice(first, last - first).to_pylist()
             position += group.rows
 

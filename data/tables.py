@@ -86,7 +86,7 @@ class TableRecords(Records):
             table = _open_saved(members[0].parent) if members[0].name == STATE_FILE else _open_parquet(members, root)
             self._add_table(f"{where}, split {split}", split, table, kind, columns)
         if in_column:
-            found = sorted({split for split, *_ in self._objects if isinstance(split, str)})
+            found = sorted({split for split, *_ in self._objects})
             chosen = _chosen_splits(found, where, "", splits)
             self._objects = [entry for entry in self._objects if not splits or entry[0] in chosen]
         every_file = [file for members in files.values() for file in members]
@@ -115,6 +115,8 @@ class TableRecords(Records):
         images = datasets.Dataset(table.select([layout.image]), fingerprint=NO_FINGERPRINT).with_format("arrow")
         column = (columns or {}).get("split")
         given = table[column].to_pylist() if column else [split] * len(table)
+        if wrong := [value for value in given if not isinstance(value, str | None)]:
+            raise ValueError(f"{where}: the column {column} holds {short_repr(wrong[0])}; give the name of a split.")
         number = len(self._tables)
         self._objects += [(given[place.row] or split, number, place) for place in places]
         self._tables.append((annotations.with_format("arrow"), images))
@@ -264,7 +266,7 @@ def _saved_splits(root: Path) -> dict[str, Path]:
             with record_errors_begin_with(os.fspath(file), "save_to_disk"):
                 if file.name == DICT_FILE:
                     return {split: Path(file_inside(root, split)) for split in load_json(file)["splits"]}
-                return {load_json(file)["_split"] or "train": root}
+                return {checked_text(load_json(file)["_split"] or "train", "_split", MAX_FILE_NAME): root}
     return {}
 
 

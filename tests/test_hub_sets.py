@@ -220,6 +220,8 @@ assert downloaded("table") == downloaded("mine") == ["val"]
 refused("someone/nosuch .*nor to be had from the Hub", load_splits, "hub:someone/nosuch")
 refused("names no data set of the Hub", load_splits, "hub:nosuch")
 refused("hub:someone/plain.* of no known layout; .*--columns", load_splits, "hub:someone/plain")
+for name in ("hub:someone/paths", "someone/paths"):
+    refused(f"'train' of {name} has images of which it holds only the paths", load_splits, name)
 
 args = DataArguments(dataset="hub:someone/mine", streaming=True)
 streamed = load_rows(args, True, True, False)
@@ -252,7 +254,10 @@ def test_sets_of_the_hub_are_opened_by_their_ids(table, hub, tmp_path):
         rows.to_parquet(tmp_path / "mine" / "data" / f"{split}-00000-of-00001.parquet")
     (tmp_path / "plain").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "plain" / "train.parquet")
-    for name in ("table", "mine", "plain"):
+    (tmp_path / "paths").mkdir()
+    rows = make_rows(make_row(1, image={"path": "/etc/hostname", "bytes": None}))
+    pq.write_table(rows.data.table, tmp_path / "paths" / "train.parquet")
+    for name in ("table", "mine", "plain", "paths"):
         hub.publish(f"datasets/someone/{name}", files_of(tmp_path / name))
     place = tmp_path / "place"
     (place / "someone" / "table").mkdir(parents=True)  # is not what `hub:` means

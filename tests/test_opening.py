@@ -107,6 +107,29 @@ def test_a_saved_folder_that_leads_arrow_out_of_its_memory_is_refused(tmp_path):
         load_splits(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize(
+    "name", ["{home}/other/train/data-00000-of-00001.arrow", "../../other/train/data-00000-of-00001.arrow"]
+)
+def test_a_saved_folder_names_no_files_outside(tmp_path, name):
+    for folder in ("other", "saved"):
+        save(tmp_path / folder, train=make_rows(make_row(1)))
+    state = tmp_path / "saved" / "train" / "state.json"
+    files = [{"filename": name.format(home=tmp_path)}]
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": files}))
+    with pytest.raises(ValueError, match="state.json: .*arrow' is not inside"):
+        load_splits(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("path", ["{home}/other/train-*.parquet", "../other/train-*.parquet"])
+def test_the_card_of_a_prepared_folder_names_no_files_outside(tmp_path, path):
+    for folder in ("other", "mine"):
+        write_prepared(tmp_path / folder, train=make_rows(make_row(1)))
+    card = {"configs": [{"config_name": "default", "data_files": path.format(home=tmp_path)}]}
+    (tmp_path / "mine" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    with pytest.raises(ValueError, match="card of .*mine names the file .*, which is not in this data set"):
+        load_splits(str(tmp_path / "mine"))
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
 def test_a_broken_summary_is_named(prepared, tmp_path, content):
     folder = shutil.copytree(prepared, tmp_path / "out")

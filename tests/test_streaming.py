@@ -52,6 +52,12 @@ def read(rows, batch_size, world_size=1, workers=1, seed=0, epoch=0):
     return found
 
 
+def test_rows_from_elsewhere_name_no_files_here(files):
+    rows = StreamedRows([f"file://{files[0]}"])
+    with pytest.raises(ValueError, match="a.parquet has images of which it holds only the paths"):
+        next(rows.read([0], 0, 1))
+
+
 @pytest.mark.parametrize("buffer", [1, 8, 1000])
 @pytest.mark.parametrize(
     "world_size, workers, batch_size",

@@ -135,6 +135,9 @@ def test_rows_can_name_their_split(tmp_path):
     assert list(load_records(open_records("table", path, splits=["test"], **options))) == ["test"]
     with pytest.raises(ValueError, match="has no split dev; it has test, train, val"):
         open_records("table", path, splits=["dev"], **options)
+    path = write_plain(tmp_path / "lists.parquet", [row | {"part": [row["part"]]} for row in rows])
+    with pytest.raises(ValueError, match=r"the column part holds \['val'\]; give the name of a split"):
+        open_records("table", path, splits=["val"], **options)
 
 
 # What is filled in
@@ -282,6 +285,14 @@ def test_hostile_folders_of_save_to_disk(tmp_path, file, change, message):
     (folder / file).write_text(json.dumps(change(json.loads((folder / file).read_text()))))
     with pytest.raises(ValueError, match=message):
         open_records("table", folder, columns=NAMED)
+
+
+def test_a_split_of_save_to_disk_is_named_by_text(tmp_path):
+    datasets.Dataset.from_list(plain(noise(1))).save_to_disk(tmp_path / "table")
+    state = tmp_path / "table" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_split": 5}))
+    with pytest.raises(ValueError, match="state.json: _split is 5; give text"):
+        open_records("table", tmp_path / "table", columns=NAMED)
 
 
 def test_arrow_files_of_save_to_disk_are_checked(tmp_path):
