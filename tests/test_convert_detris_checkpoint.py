@@ -15,6 +15,7 @@ from helpers.models import official_config, official_figures, official_inputs
 from helpers.original_backbones import Holder
 from helpers.released_checkpoints import CONFORMANCE, RELEASED, RELEASED_RECIPES
 from helpers.tiny_conversion import write_tiny_conversion
+from helpers.warm_python import warm_python
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -629,7 +630,7 @@ def peak_memory(arguments):
     # Not `getrusage`, whose maximum includes what the process that started this one had.
     script += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     run = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        [warm_python(), "-c", script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
     return 1024 * int(run.stdout.splitlines()[-1])
 
