@@ -25,7 +25,7 @@ import tempfile
 import types
 from pathlib import Path
 
-IMPORTED = "torch torch._dynamo torch.distributed.tensor torch.distributed.checkpoint matplotlib.pyplot"
+IMPORTED = "torch torch._dynamo torch.distributed.tensor torch.distributed.checkpoint matplotlib.pyplot httpx2"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WITH_THIS_FILE = f"""
 import sys
@@ -76,12 +76,12 @@ def ask(address: str) -> None:
 def serve(listener: int) -> dict:
     """Make a copy of this process for each program that is asked for; return, in the copy, what was asked for."""
     for name in IMPORTED.split():
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # not all versions of the libraries need the same
+            importlib.import_module(name)
     gc.freeze()  # what is here needs not be looked through in each copy
     asking = socket.socket(fileno=listener)
     while True:
-        ready, _, _ = select.select([0, asking], [], [])
-        if 0 in ready:
+        if 0 in select.select([0, asking], [], [])[0]:
             os._exit(0)
         client, _ = asking.accept()
         if not os.fork():
@@ -111,17 +111,14 @@ def _in_child(client: socket.socket) -> dict:
     while ended not in select.select([ended, client], [], [])[0]:
         os.kill(child, (client.recv(1) or bytes([signal.SIGKILL]))[0])  # without a client, nobody wants the program
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
+    with contextlib.suppress(BrokenPipeError):
         client.send(str(status).encode())
-    finally:
-        os._exit(0)
+    os._exit(0)
 
 
 def become(request: dict) -> None:
     """Do in this process what Python does with these arguments, in this folder and environment."""
-    import numpy
-
-    numpy.random.seed()  # the module `random` does so by itself
+    sys.modules["numpy"].random.seed()  # the module `random` does so by itself
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -134,10 +131,8 @@ def become(request: dict) -> None:
         options.add(first)
         first, *arguments = arguments
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", closefd=False)
-    sys.stdout.reconfigure(line_buffering="-u" in options or sys.stdout.isatty())
-    sys.stderr.reconfigure(line_buffering=True)
+    sys.stdout = sys.__stdout__ = open(1, "w", 1 if "-u" in options else -1, closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)
     if "-I" not in options:
         here = {"-c": "", "-m": os.getcwd()}.get(first, os.path.dirname(os.path.realpath(first)))
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
