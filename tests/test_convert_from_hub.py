@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import torch
 from helpers.hub_client import CLIENT_TIMEOUT, ROOT, client_environment, run_client
 from helpers.hub_server import HubServer
 from helpers.tiny_conversion import write_tiny_conversion
+from helpers.warm_python import warm_python
 from huggingface_hub import ModelCard
 
 from convert_detris_checkpoint import main
@@ -51,7 +51,7 @@ def hub(official, tmp_path_factory):
 def convert(hub, tmp_path, *arguments, **settings):
     """Run the converter as a command in `tmp_path`, with a cache that stays from one run to the next."""
     environment = client_environment(hub.server, tmp_path / "cache", **settings)
-    command = [sys.executable, str(ROOT / "convert_detris_checkpoint.py"), *map(str, arguments)]
+    command = [warm_python(), str(ROOT / "convert_detris_checkpoint.py"), *map(str, arguments)]
     return subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=CLIENT_TIMEOUT
     )

@@ -25,6 +25,7 @@ from helpers.refer_folder import ReferFolder
 from helpers.segmenting import save_picture
 from helpers.table_writers import SCHEMAS, write
 from helpers.tiny_conversion import write_tiny_conversion
+from helpers.warm_python import warm_python
 from huggingface_hub import ModelCard
 
 import quickstart
@@ -123,7 +124,7 @@ def test_the_readmes_python_runs_where_only_the_models_folder_is(quick, environm
     steps = block_with(README, "post_process", "python")
     code = block_with(README, "pipeline(", "python") + steps
     code += "\nprint(len(masks), *(f'{tuple(mask.shape)}' for mask in masks), image.size)"
-    *results, shapes = run_program([sys.executable, "-I", "-c", code], tmp_path, environment).splitlines()
+    *results, shapes = run_program([warm_python(), "-I", "-c", code], tmp_path, environment).splitlines()
     assert [re.match(r"(.+) [01]\.\d+ (\{'xmin.+\}|None)$", line)[1] for line in results] == [
         "the star at top",
         "the circle",
@@ -138,7 +139,7 @@ def test_the_examples_of_export_run(quick, environment):
 exported = masks
 {compiled.replace("torch.compile(model, ", "torch.compile(model, backend='aot_eager', ")}
 print(*(bool((mask == other).all()) and tuple(mask.shape) for mask, other in zip(exported, masks, strict=True)))"""
-    printed = run_program([sys.executable, "-c", code], quick, environment | {"PYTHONPATH": str(ROOT)})
+    printed = run_program([warm_python(), "-c", code], quick, environment | {"PYTHONPATH": str(ROOT)})
     assert printed.startswith("Wrote detris.onnx (") and printed.splitlines()[-1] == "(96, 96) (96, 96)"
 
 
@@ -155,7 +156,7 @@ def test_what_the_quickstart_prints_at_its_end_runs(quick, environment, monkeypa
     todo = [shlex.split(segment_picture)[1:], [*own_data, "--max_steps", "1"]]
     monkeypatch.undo()
     run_program(
-        [sys.executable, "-c", f"COMMANDS = {todo}{RUN_COMMANDS}"], quick, environment | {"PYTHONPATH": str(ROOT)}
+        [warm_python(), "-c", f"COMMANDS = {todo}{RUN_COMMANDS}"], quick, environment | {"PYTHONPATH": str(ROOT)}
     )
     assert (quick / "out" / "results.json").is_file()
     assert (quick / "runs" / "own" / "report.html").is_file() and (quick / "runs" / "own" / "table.txt").is_file()
@@ -212,7 +213,7 @@ def two_adapters(tmp_path) -> Path:
 def test_the_examples_of_adapters_run(two_adapters, environment, tmp_path):
     """As written, with adapters of the same backbones in the folders that they name."""
     code = PREPARE_ADAPTERS + "".join(block.text for block in code_blocks(ADAPTERS, "python"))
-    run_program([sys.executable, "-c", code], two_adapters, environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    run_program([warm_python(), "-c", code], two_adapters, environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     whole, half = (
         (two_adapters / "runs" / name / "adapter_model.safetensors").stat().st_size for name in ("refcoco", "half")
     )

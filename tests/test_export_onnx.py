@@ -3,13 +3,13 @@
 import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.warm_python import warm_python
 from safetensors.torch import load_file
 
 import export_onnx
@@ -165,7 +165,7 @@ def test_missing_packages_are_named_with_how_to_get_them(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_error_of_the_program_is_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "export_onnx.py"), str(tmp_path), "detris.onnx"]
+    command = [warm_python(), str(ROOT / "export_onnx.py"), str(tmp_path), "detris.onnx"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("export_onnx.py: ")

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from helpers.warm_python import warm_python
 
 from benchmarks.counting import Operations
 
@@ -231,7 +231,7 @@ import evaluate
 metric = evaluate.load("metrics/referring_iou", cache_dir={str(tmp_path)!r})
 print(metric.compute(predictions=[[[1, 0]]], references=[[[1, 1]]])["overall_iou"])
 """
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    output = subprocess.run([warm_python(), "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert output.stdout.split() == ["0.5"], output.stderr
     assert metric.compute()["overall_iou"] == 1
 

@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.warm_python import warm_python
 from safetensors.torch import load_file
 
 import backbones_detris
@@ -106,7 +106,7 @@ def test_the_auto_classes_without_the_repository(tmp_path):
             shutil.copy(ROOT / name, folder)
     (tmp_path / "empty").mkdir()
     subprocess.run(
-        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, *map(str, folders), str(FIGURES)],
+        [warm_python(), "-I", "-c", LOAD_ELSEWHERE, *map(str, folders), str(FIGURES)],
         cwd=tmp_path / "empty",
         env={**os.environ, "HF_HOME": str(tmp_path / "home")},
         check=True,

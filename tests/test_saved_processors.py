@@ -7,7 +7,6 @@ import pickle
 import re
 import resource
 import subprocess
-import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import torch
 from datasets.fingerprint import Hasher
 from helpers.pictures import SIDE, picture
 from helpers.tokenizers import build_clip_tokenizer
+from helpers.warm_python import warm_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
@@ -267,7 +267,7 @@ AutoImageProcessor.from_pretrained("../images_only", trust_remote_code=True)
     (tmp_path / "empty").mkdir()
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path / "empty", env=environment, check=True, timeout=300
+        [warm_python(), "-I", "-c", script], cwd=tmp_path / "empty", env=environment, check=True, timeout=300
     )
     expected = processor(images=picture(), text=["cat", "a dog"])
     assert expected.input_ids.shape == (2, 9)

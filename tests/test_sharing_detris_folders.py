@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from helpers.folders import build, change_json, change_tensors, saved_fields
 from helpers.hub_files import MODEL_CODE
 from helpers.models import BACKBONE_FIELDS, logits_of, randomize
 from helpers.shared_adapters import ADAPTERS, INPUTS, WAYS, load, sharing, tensors_of, train_adapters
+from helpers.warm_python import warm_python
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -98,7 +98,7 @@ def test_an_adapter_folder_loads_elsewhere_without_this_repository(trained, tmp_
     save_file(INPUTS, tmp_path / "inputs.safetensors")
     names = ["drawings", "maps"]
     run = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD_ELSEWHERE, str(torch.get_num_threads()), str(trained.folder), *names],
+        [warm_python(), "-I", "-c", LOAD_ELSEWHERE, str(torch.get_num_threads()), str(trained.folder), *names],
         cwd=tmp_path,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.runs import SIZES, in_child
+from helpers.warm_python import warm_python
 from safetensors.torch import load_file
 
 from train_hf import DetrisTrainer, main, run_as_program
@@ -221,11 +222,13 @@ def test_processes_agree_without_their_devices(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_stop_together(arguments, tmp_path):
     """Only the launcher gets the signal, as from a cluster; it hands it on, to each process at a time of its own."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
+    launch = [warm_python(), "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
     launch += [*arguments, "--use_cpu", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1000"]
     launch += ["--load_best_model_at_end", "false", "--num_train_epochs", "1000"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(launch, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            launch, cwd=ROOT, env=os.environ | {"PYTHON_EXEC": warm_python()}, stdout=log, stderr=log
+        )
         deadline = time.monotonic() + 120
         while "'loss'" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
             time.sleep(0.2)

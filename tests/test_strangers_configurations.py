@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = 200  # of each kind
@@ -36,7 +37,7 @@ UNKNOWN = (
 def test_configurations_are_refused_by_one_sentence_or_give_a_model_that_runs(file, tmp_path):
     # In another process, because it limits its own memory.
     run = subprocess.run(
-        [sys.executable, __file__, file, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [warm_python(), __file__, file, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-6000:]
     outcomes = json.loads(run.stdout.splitlines()[-1])

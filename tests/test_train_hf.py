@@ -14,6 +14,7 @@ from helpers.other_layouts import ReferSet
 from helpers.refer_folder import MINI
 from helpers.runs import MODEL_CONFIG, SIZES
 from helpers.table_writers import SCHEMAS, write
+from helpers.warm_python import warm_python
 from transformers import BitsAndBytesConfig, CLIPTokenizer
 
 import train_hf
@@ -293,12 +294,13 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
     does the launching, hence the other two switches.
     """
     arguments = ["--max_eval_samples", "7", "--test_splits", "val"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    accelerate = [warm_python(), "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     subprocess.run(
         [*accelerate, "train_hf.py", config_file, *arguments, "--do_train", "--do_eval", "--do_predict"]
         + ["--max_steps", "6", "--learning_rate", "1e-3", "--global_batch_size", "4", "--use_cpu"]
         + ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
         cwd=ROOT,
+        env=os.environ | {"PYTHON_EXEC": warm_python()},
         check=True,
         timeout=300,
     )
@@ -333,11 +335,12 @@ def test_two_processes_train_and_evaluate_as_one_does(config_file, tmp_path):
 def test_two_processes_stream_in_step(config_file, prepared, tmp_path):
     """38 rows in batches of 4 for 2 processes of 2 workers: runs of 9 and 10 rows, each in 3 batches."""
     subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
+        [warm_python(), "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "train_hf.py"]
         + [config_file, "--dataset", str(prepared), "--streaming", "--do_train", "--do_eval", "--use_cpu"]
         + ["--num_train_epochs", "2", "--dataloader_num_workers", "2", "--dataloader_drop_last"]
         + ["--save_strategy", "epoch", "--eval_strategy", "epoch"],
         cwd=ROOT,
+        env=os.environ | {"PYTHON_EXEC": warm_python()},
         check=True,
         timeout=300,
     )

@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from helpers.warm_python import warm_python
 
 
 def run_elsewhere(code: str, folder: Path, *arguments: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -23,7 +24,7 @@ def run_elsewhere(code: str, folder: Path, *arguments: str, **inputs: torch.Tens
     folder.mkdir(exist_ok=True)
     save_file(inputs, folder / "inputs.safetensors")
     subprocess.run(
-        [sys.executable, "-I", "-c", code, *arguments],
+        [warm_python(), "-I", "-c", code, *arguments],
         cwd=folder,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
         check=True,

@@ -5,9 +5,10 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
+
+from helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 SECONDS, BYTES = 5, 2**30  # that a hostile file may take
@@ -67,7 +68,7 @@ def assert_refused(paths: list[Path], said: dict[str, str], cwd: Path) -> None:
         said: what the sentence must match, by the name of each file's case.
     """
     run = subprocess.run(
-        [sys.executable, "-c", READ_ALL, *map(str, paths)],
+        [warm_python(), "-c", READ_ALL, *map(str, paths)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

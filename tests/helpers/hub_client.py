@@ -7,11 +7,11 @@ tests' own process say that there is no network.
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from helpers.hub_server import HubServer
+from helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 CLIENT_TIMEOUT = 300  # seconds
@@ -41,7 +41,7 @@ def run_client(
     `isolated` code cannot import the repository's modules. The cache is empty, unless one of an earlier run is given.
     An AssertionError is raised if the code fails.
     """
-    command = [sys.executable, *(["-I"] if isolated else []), "-c", code]
+    command = [warm_python(), *(["-I"] if isolated else []), "-c", code]
     with tempfile.TemporaryDirectory() as empty:
         environment = client_environment(server, cache or empty, **settings)
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=CLIENT_TIMEOUT)
