@@ -153,19 +153,19 @@ def _load_saved(
     find_files(name)  # refuses a folder that names files outside
     try:
         saved = datasets.load_from_disk(name)
+        in_splits = isinstance(saved, datasets.DatasetDict)
+        if in_splits and all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
+            for rows in saved.values():
+                rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
+            return saved
     except IndexError as error:  # `datasets` saves splits without rows, but does not read them
         raise ValueError(f"{name} has a split without any row: save it without that split.") from error
-    if not isinstance(saved, datasets.DatasetDict):
-        raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
-    if not all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
-        return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
-    try:
-        for rows in saved.values():
-            rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
-    except pa.ArrowException as error:
+    except Exception as error:  # what `datasets` raises for strangers' files is of many types
         raise_if_out_of_memory(error)
         raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
-    return saved
+    if not in_splits:
+        raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
+    return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
 
 
 def is_prepared(name: str, data_root: str | None) -> bool:

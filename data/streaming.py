@@ -28,10 +28,18 @@ def parquet_files(name: str) -> dict[str, list[str]]:
         Paths or URLs of the files of each split.
 
     Raises:
-        ValueError: its files are not Parquet, or its card names a file elsewhere.
+        ValueError: its files are not Parquet, or its card is broken or names a file elsewhere.
         OSError: there is no such data set.
     """
-    builder = datasets.load_dataset_builder(name)
+    try:
+        builder = datasets.load_dataset_builder(name)
+    except OSError:
+        raise
+    except Exception as error:  # a stranger's card can hold anything
+        raise_if_out_of_memory(error)
+        raise ValueError(
+            f"The card of {name} cannot be read ({one_line(error)}): correct its README.md, or prepare the set anew."
+        ) from error
     if builder.name != "parquet":
         raise ValueError(f"{name} holds {builder.name} files; only Parquet is read: see data.prepare.")
     home = builder.base_path if builder.repo_id else os.path.abspath(name)

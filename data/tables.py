@@ -163,13 +163,9 @@ class TableRecords(Records):
         """The image of a row: `path` and `bytes`, or, where a folder of images was named, the path of a file in it."""
         column = self._table_layout.image
         cell = self._tables[number][1][row][column][0].as_py()
-        if isinstance(cell, bytes):
-            cell = {"path": None, "bytes": cell}
-        if isinstance(cell, str):
-            cell = {"path": cell, "bytes": None}
-        if not isinstance(cell, dict) or not {"path", "bytes"} & cell.keys():
-            raise ValueError(f"the cell {column} is {short_repr(cell)}; give the bytes of an image file.")
-        content, name = cell.get("bytes"), cell.get("path")
+        parts = {"bytes": cell} if isinstance(cell, bytes) else {"path": cell} if isinstance(cell, str) else cell
+        parts = parts if isinstance(parts, dict) else {}
+        content, name = parts.get("bytes"), parts.get("path")
         if isinstance(content, bytes):
             if name is not None:
                 name = PurePosixPath(checked_text(name, "the image's path", MAX_FILE_NAME)).name or None
@@ -291,7 +287,10 @@ def _chosen_files(
     if not folders:
         raise FileNotFoundError(f"{where} has no .parquet file; {TABLE_LAYOUT}{lmdb_hint(root)}.")
     if folder is None:
-        raise ValueError(f"{where} has tables in several folders: give the name of one of {', '.join(folders)}.")
+        raise ValueError(
+            f"{where} has tables in several folders: give the name of one of {', '.join(folders)}, which is --name of "
+            "data.prepare."
+        )
     by_split: dict[str, list[Path]] = {}
     for file in sorted(files):
         if str(file.parent) == folder:

@@ -120,6 +120,17 @@ def test_a_saved_folder_names_no_files_outside(tmp_path, name):
         load_splits(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("dataset_info.json", "[]"), ("dataset_info.json", '{"features": 7}'), ("data-00000-of-00001.arrow", "\xff")],
+)
+def test_a_broken_file_of_a_saved_folder_is_told_as_such(tmp_path, file, content):
+    save(tmp_path / "saved", train=make_rows(make_row(1)))
+    (tmp_path / "saved" / "train" / file).write_text(content)
+    with pytest.raises(OSError, match="saved is broken .*save or copy it again"):
+        load_splits(str(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("path", ["{home}/other/train-*.parquet", "../other/train-*.parquet"])
 def test_the_card_of_a_prepared_folder_names_no_files_outside(tmp_path, path):
     for folder in ("other", "mine"):
@@ -128,6 +139,14 @@ def test_the_card_of_a_prepared_folder_names_no_files_outside(tmp_path, path):
     (tmp_path / "mine" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     with pytest.raises(ValueError, match="card of .*mine names the file .*, which is not in this data set"):
         load_splits(str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("card", ["configs: [", "configs: 7", "dataset_info: {features: [{name: a, dtype: nope}]}"])
+def test_a_broken_card_is_named(tmp_path, card):
+    folder = write_prepared(tmp_path / "mine", train=make_rows(make_row(1)))
+    (tmp_path / "mine" / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(ValueError, match="The card of .*mine cannot be read .*correct its README.md"):
+        load_splits(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"files": [1]}', "[" * 10**5])
