@@ -163,7 +163,7 @@ def render(template: Path, **values: Any) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all. Half a character of a text, which is no UTF-8, becomes a question mark."""
-    scratch = path.with_name(f".{path.name}")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # is nobody else's file
     try:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
         os.replace(scratch, path)

@@ -41,8 +41,11 @@ def test_templates_escape_and_miss_nothing(tmp_path):
 
 def test_a_file_is_whole_or_the_older_one_stays(tmp_path, monkeypatch):
     path = tmp_path / "page.html"
+    other = path.with_name(f".{path.name}")
+    other.write_bytes(b"somebody's")
     write_whole(path, "half \ud800")
-    assert path.read_bytes() == b"half ?"
+    assert path.read_bytes() == b"half ?" and other.read_bytes() == b"somebody's"
+    other.unlink()
 
     def fail(*_):
         raise OSError("disk full")
