@@ -313,6 +313,7 @@ class FolderRecords(Records):
                 image_id=given["image_id"],
                 category=given.get("category", ""),
                 bbox=given.get("bbox"),
+                own=True,
             )
 
 

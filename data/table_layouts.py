@@ -45,10 +45,12 @@ class TableLayout:
         name: what the command line calls it.
         image: the column of images.
         needed: the columns without which nothing can be read, that of images included.
+        own: whether it is for tables that somebody made for themselves.
     """
 
     name: str
     image: str = "image"
+    own: bool = False
     needed: tuple[str, ...]
 
     def places(self, table: datasets.Dataset) -> list[Place]:
@@ -248,7 +250,7 @@ class ColumnsLayout(TableLayout):
         ValueError: one of the first three is missing, or there is no such part of a row.
     """
 
-    name = "columns"
+    name, own = "columns", True
 
     def __init__(self, columns: dict[str, str]) -> None:
         needed = ("image", "mask", "text")

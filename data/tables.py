@@ -143,7 +143,8 @@ class TableRecords(Records):
             given.setdefault("ann_id", NO_TARGET if given["mask"] is None else ref_id)
             given.setdefault("image_id", _image_id(image, digest))
             return make_row(
-                **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size})
+                **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size}),
+                own=layout.own,
             )
 
     def _open(self, number: int, place: Place) -> tuple[list[dict], str | dict, tuple[int, int], bytes]:

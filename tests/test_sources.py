@@ -255,6 +255,17 @@ NESTED = b'{"file_name": "a.jpg", "sentences": ["x"], "mask": ' + b"[" * 50_000
         (LINE | {"bbox": [0, 0, float("inf"), 1]}, "has the bbox"),
         (LINE | {"bbox": [0, 0, 10**400, 1]}, "a field is missing or not"),
         (LINE | {"bbox": "abcd"}, "has the bbox 'abcd'"),
+        (
+            LINE | {"bbox": [500, 500, 10, 10]},
+            "is not in its image of 40 x 30 .*give x, y, width and height in pixels",
+        ),
+        (LINE | {"bbox": [10, 8, 38, 28]}, "not x1, y1, x2, y2"),
+        (LINE | {"bbox": [10, 8, -3, 5]}, "not x1, y1, x2, y2"),
+        (
+            LINE | {"mask": [[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]]},
+            "are in fractions of the image, it seems; give .*in pixels",
+        ),
+        (LINE | {"mask": [[50, 40, 60, 40, 60, 50]]}, "cover no pixel of their image, which is 40 x 30"),
         (LINE | {"ref_id": "7"}, "ref_id is '7'"),
         (LINE | {"ref_id": 1.0}, "ref_id is 1.0"),
         (LINE | {"ref_id": False}, "ref_id is False"),

@@ -217,6 +217,21 @@ def test_no_cell_opens_what_was_not_named(tmp_path, cell, message):
             load_records(open_records("table", path, columns=NAMED))
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"mask": [[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]]}, "row 0: the polygons .* are in fractions of the image"),
+        ({"mask": [[50.0, 40.0, 60.0, 40.0, 60.0, 50.0]]}, "row 0: the polygons .* cover no pixel"),
+        ({"box": [10, 8, 38, 28]}, "row 0: bbox is .* which is not in its image of 40 x 30"),
+    ],
+)
+def test_masks_and_boxes_of_own_tables_must_be_in_their_image(tmp_path, cells, message):
+    rows = plain(noise(1), **{"box": [9.5, 8.0, 31.5, 22.0]} | cells)
+    records = open_records("table", write_plain(tmp_path / "val.parquet", rows), columns=NAMED | {"bbox": "box"})
+    with pytest.raises(ValueError, match=message):
+        records.read(0)
+
+
 # Hostile and broken tables
 
 
