@@ -268,8 +268,8 @@ def require_in_image(mask: list | dict | None, rle: dict, bbox: list[float]) -> 
     # A box may be rounded: a pixel is allowed.
     if min(box_width, box_height) < 0 or min(left, top) < -1 or right > width + 1 or bottom > height + 1:
         raise ValueError(
-            f"bbox is {short_repr(bbox)}, which is not in its image of {width} x {height} (width x height); give x, y, "
-            "width and height in pixels, not x1, y1, x2, y2."
+            f"bbox is {short_repr(bbox)}, which is not in its image of {width} x {height} (width x height); give x, "
+            "y, width and height in pixels, not x1, y1, x2, y2."
         )
 
 

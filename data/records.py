@@ -313,7 +313,8 @@ def require_unique_ref_ids(refs: str | os.PathLike, ref_ids: list[int]) -> None:
 
 def skipped_notice(without_phrases: int) -> str:
     """The sentence that tells how many objects were skipped."""
-    return f"{without_phrases} objects have no phrases and are skipped, as in the official loader."
+    skipped = "1 object has" if without_phrases == 1 else f"{without_phrases} objects have"
+    return f"{skipped} no phrases and {'is' if without_phrases == 1 else 'are'} skipped, as in the official loader."
 
 
 def training_first(split: str) -> tuple[int, str]:
