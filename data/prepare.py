@@ -399,8 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--num_proc is {options.num_proc}: give 1 or more.")
     try:
         validate_repo_id(options.push_to_hub)
-    except ValueError as error:
-        parser.error(f"--push_to_hub is {options.push_to_hub!r} ({error}): write <owner>/<name>.")
+    except ValueError:
+        sys.exit(f"{parser.prog}: --push_to_hub is {options.push_to_hub!r}, no name on the Hub: write <owner>/<name>.")
     try:
         columns = None if options.columns is None else parse_columns(options.columns)
         records = open_records(options.kind, options.path, options.name, options.images, columns, options.splits)
