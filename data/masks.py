@@ -242,6 +242,37 @@ def checked_bbox(bbox: Any, ann_id: int) -> list[float]:
     return [float(side) for side in bbox]
 
 
+def require_in_image(mask: list | dict | None, rle: dict, bbox: list[float]) -> None:
+    """Refuse polygons that draw nothing, and a box that is not in the image, with a ValueError.
+
+    COCO has a few of both, which are read all the same. In data of one's own they are in another unit or form.
+
+    Args:
+        mask: checked polygons and RLEs, or None.
+        rle: their union.
+        bbox: checked x, y, width and height.
+    """
+    polygons = [part for part in mask_parts(mask or []) if not isinstance(part, dict)]
+    (height, width), (left, top, box_width, box_height) = rle["size"], bbox
+    if polygons and max(height, width) > 1 and all(0 <= side <= 1 for part in polygons for side in part):
+        raise ValueError(
+            f"the polygons {short_repr(polygons)} are in fractions of the image, it seems; give their corners in "
+            "pixels."
+        )
+    if polygons and not coco_mask.area(rle):
+        raise ValueError(
+            f"the polygons {short_repr(polygons)} cover no pixel of their image, which is {width} x {height} (width x "
+            "height); give their corners in pixels, or null if the phrases name nothing."
+        )
+    right, bottom = left + box_width, top + box_height
+    # A box may be rounded: a pixel is allowed.
+    if min(box_width, box_height) < 0 or min(left, top) < -1 or right > width + 1 or bottom > height + 1:
+        raise ValueError(
+            f"bbox is {short_repr(bbox)}, which is not in its image of {width} x {height} (width x height); give x, "
+            "y, width and height in pixels, not x1, y1, x2, y2."
+        )
+
+
 def box_around(boxes: list[list[float]]) -> list[float]:
     """The smallest box around boxes of x, y, width and height; a single box as it is."""
     if len(boxes) == 1:  # what is computed below would be rounded

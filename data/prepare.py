@@ -32,9 +32,10 @@ import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from datasets.utils import tqdm
 from huggingface_hub import DatasetCardData
+from huggingface_hub.utils import validate_repo_id
 from pycocotools import mask as coco_mask
 
-from configuration_detris import one_line, raise_if_out_of_memory
+from configuration_detris import MAX_REASON, one_line, raise_if_out_of_memory
 
 from .check import PUBLISHED
 from .records import FEATURES, STORED_FEATURES, Records, require_records, skipped_notice
@@ -105,12 +106,15 @@ def prepare(
 def _open_work_folder(work: Path, job: str) -> None:
     """Make the folder of work, or leave it as it is if an interrupted run of the same job began there."""
     path, ours = work / JOB_FILE, (JOB_FILE, CHUNK_PREFIX, WHOLE_FOLDER)
-    if work.exists() and not all(entry.name.startswith(ours) for entry in work.iterdir()):
+    if work.is_file() or work.exists() and not all(entry.name.startswith(ours) for entry in work.iterdir()):
         raise FileExistsError(f"{work} is in the way and was not made here: move it, or name another output.")
     if work.exists() and not (path.is_file() and path.read_text() == job):
         shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, job)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, job)
+    except OSError as error:
+        raise OSError(f"{work} cannot be written ({error}): name another output.") from error
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -130,6 +134,7 @@ def _read_chunks(records: Records, work: Path, num_proc: int, strict: bool) -> N
     _shared_records = records
     starts = range(0, len(records), RECORDS_PER_CHUNK)
     missing = [start for start in starts if not _chunk_is_read(_chunk_files(work, start)[1], strict)]
+    num_proc = max(1, min(num_proc, len(missing), os.cpu_count() or 1))  # all are started at once
     context = multiprocessing.get_context("fork")
     with (
         ProcessPoolExecutor(num_proc, context, _end_with_parent) as pool,
@@ -308,9 +313,13 @@ def _card(summary: dict) -> str:
         metadata=metadata.to_yaml(),
         name=summary["name"],
         table=format_summary(summary),
-        left_out=f"{summary['left_out']} records were left out; `{PROBLEMS}` says which and why."
+        left_out=f"{_left_out(summary)}; `{PROBLEMS}` says which and why."
         + (f" {skipped_notice(summary['without_phrases'])}" if summary["without_phrases"] else ""),
     )
+
+
+def _left_out(summary: dict) -> str:
+    return "1 record left out" if summary["left_out"] == 1 else f"{summary['left_out']} records left out"
 
 
 def require_whole(folder: str | os.PathLike) -> None:
@@ -389,6 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.num_proc < 1:
         parser.error(f"--num_proc is {options.num_proc}: give 1 or more.")
     try:
+        validate_repo_id(options.push_to_hub)
+    except ValueError:
+        sys.exit(f"{parser.prog}: --push_to_hub is {options.push_to_hub!r}, no name on the Hub: write <owner>/<name>.")
+    try:
         columns = None if options.columns is None else parse_columns(options.columns)
         records = open_records(options.kind, options.path, options.name, options.images, columns, options.splits)
         summary = prepare(records, options.output, options.num_proc, options.strict, options.embed_images)
@@ -399,12 +412,25 @@ def main(arguments: list[str] | None = None) -> None:
     print(format_summary(summary))
     if summary["without_phrases"]:
         print(skipped_notice(summary["without_phrases"]))
-    print(f"{summary['left_out']} records left out (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
+    print(f"{_left_out(summary)} (see {Path(options.output) / PROBLEMS}); {summary['fingerprint']}")
     if summary["left_out"]:
         with open(Path(options.output) / PROBLEMS, encoding="utf-8") as file:
             print(f"The first: {json.loads(next(file))['reason']}")
     if options.push_to_hub:
-        datasets.load_dataset(options.output).push_to_hub(options.push_to_hub)
+        _push(options.output, options.push_to_hub)
+
+
+def _push(output: str, repository: str) -> None:
+    """Upload a prepared folder. It stays whole if that fails, and the message says how to upload it later."""
+    try:
+        datasets.load_dataset(output).push_to_hub(repository)
+    except Exception as error:  # not all errors of the Hub's client are OSErrors
+        raise_if_out_of_memory(error)
+        sys.exit(
+            f"python -m data.prepare: {output} is prepared, but could not be uploaded to {repository} "
+            f"({one_line(error, MAX_REASON)}). To upload it later: python -c 'import data.refer, datasets; "
+            f'datasets.load_dataset("{output}").push_to_hub("{repository}")\''
+        )
 
 
 if __name__ == "__main__":

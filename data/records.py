@@ -21,7 +21,7 @@ from configuration_detris import require_regular, short_repr
 from letterbox_detris import MAX_SIDE
 
 from .images import check_image
-from .masks import MAX_PIXELS, RleMask, checked_bbox, union_of_parts
+from .masks import MAX_PIXELS, RleMask, checked_bbox, require_in_image, union_of_parts
 from .untrusted import MAX_FILE_NAME, checked_text, record_errors_begin_with
 
 logger = logging.getLogger(__name__)
@@ -196,6 +196,7 @@ def make_row(
     image_id: int,
     category: str,
     bbox: list[float] | None,
+    own: bool = False,
 ) -> tuple[str, dict]:
     """Check the parts of a record, which strangers wrote, and put them together.
 
@@ -208,6 +209,8 @@ def make_row(
         ref_id, ann_id, image_id: its numbers.
         category: name of the object's class.
         bbox: x, y, width, height in pixels; None for the box around the mask.
+        own: whether it is somebody's own data, in which polygons without a pixel and boxes outside the image are
+            refused, too.
 
     Returns:
         The split and the row, as `Records.read` gives them.
@@ -245,6 +248,8 @@ def make_row(
         "category": checked_text(category, "the category", MAX_FILE_NAME),
         "bbox": coco_mask.toBbox(rle).tolist() if bbox is None else checked_bbox(bbox, ann_id),
     }
+    if own:
+        require_in_image(mask, rle, row["bbox"])
     return split, row
 
 
@@ -308,7 +313,8 @@ def require_unique_ref_ids(refs: str | os.PathLike, ref_ids: list[int]) -> None:
 
 def skipped_notice(without_phrases: int) -> str:
     """The sentence that tells how many objects were skipped."""
-    return f"{without_phrases} objects have no phrases and are skipped, as in the official loader."
+    skipped = "1 object has" if without_phrases == 1 else f"{without_phrases} objects have"
+    return f"{skipped} no phrases and {'is' if without_phrases == 1 else 'are'} skipped, as in the official loader."
 
 
 def training_first(split: str) -> tuple[int, str]:

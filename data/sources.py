@@ -4,6 +4,7 @@ The further layouts are the folders of JSON and PNG of CRIS, ETRIS and DETRIS, t
 pixels, and a folder of one's own images with a `metadata.jsonl`. docs/data.md shows each of them.
 """
 
+import difflib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from .untrusted import file_inside, load_json, record_errors_begin_with, require
 
 KINDS = ("refer", "cris", "hub_table", "folder", "table", "columns", *TABLE_LAYOUTS)
 METADATA = "metadata.jsonl"
+ALMOST = 0.85  # of 1: splt is split, and category_id is not category
 CRIS_LAYOUT = (
     "the CRIS layout is <path>/anns/<set>/<split>.json, <path>/masks/<set>/<segment_id>.png and <images>/<img_name>"
 )
@@ -34,6 +36,7 @@ HUB_LAYOUT = "the table's images are COCO's train2014, whose folder is given as 
 FOLDER_LAYOUT = (
     f"the layout of a folder is <path>/{METADATA} or <path>/<split>/{METADATA}, with file names relative to it"
 )
+OWN_KEYS = ("file_name", "mask", "sentences", "split", "category", "bbox", "ref_id", "ann_id", "image_id")
 HUB_COLUMNS = ["ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info"]
 
 
@@ -288,6 +291,7 @@ class FolderRecords(Records):
                 raise ValueError(f"it is not JSON in UTF-8 ({error}); write one object a line.") from error
             if not isinstance(record, dict):
                 raise ValueError(f"it holds {short_repr(record)}; write one JSON object a line, {{...}}.")
+            _require_no_slip(record)
             image = file_inside(file.parent, record["file_name"], self.images)
             size = image_size(image, self.layout)
             mask, sentences = record["mask"], record["sentences"]
@@ -313,7 +317,16 @@ class FolderRecords(Records):
                 image_id=given["image_id"],
                 category=given.get("category", ""),
                 bbox=given.get("bbox"),
+                own=True,
             )
+
+
+def _require_no_slip(record: dict) -> None:
+    """Refuse a key that is almost one of ours which the line lacks; others can be of use to somebody else."""
+    lacking = [key for key in OWN_KEYS if key not in record]
+    for key in record.keys() - set(OWN_KEYS):
+        if near := difflib.get_close_matches(key, lacking, 1, ALMOST):
+            raise ValueError(f"it has the unknown key {short_repr(key)}: write {near[0]}, or name it otherwise.")
 
 
 def _image_key(file: Path, record: dict) -> str:

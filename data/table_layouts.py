@@ -27,6 +27,7 @@ IDS = ("ref_id", "ann_id", "image_id")
 OPTIONAL = (*IDS, "category", "bbox", "split", "file_name")  # what a row can do without
 WHOLE_NUMBER = re.compile(r"-?\d{1,18}", re.ASCII)
 FILE_NAME = re.compile(r"\w[\w. +-]{0,199}")  # without folders and addresses
+LIST_AS_TEXT = re.compile(r"""\[\s*(?:(["']).*\1\s*)?\]""", re.DOTALL)  # ["a", "b"], as JSON and Python write it
 OWN_COLUMNS = "name the columns of your own table: --columns image=… mask=… text=…"
 
 
@@ -45,10 +46,12 @@ class TableLayout:
         name: what the command line calls it.
         image: the column of images.
         needed: the columns without which nothing can be read, that of images included.
+        own: whether it is for tables that somebody made for themselves.
     """
 
     name: str
     image: str = "image"
+    own: bool = False
     needed: tuple[str, ...]
 
     def places(self, table: datasets.Dataset) -> list[Place]:
@@ -94,7 +97,7 @@ class RefcocoBenchmark(TableLayout):
         image = rows[0].get("image_info")
         image = image if isinstance(image, dict) else {}
         for side, name in zip(size, ("height", "width")):
-            if _number(image.get(name)) not in (None, side):
+            if number_in(image.get(name)) not in (None, side):
                 raise ValueError(f"image_info says {name} {short_repr(image[name])}, but the image has {side} pixels.")
         mask = mask_of(annotation.get("segmentation"), size)
         if mask is None:
@@ -106,7 +109,7 @@ class RefcocoBenchmark(TableLayout):
         if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
             raise ValueError(f"sentences is {short_repr(sentences)}; give a list of objects with the field sent.")
         ids = {
-            "ref_id": _number(ref.get("ref_id")),
+            "ref_id": number_in(ref.get("ref_id")),
             "ann_id": _agreed("ann_id", annotation.get("id"), ref.get("ann_id")),
             "image_id": _agreed("image_id", annotation.get("image_id"), ref.get("image_id")),
         }
@@ -136,7 +139,7 @@ class RefcocoM(TableLayout):
         return _given(
             mask=_rles([sample.get("mask")], "mask", size),
             sentences=_phrases(sample.get("sentences"), "sentences"),
-            ref_id=_number(sample.get("id")),
+            ref_id=number_in(sample.get("id")),
             image_id=_agreed("image_id", rows[0].get("image_id"), sample.get("image_id")),
             category=sample.get("category"),
             bbox=self._in_pixels(sample.get("bbox"), size),
@@ -157,7 +160,7 @@ class PBench(TableLayout):
     name, needed = "pbench", ("image", "expression", "masks")
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
-        masks, count = rows[0]["masks"], _number(rows[0].get("count"))
+        masks, count = rows[0]["masks"], number_in(rows[0].get("count"))
         masks = [] if masks is None else masks
         if not isinstance(masks, list):
             raise ValueError(f"masks is {short_repr(masks)}; give a list of RLEs, empty if the phrase names nothing.")
@@ -248,29 +251,34 @@ class ColumnsLayout(TableLayout):
         ValueError: one of the first three is missing, or there is no such part of a row.
     """
 
-    name = "columns"
+    name, own = "columns", True
 
     def __init__(self, columns: dict[str, str]) -> None:
         needed = ("image", "mask", "text")
         missing = [part for part in needed if part not in columns]
         unknown = [part for part in columns if part not in (*needed, *OPTIONAL)]
         if missing or unknown:
-            wrong = (
-                f"the column of {', '.join(missing)} is not named" if missing else f"nothing is called {unknown[0]}"
-            )
+            wrong = [f"the column of {', '.join(missing)} is not named"] * bool(missing)
+            wrong += [f"nothing is called {', '.join(unknown)}"] * bool(unknown)
             raise ValueError(
-                f"{wrong}: {OWN_COLUMNS}, and if the table has them, of {', '.join(OPTIONAL)}, in this form."
+                f"{', and '.join(wrong)}: {OWN_COLUMNS}, and if the table has them, of {', '.join(OPTIONAL)}, in this "
+                "form."
             )
         self.columns, self.image, self.needed = dict(columns), columns["image"], tuple(columns.values())
 
     def read(self, rows: list[dict], position: int, size: tuple[int, int]) -> dict:
         cells = {part: rows[0][column] for part, column in self.columns.items() if part != "image"}
         mask, text = cells.pop("mask"), cells.pop("text")
+        if isinstance(text, str) and LIST_AS_TEXT.fullmatch(text.strip()):
+            raise ValueError(
+                f"{self.columns['text']} is a list that is written as text, {short_repr(text)}; give a list of "
+                "phrases itself."
+            )
         return _given(
             mask=mask_of(mask, size),
             sentences=_phrases(text, self.columns["text"]),
             file_name=_image_name(cells.pop("file_name", None)),
-            **{part: _number(cell) if part in IDS else cell for part, cell in cells.items()},
+            **{part: number_in(cell) if part in IDS else cell for part, cell in cells.items()},
         )
 
 
@@ -457,7 +465,7 @@ def _phrases(cell: Any, name: str) -> list:
     return [cell] if isinstance(cell, str) else cell
 
 
-def _number(cell: Any) -> Any:
+def number_in(cell: Any) -> Any:
     """A whole number that is written as text or as a float, as whole number; NaN as None; others as they are."""
     if isinstance(cell, str) and WHOLE_NUMBER.fullmatch(cell):
         return int(cell)
@@ -468,13 +476,13 @@ def _number(cell: Any) -> Any:
 
 def _number_if_text(cell: Any) -> Any:
     """As `_number`, but None for text that is no number, such as the name of an image."""
-    number = _number(cell)
+    number = number_in(cell)
     return None if isinstance(number, str) else number
 
 
 def _agreed(name: str, first: Any, second: Any) -> Any:
     """A number that stands at two places of a table, or only at one."""
-    first, second = _number(first), _number(second)
+    first, second = number_in(first), number_in(second)
     if first is not None and second is not None and first != second:
         raise ValueError(f"{name} is {short_repr(first)} and also {short_repr(second)}; correct one of them.")
     return second if first is None else first

@@ -23,8 +23,8 @@ from configuration_detris import one_line, raise_if_out_of_memory, read_regular,
 
 from .coco_names import PUBLISHED_BY_COCO
 from .images import image_size
-from .records import NO_TARGET, Records, lmdb_hint, make_row, require_exists, training_first
-from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, recognised
+from .records import NO_TARGET, Records, is_int64, lmdb_hint, make_row, require_exists, training_first
+from .table_layouts import TABLE_LAYOUTS, ColumnsLayout, Place, TableLayout, number_in, recognised
 from .untrusted import MAX_FILE_NAME, checked_text, file_inside, load_json, record_errors_begin_with, require_inside
 
 HUB = "hub:"  # stands before the id of a data set on the Hub
@@ -44,9 +44,9 @@ UNBUFFERED = {"use_buffered_stream": True, "pre_buffer": False}  # else Arrow wo
 class TableRecords(Records):
     """Records in tables with an image column.
 
-    What the table does not say is filled in: `ref_id` is the number of the record, from 0; `ann_id` the ref_id, or -1
-    if the phrases name nothing; `image_id` the number in COCO's file name, or else a negative number that follows from
-    the bytes of the image; and the split is the table's.
+    What the table does not say is filled in: `ref_id` is the number of the record, from 0, without numbers that other
+    rows give; `ann_id` the ref_id, or -1 if the phrases name nothing; `image_id` the number in COCO's file name, or
+    else a negative number that follows from the bytes of the image; and the split is the table's.
 
     Args:
         path: a Parquet file, a folder of them or of `save_to_disk`, or an id on the Hub, with or without `hub:`.
@@ -78,7 +78,8 @@ class TableRecords(Records):
     ) -> None:
         self._images = None if images is None else Path(images).absolute()
         if self._images is not None:
-            require_exists(self._images, "`images` is the folder of the images that the table names")
+            self.layout = "`images` is the folder of the images that the table names"
+            require_exists(self._images, self.layout)
         in_column = "split" in (columns or {})  # then each row says which split it is of, whatever its file
         where, root, files = find_files(path, name, None if in_column else splits)
         self._table_layout, self._tables, self._objects = None, [], []
@@ -89,6 +90,7 @@ class TableRecords(Records):
             found = sorted({split for split, *_ in self._objects})
             chosen = _chosen_splits(found, where, "", splits)
             self._objects = [entry for entry in self._objects if not splits or entry[0] in chosen]
+        self._ref_ids = self._free_ref_ids((columns or {}).get("ref_id"), where)
         every_file = [file for members in files.values() for file in members]
         settings = (self._table_layout.name, sorted((columns or {}).items()), list(splits or ()), list(files))
         super().__init__(name or PurePosixPath(where).name, where, self._images or root, every_file, settings)
@@ -121,6 +123,17 @@ class TableRecords(Records):
         self._objects += [(given[place.row] or split, number, place) for place in places]
         self._tables.append((annotations.with_format("arrow"), images))
 
+    def _free_ref_ids(self, column: str | None, where: str) -> dict[int, int]:
+        """A number for each object that has none in a column of ref_ids where others have one."""
+        if column is None:
+            return {}
+        with record_errors_begin_with(where, self._table_layout.name):
+            cells = [rows.select_columns([column])[:][column].to_pylist() for rows, _ in self._tables]
+        numbers = [number_in(cells[table][place.row]) for _, table, place in self._objects]
+        given = {number for number in numbers if is_int64(number)}
+        free = (number for number in range(len(numbers)) if number not in given)
+        return {index: next(free) for index, number in enumerate(numbers) if number is None}
+
     def __len__(self) -> int:
         return len(self._objects)
 
@@ -139,11 +152,12 @@ class TableRecords(Records):
             file_name = given.pop("file_name", None)
             if file_name is not None and isinstance(image, dict):
                 image = image | {"path": PurePosixPath(checked_text(file_name, "file_name", MAX_FILE_NAME)).name}
-            ref_id = given.setdefault("ref_id", index)
+            ref_id = given.setdefault("ref_id", self._ref_ids.get(index, index))
             given.setdefault("ann_id", NO_TARGET if given["mask"] is None else ref_id)
             given.setdefault("image_id", _image_id(image, digest))
             return make_row(
-                **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size})
+                **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size}),
+                own=layout.own,
             )
 
     def _open(self, number: int, place: Place) -> tuple[list[dict], str | dict, tuple[int, int], bytes]:
@@ -374,8 +388,14 @@ def _open_parquet(files: list[Path], root: Path) -> pa.Table:
             with pq.ParquetFile(file) as parquet:
                 features = features or _readable(parquet.schema_arrow)
                 filled += [file] if parquet.metadata.num_rows else []
+                missing = [column for column in features if column not in parquet.schema_arrow.names]
         except Exception as error:  # Arrow's extension types run code of many libraries
             raise _unreadable(file, error) from error
+        if missing and file in filled:
+            raise ValueError(
+                f"{file} lacks the columns {', '.join(missing)}, which {files[0]} has; give all files of a split the "
+                "same columns."
+            )
     if not filled:  # `datasets` knows no split without rows
         return features.arrow_schema.empty_table()
     try:

@@ -220,6 +220,34 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path):
     assert (tmp_path / "out.partial" / "photographs").read_text() == "mine"
 
 
+def test_an_output_that_cannot_be_written_is_told_as_such(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file/out.partial cannot be written .*: name another output"):
+        prepare.prepare(open_refer(ReferFolder(tmp_path / "refer")), tmp_path / "file" / "out")
+    (tmp_path / "file.partial").write_text("mine")
+    (tmp_path / "file").unlink()
+    with pytest.raises(FileExistsError, match="file.partial is in the way and was not made here"):
+        prepare.prepare(open_refer(ReferFolder(tmp_path / "other")), tmp_path / "file")
+
+
+def test_no_more_processes_than_chunks_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Mock(wraps=prepare.ProcessPoolExecutor))
+    monkeypatch.setattr(prepare, "RECORDS_PER_CHUNK", 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    prepare.prepare(open_refer(ReferFolder(tmp_path / "refer")), tmp_path / "out", num_proc=99999)
+    assert prepare.ProcessPoolExecutor.call_args.args[0] == 2
+
+
+def test_one_record_is_one(tmp_path, capsys):
+    folder = ReferFolder(tmp_path / "refer")
+    del folder.refs[5]["ann_id"]
+    folder.write()
+    arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
+    prepare.main([*arguments, "--num_proc", "1"])
+    assert "\n1 record left out (see" in capsys.readouterr().out
+    assert "\n1 record left out; `problems.jsonl` says" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_no_reader_foresees_is_listed(tmp_path, monkeypatch, strict):
     records = large_set(tmp_path / "refer", 5)
@@ -339,7 +367,7 @@ def test_bad_records_are_listed_and_others_kept(tmp_path, monkeypatch, bad, chun
     assert "ref_id 116: a phrase has 10,000,000 characters" in problems[6]
     loaded = load_prepared(tmp_path / "out", tmp_path)
     assert {split: rows["ref_id"][:] for split, rows in loaded.items()} == {"train": [110, 114], "val": [112]}
-    assert "4 records were left out" in (tmp_path / "out" / "README.md").read_text()
+    assert "4 records left out; `problems" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_strict_stops_at_the_first(tmp_path, monkeypatch, bad):
@@ -485,6 +513,36 @@ def test_push_to_hub(tmp_path, monkeypatch):
     arguments = ["refer", str(folder.root), "--name", "refcoco/unc", "--output", str(tmp_path / "out")]
     prepare.main([*arguments, "--num_proc", "1", "--push_to_hub", "someone/mine"])
     assert_same_rows(pushed["someone/mine"], load_records(open_records("refer", folder.root, "refcoco/unc")))
+
+
+def test_what_cannot_be_pushed_is_told_in_one_line(tmp_path, monkeypatch):
+    folder = ReferFolder(tmp_path / "refer")
+    folder.write()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    command = [
+        "refer",
+        str(folder.root),
+        "--name",
+        "refcoco/unc",
+        "--output",
+        str(tmp_path / "out"),
+        "--num_proc",
+        "1",
+    ]
+    with pytest.raises(
+        SystemExit, match="--push_to_hub is 'not an id/x/y', no name on the Hub: write <owner>/<name>.$"
+    ):
+        prepare.main([*command, "--push_to_hub", "not an id/x/y"])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", Mock(side_effect=RuntimeError("no\nnetwork")))
+    with pytest.raises(SystemExit) as caught:
+        prepare.main([*command, "--push_to_hub", "someone/mine"])
+    message = str(caught.value)
+    assert f"{tmp_path / 'out'} is prepared, but could not be uploaded to someone/mine (no network)" in message
+    assert "\n" not in message and load_prepared(tmp_path / "out", tmp_path)
+    monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", Mock())
+    exec(message.partition("python -c '")[2].removesuffix("'"), {})
+    datasets.DatasetDict.push_to_hub.assert_called_once_with("someone/mine")
 
 
 def test_a_set_prepared_again_under_the_same_name_is_not_read_from_the_cache_of_the_first(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from helpers.refer_folder import HEIGHT, MASKS, WIDTH, same_rows
 from pycocotools import mask as coco_mask
 
 from data.masks import RleMask
+from data.records import skipped_notice
 
 
 def test_images_stay_where_they_are_and_masks_are_small(refer):
@@ -31,3 +32,8 @@ def test_parquet_gives_the_same_rows(refer, tmp_path):
     same_rows(datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")), rows)
     stored = pyarrow.parquet.read_table(tmp_path / "rows.parquet")["mask"].to_pylist()  # what others see
     np.testing.assert_array_equal(coco_mask.decode(stored[1]), MASKS[11][1])
+
+
+def test_one_object_is_one():
+    assert skipped_notice(1) == "1 object has no phrases and is skipped, as in the official loader."
+    assert skipped_notice(2) == "2 objects have no phrases and are skipped, as in the official loader."

@@ -162,7 +162,7 @@ def test_what_is_left_out_is_filled_in(mine):
         LINE,
         LINE | {"file_name": "b.jpg", "mask": None, "split": "val"},
         LINE | {"file_name": "./b.jpg", "ref_id": 0, "category": "cat", "bbox": [1, 2, 3.5, 4], "image_id": None},
-        LINE | {"image_id": 0, "ann_id": 9},
+        LINE | {"image_id": 0, "ann_id": 9, "category_id": 17, "notes": "blurred"},
         LINE | {"file_name": "b.jpg", "mask": rle(pixels(B))},
     )
     splits, rows = zip(*(records.read(index) for index in range(5)))
@@ -255,6 +255,19 @@ NESTED = b'{"file_name": "a.jpg", "sentences": ["x"], "mask": ' + b"[" * 50_000
         (LINE | {"bbox": [0, 0, float("inf"), 1]}, "has the bbox"),
         (LINE | {"bbox": [0, 0, 10**400, 1]}, "a field is missing or not"),
         (LINE | {"bbox": "abcd"}, "has the bbox 'abcd'"),
+        (
+            LINE | {"bbox": [500, 500, 10, 10]},
+            "is not in its image of 40 x 30 .*give x, y, width and height",
+        ),
+        (LINE | {"bbox": [10, 8, 38, 28]}, "not x1, y1, x2, y2"),
+        (LINE | {"bbox": [10, 8, -3, 5]}, "not x1, y1, x2, y2"),
+        (
+            LINE | {"mask": [[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]]},
+            "are in fractions of the image, .*give .*in pixels",
+        ),
+        (LINE | {"mask": [[50, 40, 60, 40, 60, 50]]}, "cover no pixel of their image, which is 40 x 30"),
+        (LINE | {"splt": "val"}, "it has the unknown key 'splt': write split"),
+        ({"file_name": "a.jpg", "mask": None, "sentence": ["x"]}, "the unknown key 'sentence': write sentences"),
         (LINE | {"ref_id": "7"}, "ref_id is '7'"),
         (LINE | {"ref_id": 1.0}, "ref_id is 1.0"),
         (LINE | {"ref_id": False}, "ref_id is False"),

@@ -367,6 +367,15 @@ def test_own_columns_have_names_that_are_known(tmp_path):
     assert layout.image == "a" and layout.needed == ("a", "b", "c", "d")
 
 
+@pytest.mark.parametrize("text", ['["a", "b"]', "['a', \"b's\", 'c']", "[ 'a' ]\n", "[]"])
+def test_a_list_of_phrases_is_no_text(text):
+    layout = ColumnsLayout({"image": "a", "mask": "b", "text": "c"})
+    with pytest.raises(ValueError, match="c is a list that is written as text, .*; give a list of phrases"):
+        layout.read([{"b": None, "c": text}], 0, SIZE)
+    for phrase in ("[the cat]", "'a' [2]", "[left] 'x'", '"the cat"'):
+        assert layout.read([{"b": None, "c": phrase}], 0, SIZE)["sentences"] == [phrase]
+
+
 def test_the_layout_is_recognised_by_its_columns():
     for kind, schema in SCHEMAS.items():
         assert recognised(schema.features).name == kind

@@ -196,7 +196,7 @@ def test_names_of_images_are_looked_up_only_in_the_folder_of_images(tmp_path, ce
         ("https://example.org/a.png", "would be taken for an address"),
         ("zip://a.png::b.zip", "would be taken for an address"),
         ("link.png", "is a link that leads out of"),
-        ("missing.png", "does not exist"),
+        ("missing.png", "missing.png does not exist; `images` is the folder of the images that the table names.$"),
         (None, "the cell image is None; give the bytes"),
         (7, "the cell image is 7; give the bytes"),
         ({"bytes": None, "path": None}, "give the bytes"),
@@ -215,6 +215,21 @@ def test_no_cell_opens_what_was_not_named(tmp_path, cell, message):
     if not isinstance(cell, int | None):
         with pytest.raises((OSError, ValueError)):
             load_records(open_records("table", path, columns=NAMED))
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"mask": [[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]]}, "row 0: the polygons .* are in fractions of the image"),
+        ({"mask": [[50.0, 40.0, 60.0, 40.0, 60.0, 50.0]]}, "row 0: the polygons .* cover no pixel"),
+        ({"box": [10, 8, 38, 28]}, "row 0: bbox is .* which is not in its image of 40 x 30"),
+    ],
+)
+def test_masks_and_boxes_of_own_tables_must_be_in_their_image(tmp_path, cells, message):
+    rows = plain(noise(1), **{"box": [9.5, 8.0, 31.5, 22.0]} | cells)
+    records = open_records("table", write_plain(tmp_path / "val.parquet", rows), columns=NAMED | {"bbox": "box"})
+    with pytest.raises(ValueError, match=message):
+        records.read(0)
 
 
 # Hostile and broken tables
@@ -354,6 +369,7 @@ def test_files_without_rows(tmp_path):
     ("options", "message"),
     [
         ({"kind": "pbench"}, r"split val has no columns \['expression', 'masks'\], which the layout pbench needs"),
+        ({"columns": {"photo": "image", "mask": "mask"}}, "image, text is not named, and nothing is called photo"),
         ({"kind": "columns"}, "the column of image, mask, text is not named"),
         ({"columns": NAMED | {"colour": "text"}}, "nothing is called colour"),
         ({"columns": NAMED | {"text": "phrase"}}, r"split val has no columns \['phrase'\], .*; it has \['"),
@@ -385,6 +401,13 @@ def test_splits_of_different_columns_are_refused(tmp_path):
     write_plain(tmp_path / "t" / "train-1.parquet", [{"image": 7, "text": "a"}])
     with pytest.raises(ValueError, match="train.parquet|train-1.parquet cannot be read as a table"):
         open_records("table", tmp_path / "t", columns=NAMED)
+
+
+def test_the_file_of_a_split_that_lacks_a_column_is_named(tmp_path):
+    first = write_plain(tmp_path / "t" / "val-1.parquet", plain(noise(1)))
+    second = write_plain(tmp_path / "t" / "val-2.parquet", [{"image": noise(1), "text": "a"}])
+    with pytest.raises(ValueError, match=f"^{second} lacks the columns mask, which {first} has"):
+        open_records("table", first.parent, columns=NAMED)
 
 
 def test_the_tables_without_pixels_are_another_kind(tmp_path):
@@ -448,6 +471,13 @@ def test_ref_ids_that_two_rows_share(tmp_path):
         load_records(records)
     assert prepare.prepare(records, tmp_path / "out", num_proc=1)["left_out"] == 1
     assert list(problems_of(tmp_path / "out")) == [1]
+
+
+def test_a_ref_id_that_is_filled_in_is_no_other_rows(tmp_path):
+    numbers = ("1", None, None, "0", "9")
+    rows = [plain(noise(seed))[0] | {"number": number} for seed, number in enumerate(numbers)]
+    records = open_records("table", write_plain(tmp_path / "val.parquet", rows), columns=NAMED | {"ref_id": "number"})
+    assert load_records(records)["val"]["ref_id"][:] == [1, 2, 3, 0, 9]
 
 
 def test_each_image_is_checked_once(tmp_path, monkeypatch):
