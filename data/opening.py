@@ -4,6 +4,8 @@ Images and masks stay as they are stored. `decoding.py` decodes them, and names 
 """
 
 import glob
+import inspect
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configuration_detris import one_line, raise_if_out_of_memory
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
 
 from .prepare import SUMMARY, require_whole
 from .records import (
@@ -29,7 +31,7 @@ from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
 from .streaming import StreamedRows, parquet_files
-from .tables import DICT_FILE, HUB, STATE_FILE, find_files
+from .tables import DICT_FILE, HUB, HUB_ID, STATE_FILE, find_files
 from .untrusted import file_inside, require_regular_files
 
 OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
@@ -72,7 +74,7 @@ def load_splits(
         name, splits = of_hub["name"], [of_hub["split"]] if of_hub["split"] else splits
     path, of_table = Path(name), {"images": images, "columns": columns or None, "splits": splits}
     if name == "shapes":
-        found = load_shapes(**(shapes_config or {}))
+        found = _draw_shapes({} if shapes_config is None else shapes_config)
     elif name.startswith(HUB):
         found = _load_tables(name, **of_table)
     elif is_prepared(name, data_root):
@@ -89,7 +91,7 @@ def load_splits(
             f"by save_to_disk: prepare what it holds by `python -m data.prepare <kind> {name} --output …`, and name "
             f"that folder{lmdb_hint(name)}."
         )
-    elif data_root is None:
+    elif data_root is None or name.count("/") > 1 or os.path.isabs(name):
         raise ValueError(
             f"The data set {name!r} is neither 'shapes' nor a file or folder: for a REFER data set such as "
             "'refcoco/unc', data_root must say where it lies; one of the Hub is named 'hub:<id>'."
@@ -97,6 +99,14 @@ def load_splits(
     else:
         found = load_refer(data_root, *name.partition("/")[::2], images)
     return as_stored(name, found)
+
+
+def _draw_shapes(config: dict) -> datasets.DatasetDict:
+    """The synthetic set. Raises ValueError if `config` is no mapping of arguments of `load_shapes`."""
+    known = list(inspect.signature(load_shapes).parameters)
+    if not isinstance(config, dict) or not config.keys() <= set(known):
+        raise ValueError(f"shapes_config is {short_repr(config)}: give a mapping with any of {', '.join(known)}.")
+    return load_shapes(**config)
 
 
 def _load_tables(
@@ -175,7 +185,7 @@ def is_prepared(name: str, data_root: str | None) -> bool:
     """
     if Path(name).exists():
         return Path(name, SUMMARY).exists()
-    return data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
+    return data_root is None and bool(HUB_ID.fullmatch(name)) and name.partition("/")[0] not in SOURCES
 
 
 def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:

@@ -30,6 +30,32 @@ def test_an_unknown_dataset_is_refused(tmp_path):
         load_splits("refcocoo")
     with pytest.raises(ValueError, match="refcocoo"):
         load_splits("refcocoo/unc", str(tmp_path))
+    for name in (str(tmp_path / "nope"), f"{tmp_path}/own +", "own/folder/nope", "../nope"):
+        with pytest.raises(ValueError, match="nor a file or folder"):
+            load_splits(name)
+    with pytest.raises(ValueError, match="nope' is neither 'shapes' nor a file or folder"):
+        load_splits(str(tmp_path / "nope"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"train_size": 20},
+            "shapes_config is {'train_size': 20}: give .* any of seed, sizes, image_size",
+        ),
+        ([1], r"shapes_config is \[1\]: give a mapping"),
+        ([], r"shapes_config is \[\]: give a mapping"),
+        ({"seed": "x"}, "seed is 'x'; give a whole number"),
+        ({"sizes": 3}, "sizes is 3; give a mapping"),
+        ({"sizes": {"train": "x"}}, "The size of 'train' is 'x'; give a whole number"),
+        ({"image_size": None}, "image_size is None; give a whole number"),
+        ({"object_scale": "1"}, "object_scale is '1'; give more than 0"),
+    ],
+)
+def test_wrong_arguments_of_the_synthetic_set_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits("shapes", shapes_config=config)
 
 
 def test_lmdb_folders_are_told_from_others(tmp_path):

@@ -93,6 +93,14 @@ def test_test_splits_are_taken_apart_and_named_in_files(test_split, dataset, spl
     assert results_name(test_split) == name
 
 
+def test_a_folder_with_a_colon_in_its_name_is_tested_on(tmp_path):
+    folder = save(tmp_path / "co:lon:x", val=make_rows(make_row(1)))
+    (rows,) = load_rows(DataArguments(test_splits=[f"{folder}:val"]), False, False, True).tests.values()
+    assert rows["ref_id"][:] == [1]
+    with pytest.raises(ValueError, match="Split 'vall' does not exist in .*co:lon:x; splits with rows are {'val': 1}"):
+        load_rows(DataArguments(test_splits=[f"{folder}:vall"]), False, False, True)
+
+
 def test_test_splits_whose_results_would_have_one_name_are_refused():
     args = DataArguments(test_splits=["a/b:val", "a_b:val"])
     with pytest.raises(ValueError, match="'a/b:val' and 'a_b:val', whose results would both be called a_b_val"):

@@ -5,6 +5,7 @@ Images and masks stay as they are stored. The collators decode them, and name th
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,15 +79,15 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
     elif mixed:
         train = _mix(members, splits_of, args)
     elif do_train:
-        train = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
+        train = select_split(splits_of(first_set), members[0].split, args.max_train_samples, first_set)
     if do_eval:
-        evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples)
+        evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples, first_set)
         if args.eval_first_phrase_only:
             evaluation = _first_phrases(evaluation)
     tests = {}
     for name in args.test_splits if do_predict else []:
         dataset, split = dataset_and_split(name, first_set)
-        tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples)
+        tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples, dataset)
     return Rows(members, train, evaluation, tests)
 
 
@@ -109,7 +110,7 @@ def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict]
     for name in args.test_splits:
         dataset, split = dataset_and_split(name, "")
         if dataset:  # images of the members' own splits leave in any case
-            tested.append((dataset, select_split(splits_of(dataset), split, None)))
+            tested.append((dataset, select_split(splits_of(dataset), split, None, dataset)))
     mixture = mix(members, splits, tested, args.keep_leaks)
     count = min(args.max_train_samples or len(mixture.rows), len(mixture.rows))
     mixture = replace(mixture, rows=mixture.rows.take(count))
@@ -148,8 +149,10 @@ def _first_phrases(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.remove_columns("sentences").add_column("sentences", first, feature=feature)
 
 
-def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
-    """The first `max_samples` rows of a split.
+def select_split(
+    splits: datasets.DatasetDict, name: str, max_samples: int | None, dataset: str = ""
+) -> datasets.Dataset:
+    """The first `max_samples` rows of a split of `dataset`, which errors name.
 
     Raises:
         ValueError: the split does not exist or is empty.
@@ -157,14 +160,15 @@ def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | Non
     if name not in splits or not len(splits[name]):
         filled = {split: len(rows) for split, rows in splits.items() if len(rows)}
         problem = "is empty" if name in splits else "does not exist"
-        raise ValueError(f"Split {name!r} {problem}; splits with rows are {filled}.")
+        place = f" in {dataset}" * bool(dataset)
+        raise ValueError(f"Split {name!r} {problem}{place}; splits with rows are {filled}.")
     return splits[name].take(min(max_samples or len(splits[name]), len(splits[name])))
 
 
 def dataset_and_split(name: str, default: str) -> tuple[str, str]:
     """A test split's data set, such as 'refcoco+/unc' or 'hub:someone/mine', and its own name."""
     dataset, _, split = name.rpartition(":")
-    if not dataset.startswith(HUB):
+    if not (dataset.startswith(HUB) or os.path.exists(dataset)):
         dataset = dataset.replace(":", "/")
     return dataset or default, split
 
