@@ -5,6 +5,7 @@ Images and masks stay as they are stored. `decoding.py` decodes them, and names 
 
 import glob
 import inspect
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -31,8 +32,10 @@ from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
 from .streaming import StreamedRows, parquet_files
-from .tables import DICT_FILE, HUB, HUB_ID, STATE_FILE, find_files
+from .tables import DICT_FILE, HUB, HUB_ID, STATE_FILE, find_files, hub_remedy
 from .untrusted import file_inside, require_regular_files
+
+logger = logging.getLogger(__name__)
 
 OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
 
@@ -78,6 +81,7 @@ def load_splits(
     elif name.startswith(HUB):
         found = _load_tables(name, **of_table)
     elif is_prepared(name, data_root):
+        _warn_of_columns(name, columns)
         found = load_prepared(name)
     elif path.is_dir() and metadata_files(path):
         found = load_records(open_records("folder", name))
@@ -121,7 +125,14 @@ def _load_tables(
     files = _prepared_files(name, columns, splits)
     if files is None:
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
+    _warn_of_columns(name, columns)
     return load_prepared(name, files)
+
+
+def _warn_of_columns(name: str, columns: dict[str, str] | None) -> None:
+    """Say that `columns` is not read, if it is given for a data set that is prepared."""
+    if columns:
+        logger.warning(f"{name} is a prepared set, whose columns are known: `columns` is not read for it.")
 
 
 def _prepared_files(
@@ -163,18 +174,18 @@ def _load_saved(
     find_files(name)  # refuses a folder that names files outside
     try:
         saved = datasets.load_from_disk(name)
-        in_splits = isinstance(saved, datasets.DatasetDict)
-        if in_splits and all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
+        if isinstance(saved, datasets.Dataset):
+            saved = datasets.DatasetDict({str(saved.split or "train"): saved})
+        if all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
             for rows in saved.values():
                 rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
+            _warn_of_columns(name, columns)
             return saved
     except IndexError as error:  # `datasets` saves splits without rows, but does not read them
         raise ValueError(f"{name} has a split without any row: save it without that split.") from error
     except Exception as error:  # what `datasets` raises for strangers' files is of many types
         raise_if_out_of_memory(error)
         raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
-    if not in_splits:
-        raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
     return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
 
 
@@ -226,7 +237,7 @@ def hub_errors_name(name: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise OSError(f"{name!r} is no folder here, nor to be had from the Hub ({error}): check its name.") from error
+        raise OSError(f"{name!r} is no folder here, nor to be had from the Hub: {hub_remedy(error)}") from error
 
 
 def as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -104,6 +104,17 @@ def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
     assert np.array_equal(read_image(loaded["val"][2]), read_image(shapes["val"][2]))
 
 
+def test_a_single_split_that_was_saved_is_read(tmp_path, caplog):
+    make_rows(make_row(3)).save_to_disk(tmp_path / "prepared")
+    assert load_splits(str(tmp_path / "prepared"))["train"]["ref_id"][:] == [3] and not caplog.text
+    load_splits(str(tmp_path / "prepared"), columns={"image": "image", "mask": "mask", "text": "sentences"})
+    assert "prepared is a prepared set, whose columns are known: `columns` is not read" in caplog.text
+    table = make_rows(make_row(3, mask=None)).remove_columns(["ref_id", "bbox"])
+    table.add_column("text", ["nothing"]).save_to_disk(tmp_path / "table")
+    rows = load_splits(str(tmp_path / "table"), columns={"image": "image", "mask": "mask", "text": "text"})["train"]
+    assert rows["sentences"][:] == [["nothing"]]
+
+
 @pytest.mark.parametrize("column, values", [("sentences", ["a cat"]), ("ref_id", ["x"]), ("mask", ["x"])])
 def test_columns_of_other_types_are_refused(tmp_path, column, values):
     table = pa.table({name: pa.array([value]) for name, value in SOUND.items()} | {column: pa.array(values)})
@@ -187,7 +198,9 @@ def test_what_is_no_prepared_folder_is_named(tmp_path):
     (tmp_path / "annotations.json").write_text("{}")
     with pytest.raises(ValueError, match="neither by data.prepare nor by save_to_disk.*data.prepare <kind>"):
         load_splits(str(tmp_path))
-    with pytest.raises(OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub"):
+    with pytest.raises(
+        OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub: .*HF_HUB_OFFLINE"
+    ):
         load_splits("prepared/nosuch")
 
 

@@ -7,14 +7,15 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 
-from data.mixture import Member, Mixture, mix, parse_mixture
+from configuration_detris import one_line
+from data.mixture import Member, Mixture, mix, parse_mixture, public_names
 from data.opening import (
     are_prepared_rows,
     as_stored,
@@ -173,8 +174,18 @@ def dataset_and_split(name: str, default: str) -> tuple[str, str]:
     return dataset or default, split
 
 
+def shown_names(test_splits: Iterable[str]) -> dict[str, str]:
+    """What tables call each test split: as it was given, but without the path where that is a whole one."""
+    parts = {name: dataset_and_split(name, "") for name in test_splits}
+    public = public_names(dataset for dataset, _ in parts.values())
+    return {
+        name: f"{public[dataset]}:{split}" if Path(dataset).is_absolute() else one_line(name)
+        for name, (dataset, split) in parts.items()
+    }
+
+
 def results_name(test_split: str) -> str:
-    """What metrics, files and folders of a test split are called, whatever the path or id of its data set."""
+    """What metrics, files and folders of a test split are called, given its name in `shown_names`."""
     if test_split in ("train", "eval"):  # there are files called so that training writes
         return f"test_{test_split}"
     return re.sub("[:/]", "_", test_split)[-MAX_RESULTS_NAME:]
@@ -182,10 +193,10 @@ def results_name(test_split: str) -> str:
 
 def _require_distinct_names(test_splits: list[str]) -> None:
     """Refuse test splits with a ValueError if the results of one would take the place of another's."""
-    splits = {}
+    splits, shown = {}, shown_names(test_splits)
     for split in test_splits:
-        if (earlier := splits.setdefault(results_name(split), split)) != split:
+        if (earlier := splits.setdefault(results_name(shown[split]), split)) != split:
             raise ValueError(
                 f"test_splits has {earlier!r} and {split!r}, whose results would both be called "
-                f"{results_name(split)}: test on one of them in another run."
+                f"{results_name(shown[split])}: test on one of them in another run."
             )
