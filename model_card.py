@@ -176,7 +176,7 @@ def make_model_card(
     lines = [f"| data set | split | {headings} |", "|---|---|" + "---:|" * len(metrics)]
     for result in results:
         figures = " | ".join(f"{100 * result[metric]:.2f}" if metric in result else "" for metric in metrics)
-        lines.append(f"| {_without_prefix(result['dataset'])} | {result['split']} | {figures} |")
+        lines.append(f"| {_in_cell(result['dataset'])} | {result['split']} | {figures} |")
     vision_source, text_source = (f", `{source}`" if source in hub_sources else "" for source in sources)
     place = "where they are published" if hub_sources else "the folders that you name"
     unnamed = adapter_only and not hub_sources
@@ -191,7 +191,7 @@ def make_model_card(
             text=config.text_config,
             vision_source=vision_source,
             text_source=text_source,
-            trained_on=" + ".join(map(_without_prefix, trained_on)) or "not said",
+            trained_on=" + ".join(map(_in_cell, trained_on)) or "not said",
             results="\n".join(lines) if results else "None measured.",
             task=TASK,
             phrase=EXAMPLE_PHRASE,
@@ -213,6 +213,11 @@ def _hub_id(dataset: str) -> str | None:
     """The id of a data set that is named `hub:<id>`, be it with a weight or a split; None for other names."""
     match = HUB_DATASET.fullmatch(dataset)
     return match["id"] if match and may_be_repository(match["id"]) else None
+
+
+def _in_cell(dataset: str) -> str:
+    """A data set's name in a cell of a table, which `|` would end."""
+    return _without_prefix(dataset).replace("|", "\\|")
 
 
 def _without_prefix(dataset: str) -> str:

@@ -7,6 +7,7 @@ rows are left out.
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import datasets
 import pyarrow as pa
 import pyarrow.compute
+
+from configuration_detris import one_line
 
 from .coco_names import PUBLISHED_BY_COCO
 from .tables import HUB
@@ -83,7 +86,21 @@ class Mixture:
 
 def public_name(dataset: str) -> str:
     """A data set's name for logs and model cards: of what lies on this machine without its path, on the Hub the id."""
-    return os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset.removeprefix(HUB)
+    return one_line(
+        os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset.removeprefix(HUB)
+    )
+
+
+def public_names(names: Iterable[str]) -> dict[str, str]:
+    """The `public_name` of each data set; of those that would be called alike, with folders that lie above them."""
+    paths = {name: os.path.abspath(name) if os.path.exists(name) else name for name in names}
+    public = {name: public_name(name) for name in paths}
+    for depth in range(2, max((path.count("/") for path in paths.values()), default=0) + 1):
+        used = Counter(public[name] for path, name in {path: name for name, path in paths.items()}.items())
+        for name, path in paths.items():
+            if used[public[name]] > 1 and os.path.isabs(path):
+                public[name] = one_line("/".join(path.split("/")[-depth:]))
+    return public
 
 
 def parse_mixture(mixture: str, train_split: str) -> list[Member]:

@@ -4,6 +4,9 @@ Images and masks stay as they are stored. `decoding.py` decodes them, and names 
 """
 
 import glob
+import inspect
+import logging
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configuration_detris import one_line, raise_if_out_of_memory
+from configuration_detris import one_line, raise_if_out_of_memory, short_repr
 
 from .prepare import SUMMARY, require_whole
 from .records import (
@@ -29,8 +32,10 @@ from .refer import SOURCES, load_refer
 from .shapes import load_shapes
 from .sources import metadata_files, open_records
 from .streaming import StreamedRows, parquet_files
-from .tables import DICT_FILE, HUB, STATE_FILE, find_files
+from .tables import DICT_FILE, HUB, HUB_ID, STATE_FILE, find_files, hub_remedy
 from .untrusted import file_inside, require_regular_files
+
+logger = logging.getLogger(__name__)
 
 OF_HUB = re.compile(rf"(?P<name>{HUB}[^:]+)(?::(?P<split>\w+))?")
 
@@ -72,10 +77,11 @@ def load_splits(
         name, splits = of_hub["name"], [of_hub["split"]] if of_hub["split"] else splits
     path, of_table = Path(name), {"images": images, "columns": columns or None, "splits": splits}
     if name == "shapes":
-        found = load_shapes(**(shapes_config or {}))
+        found = _draw_shapes({} if shapes_config is None else shapes_config)
     elif name.startswith(HUB):
         found = _load_tables(name, **of_table)
     elif is_prepared(name, data_root):
+        _warn_of_columns(name, columns)
         found = load_prepared(name)
     elif path.is_dir() and metadata_files(path):
         found = load_records(open_records("folder", name))
@@ -89,7 +95,7 @@ def load_splits(
             f"by save_to_disk: prepare what it holds by `python -m data.prepare <kind> {name} --output …`, and name "
             f"that folder{lmdb_hint(name)}."
         )
-    elif data_root is None:
+    elif data_root is None or name.count("/") > 1 or os.path.isabs(name):
         raise ValueError(
             f"The data set {name!r} is neither 'shapes' nor a file or folder: for a REFER data set such as "
             "'refcoco/unc', data_root must say where it lies; one of the Hub is named 'hub:<id>'."
@@ -97,6 +103,14 @@ def load_splits(
     else:
         found = load_refer(data_root, *name.partition("/")[::2], images)
     return as_stored(name, found)
+
+
+def _draw_shapes(config: dict) -> datasets.DatasetDict:
+    """The synthetic set. Raises ValueError if `config` is no mapping of arguments of `load_shapes`."""
+    known = list(inspect.signature(load_shapes).parameters)
+    if not isinstance(config, dict) or not config.keys() <= set(known):
+        raise ValueError(f"shapes_config is {short_repr(config)}: give a mapping with any of {', '.join(known)}.")
+    return load_shapes(**config)
 
 
 def _load_tables(
@@ -111,7 +125,14 @@ def _load_tables(
     files = _prepared_files(name, columns, splits)
     if files is None:
         return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
+    _warn_of_columns(name, columns)
     return load_prepared(name, files)
+
+
+def _warn_of_columns(name: str, columns: dict[str, str] | None) -> None:
+    """Say that `columns` is not read, if it is given for a data set that is prepared."""
+    if columns:
+        logger.warning(f"{name} is a prepared set, whose columns are known: `columns` is not read for it.")
 
 
 def _prepared_files(
@@ -153,18 +174,18 @@ def _load_saved(
     find_files(name)  # refuses a folder that names files outside
     try:
         saved = datasets.load_from_disk(name)
-        in_splits = isinstance(saved, datasets.DatasetDict)
-        if in_splits and all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
+        if isinstance(saved, datasets.Dataset):
+            saved = datasets.DatasetDict({str(saved.split or "train"): saved})
+        if all(are_prepared_rows(rows.column_names, columns) for rows in saved.values()):
             for rows in saved.values():
                 rows.data.validate(full=True)  # Arrow would follow wrong offsets out of its memory
+            _warn_of_columns(name, columns)
             return saved
     except IndexError as error:  # `datasets` saves splits without rows, but does not read them
         raise ValueError(f"{name} has a split without any row: save it without that split.") from error
     except Exception as error:  # what `datasets` raises for strangers' files is of many types
         raise_if_out_of_memory(error)
         raise OSError(f"{name} is broken ({one_line(error)}): save or copy it again.") from error
-    if not in_splits:
-        raise ValueError(f"{name} holds a single split: save a DatasetDict with named splits.")
     return load_records(open_records("table", name, images=images, columns=columns, splits=splits))
 
 
@@ -175,7 +196,7 @@ def is_prepared(name: str, data_root: str | None) -> bool:
     """
     if Path(name).exists():
         return Path(name, SUMMARY).exists()
-    return data_root is None and "/" in name and name.partition("/")[0] not in SOURCES
+    return data_root is None and bool(HUB_ID.fullmatch(name)) and name.partition("/")[0] not in SOURCES
 
 
 def load_prepared(name: str, files: dict[str, list[str]] | None = None) -> datasets.DatasetDict:
@@ -216,7 +237,7 @@ def hub_errors_name(name: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise OSError(f"{name!r} is no folder here, nor to be had from the Hub ({error}): check its name.") from error
+        raise OSError(f"{name!r} is no folder here, nor to be had from the Hub: {hub_remedy(error)}") from error
 
 
 def as_stored(name: str, splits: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from configuration_detris import one_line, raise_if_out_of_memory, read_regular, short_repr
 
@@ -354,14 +354,27 @@ def _download(repository: str, name: str, splits: Sequence[str] | None) -> Path:
         else:
             chosen = _chosen_files(listed, HUB + repository, Path(), name, splits)
             patterns = [glob.escape(os.fspath(file)) for members in chosen.values() for file in members]
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+        found = snapshot_download(
+            repository, repo_type="dataset", allow_patterns=patterns, local_files_only=listed is None
+        )
+        return Path(found)
     except ValueError:
         raise
     except Exception as error:  # not all errors of the Hub's client are OSErrors
         raise_if_out_of_memory(error)
         raise OSError(
-            f"{repository} is no file or folder here, nor to be had from the Hub ({one_line(error)}): check its name."
+            f"{repository} is no file or folder here, nor to be had from the Hub: {hub_remedy(error)}"
         ) from error
+
+
+def hub_remedy(error: Exception) -> str:
+    """The rest of a sentence: why a data set is not to be had from the Hub, and what to do."""
+    if isinstance(error, ConnectionError | LocalEntryNotFoundError):  # `datasets` and `huggingface_hub`
+        return (
+            "the Hub does not answer, and the set was not downloaded before: connect to the network, unset "
+            f"HF_HUB_OFFLINE if it is set, or correct the name ({one_line(error)})."
+        )
+    return f"check its name ({one_line(error)})."
 
 
 def _listed_files(repository: str) -> list[PurePosixPath] | None:

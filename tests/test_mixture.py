@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.check import PUBLISHED
-from data.mixture import Member, mix, parse_mixture, public_name
+from data.mixture import Member, mix, parse_mixture, public_name, public_names
 from data.records import FEATURES
 
 
@@ -155,6 +155,15 @@ def test_weights_repeat_rows():
 )
 def test_members_of_the_hub_are_told_from_splits(mixture, members):
     assert parse_mixture(mixture, "train") == members
+
+
+def test_sets_with_the_same_last_folder_are_told_apart(tmp_path):
+    for folder in ("p/bench", "t/bench", "t/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = [str(tmp_path / "p/bench"), str(tmp_path / "t/bench"), str(tmp_path / "t/other"), "hub:someone/bench"]
+    assert list(public_names(names).values()) == ["p/bench", "t/bench", "other", "someone/bench"]
+    twice = [names[0], f"{names[0]}/../bench"]
+    assert list(public_names(twice).values()) == ["bench", "bench"]
 
 
 def test_public_names_tell_no_path_of_this_machine(tmp_path):

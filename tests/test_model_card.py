@@ -4,7 +4,6 @@ The rules are those of huggingface/hub-docs, `modelcard.md` and `docs/hub/model-
 """
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from model_card import METRIC_NAMES, make_model_card
+from training.arguments import DataArguments
 from training.results import card_name
 
 NAME = "someone/detris-tiny"
@@ -131,11 +131,15 @@ def test_folders_of_data_are_told_without_their_paths(tmp_path, monkeypatch):
     (tmp_path / "secret" / "mine").mkdir(parents=True)
     (tmp_path / "secret" / "table.parquet").touch()
     monkeypatch.chdir(tmp_path / "secret" / "mine")
-    local, refer = SimpleNamespace(data_root=None), SimpleNamespace(data_root="path/to/refer")
+    local, refer = DataArguments(), DataArguments(data_root="path/to/refer")
     for given in (str(tmp_path / "secret" / "mine"), "../mine", ".", "../mine/", "../../secret/mine"):
         assert card_name(given, local) == card_name(given, refer) == "mine", given
     assert card_name("../table.parquet", local) == "table.parquet"
     assert card_name("hub:someone/mine", refer) == card_name("someone/mine", local) == "hub:someone/mine"
+    for name in ("p/bench", "t/bench"):
+        os.makedirs(name)
+    both = DataArguments(test_splits=["p/bench:val", "t/bench:val"])
+    assert [card_name(name, both) for name in ("p/bench", "t/bench")] == ["p/bench", "t/bench"]
     assert card_name("aerial/unc", refer) == "aerial/unc"  # a set in the REFER layout
     assert card_name("refcoco/unc", local) == "refcoco/unc" and card_name("shapes", local) == "shapes"
     os.makedirs("someone/mine")  # a folder goes before the Hub

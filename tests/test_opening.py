@@ -30,6 +30,32 @@ def test_an_unknown_dataset_is_refused(tmp_path):
         load_splits("refcocoo")
     with pytest.raises(ValueError, match="refcocoo"):
         load_splits("refcocoo/unc", str(tmp_path))
+    for name in (str(tmp_path / "nope"), f"{tmp_path}/own +", "own/folder/nope", "../nope"):
+        with pytest.raises(ValueError, match="nor a file or folder"):
+            load_splits(name)
+    with pytest.raises(ValueError, match="nope' is neither 'shapes' nor a file or folder"):
+        load_splits(str(tmp_path / "nope"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"train_size": 20},
+            "shapes_config is {'train_size': 20}: give .* any of seed, sizes, image_size",
+        ),
+        ([1], r"shapes_config is \[1\]: give a mapping"),
+        ([], r"shapes_config is \[\]: give a mapping"),
+        ({"seed": "x"}, "seed is 'x'; give a whole number"),
+        ({"sizes": 3}, "sizes is 3; give a mapping"),
+        ({"sizes": {"train": "x"}}, "The size of 'train' is 'x'; give a whole number"),
+        ({"image_size": None}, "image_size is None; give a whole number"),
+        ({"object_scale": "1"}, "object_scale is '1'; give more than 0"),
+    ],
+)
+def test_wrong_arguments_of_the_synthetic_set_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits("shapes", shapes_config=config)
 
 
 def test_lmdb_folders_are_told_from_others(tmp_path):
@@ -76,6 +102,17 @@ def test_a_saved_folder_gives_the_same_rows(shapes, tmp_path):
     with pytest.raises(ValueError, match=r"'train' of .*maskless has no columns \['mask'\]"):
         load_splits(str(tmp_path / "maskless"))
     assert np.array_equal(read_image(loaded["val"][2]), read_image(shapes["val"][2]))
+
+
+def test_a_single_split_that_was_saved_is_read(tmp_path, caplog):
+    make_rows(make_row(3)).save_to_disk(tmp_path / "prepared")
+    assert load_splits(str(tmp_path / "prepared"))["train"]["ref_id"][:] == [3] and not caplog.text
+    load_splits(str(tmp_path / "prepared"), columns={"image": "image", "mask": "mask", "text": "sentences"})
+    assert "prepared is a prepared set, whose columns are known: `columns` is not read" in caplog.text
+    table = make_rows(make_row(3, mask=None)).remove_columns(["ref_id", "bbox"])
+    table.add_column("text", ["nothing"]).save_to_disk(tmp_path / "table")
+    rows = load_splits(str(tmp_path / "table"), columns={"image": "image", "mask": "mask", "text": "text"})["train"]
+    assert rows["sentences"][:] == [["nothing"]]
 
 
 @pytest.mark.parametrize("column, values", [("sentences", ["a cat"]), ("ref_id", ["x"]), ("mask", ["x"])])
@@ -161,7 +198,9 @@ def test_what_is_no_prepared_folder_is_named(tmp_path):
     (tmp_path / "annotations.json").write_text("{}")
     with pytest.raises(ValueError, match="neither by data.prepare nor by save_to_disk.*data.prepare <kind>"):
         load_splits(str(tmp_path))
-    with pytest.raises(OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub"):
+    with pytest.raises(
+        OSError, match="'prepared/nosuch' is no folder here, nor to be had from the Hub: .*HF_HUB_OFFLINE"
+    ):
         load_splits("prepared/nosuch")
 
 

@@ -13,11 +13,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_hf
+from configuration_detris import DetrisConfig
 from data.mixture import Member
 from data.shapes import load_shapes
+from model_card import make_model_card
 from modeling_detris import DetrisForReferringSegmentation
 from train_hf import build_model, main
 from training.arguments import ModelArguments
+from training.results import write_table
 from training.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +98,15 @@ def test_the_table_is_that_of_the_phrases_with_or_without_masks(config_file, tmp
     assert text.splitlines()[1].split() == cells and markdown[2] == f"|{'|'.join(cells)}|"
     assert markdown[0] == f"|{'|'.join(['split', 'objects', 'phrases', *heads])}|"
     assert set(markdown[1]) == set("|-:") and len({line.count("|") for line in markdown}) == 1
+
+
+def test_a_name_ends_no_cell_of_the_table(tmp_path):
+    line = {"split": "a|b:val", "objects": 1, "phrases": 2, "mIoU": 50.0}
+    write_table(tmp_path, [line, {"split": "mean of the rows", "mIoU": 50.0}])
+    assert (tmp_path / "table.md").read_text().splitlines()[2] == "|a\\|b:val|1|2|50.00|"
+    result = {"dataset": "a|b", "split": "val", "mean_iou": 0.5}
+    card = make_model_card(DetrisConfig(), "x", "", ["a|b"], [result]).text
+    assert "| a\\|b | val | 50.00 |" in card and "| trained on | a\\|b |" in card
 
 
 @pytest.mark.parametrize("logit", [100, -100], ids=["everything", "nothing"])

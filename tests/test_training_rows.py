@@ -15,7 +15,7 @@ from data.mixture import Mixture
 from data.opening import load_splits
 from data.streaming import StreamedBatches, StreamedRows
 from training.arguments import DataArguments
-from training.rows import dataset_and_split, load_rows, results_name, select_split
+from training.rows import dataset_and_split, load_rows, results_name, select_split, shown_names
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,23 @@ def test_any_refer_set_is_trained_on_with_its_images(tmp_path):
 def test_test_splits_are_taken_apart_and_named_in_files(test_split, dataset, split, name):
     assert dataset_and_split(test_split, "first") == (dataset, split)
     assert results_name(test_split) == name
+
+
+def test_a_folder_with_a_colon_in_its_name_is_tested_on(tmp_path):
+    folder = save(tmp_path / "co:lon:x", val=make_rows(make_row(1)))
+    (rows,) = load_rows(DataArguments(test_splits=[f"{folder}:val"]), False, False, True).tests.values()
+    assert rows["ref_id"][:] == [1]
+    with pytest.raises(ValueError, match="Split 'vall' does not exist in .*co:lon:x; splits with rows are {'val': 1}"):
+        load_rows(DataArguments(test_splits=[f"{folder}:vall"]), False, False, True)
+
+
+def test_results_are_called_without_the_paths_of_this_machine(tmp_path):
+    for folder in ("p/bench", "t/bench", "own\nset"):
+        (tmp_path / folder).mkdir(parents=True)
+    given = [f"{tmp_path}/p/bench:val", f"{tmp_path}/t/bench:val", f"{tmp_path}/own\nset:val", "val", "hub:a/b:val"]
+    shown = list(shown_names(given).values())
+    assert shown == ["p/bench:val", "t/bench:val", "own set:val", "val", "hub:a/b:val"]
+    assert list(map(results_name, shown))[:2] == ["p_bench_val", "t_bench_val"]
 
 
 def test_test_splits_whose_results_would_have_one_name_are_refused():

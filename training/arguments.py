@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -93,6 +94,8 @@ class ModelArguments:
             )
         if self.quantize_backbones and not is_bitsandbytes_available():
             raise ValueError("quantize_backbones needs bitsandbytes: install it, or leave the backbones as they are.")
+        for name in ("model_name_or_path", "vision_backbone", "text_backbone", "tokenizer"):
+            _check_exists_or_may_be_of_hub(name, getattr(self, name))
 
 
 @dataclass
@@ -137,7 +140,11 @@ class DataArguments:
         },
     )
     shapes_config: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of data.shapes.load_shapes; JSON on the command line."}
+        default=None,
+        metadata={
+            "help": "How 'shapes' is drawn: seed, sizes (images by split), image_size, max_objects, object_scale; "
+            "JSON on the command line."
+        },
     )
     train_split: str = "train"
     eval_split: str = field(default="val", metadata={"help": "Split that chooses the best checkpoint."})
@@ -168,6 +175,10 @@ class DataArguments:
         if not isinstance(self.test_splits, list) or not all(isinstance(name, str) for name in self.test_splits):
             raise ValueError(f"test_splits is {self.test_splits!r}: give a list, such as [val, testA].")
         for name in self.test_splits:
+            if name.count(":") == 0 and "/" in name:
+                raise ValueError(f"test_splits has {name!r}, a data set without a split: write one, as {name}:val.")
+            if os.path.exists(name.rpartition(":")[0]):
+                continue
             if name.count(":") > 2 or name.startswith(HUB) and name.count(":") < 2:
                 raise ValueError(
                     f"test_splits has {name!r}: give a split of --dataset such as 'val', or data set and split such "
@@ -499,6 +510,18 @@ def _check_batches_of_processes(config: AcceleratorConfig) -> None:
                 f"accelerator_config sets {name} to {str(value).lower()}, but each process reads whole batches of its "
                 f"own, as many as any other: leave {name} out."
             )
+
+
+def _check_exists_or_may_be_of_hub(name: str, value: str | None) -> None:
+    """Refuse with a ValueError what is no file or folder here, and cannot be an id on the Hub either."""
+    if value is None or os.path.exists(value):
+        return
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        raise ValueError(
+            f"{name} is {value}: there is no such file or folder here, and no id on the Hub is like it."
+        ) from None
 
 
 def _as_mapping(value: dict | str | None, name: str) -> dict:

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics, predictions, the table, and the model card."""
 
+import csv
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers.trainer_utils import PredictionOutput
 
 from configuration_detris import one_line
-from data.mixture import Member, public_name
+from data.mixture import Member, parse_mixture, public_names
 from data.opening import is_prepared
 from data.tables import HUB
 from model_card import METRIC_NAMES, make_model_card
@@ -23,7 +24,7 @@ from .checkpoints import TRAINER_STATE_NAME, read_state
 from .evaluating_trainer import PADDING
 from .predictions import PictureWriter, make_anew, write_results
 from .report import REPORT, SplitResults, split_results, write_page
-from .rows import dataset_and_split, results_name
+from .rows import dataset_and_split, results_name, shown_names
 from .trainer import DetrisTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,14 +57,15 @@ def evaluate_and_predict(
         metrics |= report(trainer, "eval", trainer.evaluate())
         result = {"dataset": own_set, "split": data_args.eval_split + first_phrase + first_objects}
         results.append(result | _figures(metrics, "eval"))
+    shown = shown_names(test_rows)
     for split, rows in test_rows.items():
-        name = results_name(split)
+        name = results_name(shown[split])
         folder = Path(args.output_dir, "predictions", name)
         output = predict(trainer, rows, name, folder)
         metrics |= report(trainer, name, output.metrics)
         figures = _figures(output.metrics, name)
         dataset, split_name = dataset_and_split(split, "")
-        label = f"{public_name(dataset)}:{split_name}" if Path(dataset).is_absolute() else split.removeprefix(HUB)
+        label = shown[split].removeprefix(HUB)
         line = {"split": label, "objects": len(rows), "phrases": int((output.predictions[..., 0] != PADDING).sum())}
         lines.append(line | {METRIC_NAMES[key]: 100 * value for key, value in figures.items()})
         result = {
@@ -130,7 +132,9 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
     """
     table = pd.DataFrame([*lines[:-1], lines[-1] | {"objects": "", "phrases": ""}])
     text = table.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
-    header, *body = table.to_csv(sep="|", index=False, float_format="%.2f", na_rep="-").splitlines()
+    header, *body = table.to_csv(
+        sep="|", index=False, float_format="%.2f", na_rep="-", quoting=csv.QUOTE_NONE, escapechar="\\"
+    ).splitlines()
     markdown = [header, "|".join(["---"] + ["---:"] * (len(table.columns) - 1)), *body]
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "table.md").write_text("".join(f"|{line}|\n" for line in markdown), encoding="utf-8")
@@ -139,9 +143,11 @@ def write_table(folder: Path, lines: list[dict[str, Any]]) -> str:
 
 
 def card_name(dataset: str, data_args: DataArguments) -> str:
-    """A data set's name for the model card: `hub:<id>` if it is the Hub's, else that of `public_name`."""
+    """A data set's name for the model card: `hub:<id>` if it is the Hub's, else that of `public_names`."""
     of_hub = not os.path.exists(dataset) and (dataset.startswith(HUB) or is_prepared(dataset, data_args.data_root))
-    return HUB * of_hub + public_name(dataset)
+    names = [member.name for member in parse_mixture(data_args.dataset, data_args.train_split)]
+    names += [dataset_and_split(name, "")[0] for name in data_args.test_splits]
+    return HUB * of_hub + public_names(filter(None, [dataset, *names]))[dataset]
 
 
 def write_card(

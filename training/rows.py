@@ -5,15 +5,17 @@ Images and masks stay as they are stored. The collators decode them, and name th
 
 import functools
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 
-from data.mixture import Member, Mixture, mix, parse_mixture
+from configuration_detris import one_line
+from data.mixture import Member, Mixture, mix, parse_mixture, public_names
 from data.opening import (
     are_prepared_rows,
     as_stored,
@@ -78,15 +80,15 @@ def load_rows(args: DataArguments, do_train: bool, do_eval: bool, do_predict: bo
     elif mixed:
         train = _mix(members, splits_of, args)
     elif do_train:
-        train = select_split(splits_of(first_set), members[0].split, args.max_train_samples)
+        train = select_split(splits_of(first_set), members[0].split, args.max_train_samples, first_set)
     if do_eval:
-        evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples)
+        evaluation = select_split(splits_of(first_set), args.eval_split, args.max_eval_samples, first_set)
         if args.eval_first_phrase_only:
             evaluation = _first_phrases(evaluation)
     tests = {}
     for name in args.test_splits if do_predict else []:
         dataset, split = dataset_and_split(name, first_set)
-        tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples)
+        tests[name] = select_split(splits_of(dataset), split, args.max_eval_samples, dataset)
     return Rows(members, train, evaluation, tests)
 
 
@@ -109,7 +111,7 @@ def _mix(members: list[Member], splits_of: Callable[[str], datasets.DatasetDict]
     for name in args.test_splits:
         dataset, split = dataset_and_split(name, "")
         if dataset:  # images of the members' own splits leave in any case
-            tested.append((dataset, select_split(splits_of(dataset), split, None)))
+            tested.append((dataset, select_split(splits_of(dataset), split, None, dataset)))
     mixture = mix(members, splits, tested, args.keep_leaks)
     count = min(args.max_train_samples or len(mixture.rows), len(mixture.rows))
     mixture = replace(mixture, rows=mixture.rows.take(count))
@@ -148,8 +150,10 @@ def _first_phrases(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.remove_columns("sentences").add_column("sentences", first, feature=feature)
 
 
-def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | None) -> datasets.Dataset:
-    """The first `max_samples` rows of a split.
+def select_split(
+    splits: datasets.DatasetDict, name: str, max_samples: int | None, dataset: str = ""
+) -> datasets.Dataset:
+    """The first `max_samples` rows of a split of `dataset`, which errors name.
 
     Raises:
         ValueError: the split does not exist or is empty.
@@ -157,20 +161,31 @@ def select_split(splits: datasets.DatasetDict, name: str, max_samples: int | Non
     if name not in splits or not len(splits[name]):
         filled = {split: len(rows) for split, rows in splits.items() if len(rows)}
         problem = "is empty" if name in splits else "does not exist"
-        raise ValueError(f"Split {name!r} {problem}; splits with rows are {filled}.")
+        place = f" in {dataset}" * bool(dataset)
+        raise ValueError(f"Split {name!r} {problem}{place}; splits with rows are {filled}.")
     return splits[name].take(min(max_samples or len(splits[name]), len(splits[name])))
 
 
 def dataset_and_split(name: str, default: str) -> tuple[str, str]:
     """A test split's data set, such as 'refcoco+/unc' or 'hub:someone/mine', and its own name."""
     dataset, _, split = name.rpartition(":")
-    if not dataset.startswith(HUB):
+    if not (dataset.startswith(HUB) or os.path.exists(dataset)):
         dataset = dataset.replace(":", "/")
     return dataset or default, split
 
 
+def shown_names(test_splits: Iterable[str]) -> dict[str, str]:
+    """What tables call each test split: as it was given, but without the path where that is a whole one."""
+    parts = {name: dataset_and_split(name, "") for name in test_splits}
+    public = public_names(dataset for dataset, _ in parts.values())
+    return {
+        name: f"{public[dataset]}:{split}" if Path(dataset).is_absolute() else one_line(name)
+        for name, (dataset, split) in parts.items()
+    }
+
+
 def results_name(test_split: str) -> str:
-    """What metrics, files and folders of a test split are called, whatever the path or id of its data set."""
+    """What metrics, files and folders of a test split are called, given its name in `shown_names`."""
     if test_split in ("train", "eval"):  # there are files called so that training writes
         return f"test_{test_split}"
     return re.sub("[:/]", "_", test_split)[-MAX_RESULTS_NAME:]
@@ -178,10 +193,10 @@ def results_name(test_split: str) -> str:
 
 def _require_distinct_names(test_splits: list[str]) -> None:
     """Refuse test splits with a ValueError if the results of one would take the place of another's."""
-    splits = {}
+    splits, shown = {}, shown_names(test_splits)
     for split in test_splits:
-        if (earlier := splits.setdefault(results_name(split), split)) != split:
+        if (earlier := splits.setdefault(results_name(shown[split]), split)) != split:
             raise ValueError(
                 f"test_splits has {earlier!r} and {split!r}, whose results would both be called "
-                f"{results_name(split)}: test on one of them in another run."
+                f"{results_name(shown[split])}: test on one of them in another run."
             )

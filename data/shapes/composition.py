@@ -135,6 +135,9 @@ def _draw_object(
 
 def check_arguments(split: str, image_size: int, max_objects: int, object_scale: float, count: int = 0) -> None:
     """Refuse an unknown split and numbers out of range with a ValueError."""
+    for name, number in (("image_size", image_size), ("max_objects", max_objects), (f"The size of {split!r}", count)):
+        if type(number) is not int:
+            raise ValueError(f"{name} is {number!r}; give a whole number.")
     if split not in DEFAULT_SIZES:
         raise ValueError(f"There is no split {split!r} in the synthetic set; choose from {', '.join(DEFAULT_SIZES)}.")
     if count < 0:
@@ -145,5 +148,5 @@ def check_arguments(split: str, image_size: int, max_objects: int, object_scale:
         )
     if not MIN_OBJECTS <= max_objects <= MAX_OBJECTS:
         raise ValueError(f"max_objects is {max_objects}; give {MIN_OBJECTS} to {MAX_OBJECTS}.")
-    if not 0 < object_scale <= MAX_OBJECT_SCALE:
-        raise ValueError(f"object_scale is {object_scale}; give more than 0 and at most {MAX_OBJECT_SCALE}.")
+    if type(object_scale) not in (int, float) or not 0 < object_scale <= MAX_OBJECT_SCALE:
+        raise ValueError(f"object_scale is {object_scale!r}; give more than 0 and at most {MAX_OBJECT_SCALE}.")

@@ -36,8 +36,12 @@ def load_shapes(
         object_scale: factor on the objects' size in the image.
 
     Raises:
-        ValueError: a split is unknown, a size negative, or a number out of range.
+        ValueError: a split is unknown, a size negative, or a number out of range or of another type.
     """
+    if type(seed) is not int:
+        raise ValueError(f"seed is {seed!r}; give a whole number.")
+    if not isinstance(sizes, dict | None):
+        raise ValueError(f"sizes is {sizes!r}; give a mapping of splits to numbers of images.")
     sizes = DEFAULT_SIZES | (sizes or {})
     for split, count in sizes.items():
         check_arguments(split, image_size, max_objects, object_scale, count)
