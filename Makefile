@@ -25,7 +25,8 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 # 2 % longer on two idle cores, and 6 times as long instead of 33 times while something else used one of them.
 export GOMP_SPINCOUNT := 20000
 # Two processes with one thread each suit tests of small models better than one process with more threads.
-TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 $(ARGS)
+# Whoever has run all of its tests takes some of the other's.
+TESTS = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: quickstart app test test-fast style lock newest oldest backbones
 
