@@ -162,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", help="folder of the image files, for other sets than the published ones")
     options = parser.parse_args(arguments)
     names = options.names or PUBLISHED
+    if not Path(options.root).is_dir():
+        parser.error(f"{options.root} is no folder: name the one that holds images/ and a folder for each data set.")
     try:
         for name in names:
             refer_files(options.root, *name.partition("/")[::2], options.images)

@@ -127,7 +127,10 @@ def fetch(names: list[str], root: str | os.PathLike, coco: bool = False) -> None
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Hold the folder for this process; the operating system lets it go when the process ends, however it ends."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{root} cannot be written ({error.strerror}): name another folder.") from error
     try:
         with filelock.FileLock(root / LOCK, blocking=False):
             yield

@@ -129,6 +129,9 @@ def refer_files(
     Raises:
         ValueError: a name would lead out of the root, or the data set is unknown and `images` is not given.
     """
+    if dataset in SOURCES and not split_by:
+        named = " or ".join(f"{dataset}/{way}" for way in SOURCES[dataset][1])
+        raise ValueError(f"{short_repr(dataset)} does not say who split the data set: write {named}.")
     known = dataset in SOURCES and split_by in SOURCES[dataset][1]
     if images is None and not known or not (REFER_NAME.fullmatch(dataset) and REFER_NAME.fullmatch(split_by)):
         names = ", ".join(f"{name} ({' or '.join(splits)})" for name, (_, splits) in SOURCES.items())

@@ -50,6 +50,7 @@ from .decoding import read_phrases, read_thumbnail, read_whole_mask
 from .mixture import public_name
 from .opening import load_splits
 from .prepare import format_summary
+from .records import training_first
 from .survey import Survey, choose_rows, format_plots, plot_surveys, survey
 from .tables import parse_columns
 
@@ -62,6 +63,7 @@ MAX_LISTED = 20  # rows that cannot be read, on the screen
 FILL = 0.25  # share of the mask's colour in its pixels, so that phrases of colours can be checked
 MASK_COLOR, BOX_COLOR, NO_PICTURE = TRUTH_COLOR, PALETTE[2], (225, 225, 230)
 COLUMNS = 4  # of a sheet
+TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that turn the writing of what follows, quotes too
 HOW_TO_READ = "The mask is tinted and outlined in green. The thin yellow line is the box of the annotation."
 
 
@@ -159,7 +161,8 @@ def survey_splits(name: str, splits: datasets.DatasetDict, wanted: str | None, s
     """
     if wanted and wanted not in splits:
         raise ValueError(f"{name} has no split {wanted!r}: it has {', '.join(splits)}.")
-    filled = {split: rows for split, rows in splits.items() if len(rows) and wanted in (None, split)}
+    found = sorted(splits, key=training_first)
+    filled = {split: splits[split] for split in found if len(splits[split]) and wanted in (None, split)}
     if not filled:
         raise ValueError(f"{name} has no rows to look at{f' in split {wanted!r}' if wanted else ''}.")
     return [survey(split, rows, seed) for split, rows in filled.items()]
@@ -245,7 +248,7 @@ def draw_sheet(
 
 
 def _card(row: ShownRow) -> Card:
-    texts = [(f"“{phrase}”", INK) for phrase in row.phrases]
+    texts = [(f"“{TURNS_TEXT.sub('', phrase)}”", INK) for phrase in row.phrases]
     if row.left_out:
         texts.append((f"and {row.left_out:,} more", FAINT))
     if row.reason:

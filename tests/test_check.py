@@ -157,9 +157,9 @@ def test_all_sets_are_checked_unless_some_are_named(refer, capsys, monkeypatch):
 
 def test_unknown_sets_are_refused_with_the_known_ones(refer, capsys):
     with pytest.raises(SystemExit) as caught:
-        check.main([str(refer.root), "refcoco"])
+        check.main([str(refer.root), "refcoko"])
     assert caught.value.code == 2
-    assert "no data set 'refcoco' split by ''; known are refcoco (unc or google)" in capsys.readouterr().err
+    assert "no data set 'refcoko' split by ''; known are refcoco (unc or google)" in capsys.readouterr().err
 
 
 def as_grefcoco(refer):
@@ -200,7 +200,7 @@ def test_any_set_in_the_layout_is_checked_with_its_images(refer, capsys):
     refer.write("rrsisd")
     status, text = run(capsys, refer.root, "rrsisd/unc", "--images", images)
     assert status == 1 and "refs(unc).p has no records" in text
-    for name in ("../refer/rrsisd/unc", "rrsisd/../unc", "rrsisd"):
+    for name in ("../refer/rrsisd/unc", "rrsisd/../unc", "aerial"):
         with pytest.raises(SystemExit):
             check.main([str(refer.root), NAME, name, "--images", str(images)])
         captured = capsys.readouterr()
@@ -247,3 +247,16 @@ def test_a_thousand_problems_are_counted_not_printed(refer, capsys):
     refer.write()
     status, text = run(capsys, refer.root)
     assert status == 1 and len(problems(text)) == 100 and "… and 900 more problems" in text
+
+
+def test_names_without_who_split_them_and_folders_that_do_not_exist(tmp_path, capsys):
+    for arguments, message in (
+        (
+            [str(tmp_path), "refcoco"],
+            "'refcoco' does not say who split the data set: write refcoco/unc or refcoco/google",
+        ),
+        ([str(tmp_path / "nowhere")], "nowhere is no folder: name the one that holds images/"),
+    ):
+        with pytest.raises(SystemExit):
+            check.main(arguments)
+        assert message in capsys.readouterr().err

@@ -484,3 +484,10 @@ def test_the_table_is_that_of_the_documentation():
         digits = 1 if unit == "G" else 0
         assert float(size) == round(archive.size / {"G": 10**9, "M": 10**6}[unit], digits)
     assert fetch.COCO.addresses[1].endswith("/datasets/BAAI/DataOptim/resolve/main/images/coco/train2014.zip")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"file.* cannot be written \(.*\): name another folder"):
+            fetch.fetch(["refcoco"], root)

@@ -129,7 +129,9 @@ def test_a_hub_table_by_its_id_and_from_the_hubs_cache(tmp_path, monkeypatch):
 def test_unknown_layouts_and_names(tmp_path):
     with pytest.raises(ValueError, match="choose from refer, cris, hub_table, folder"):
         open_records("lmdb", tmp_path)
-    with pytest.raises(ValueError, match=r"no data set 'refcoco' split by ''"):
+    with pytest.raises(
+        ValueError, match="'refcoco' does not say who split the data set: write refcoco/unc or refcoco/google"
+    ):
         open_records("refer", tmp_path, "refcoco")
     with pytest.raises(ValueError, match="'../anns' is no folder"):
         open_records("cris", tmp_path, "../anns")

@@ -348,3 +348,14 @@ def test_the_page_needs_neither_scripts_nor_a_network(plots, tmp_path):
     page.check()
     assert "default-src 'none'" in page.source and "color-scheme: light dark" in page.source
     assert all(alt for images in page.images.values() for _, alt in images)
+
+
+def test_phrases_do_not_turn_the_text_beside_them_on_the_sheet():
+    row = view.ShownRow(["a \u202ecat"], 0, "val", None, "", "")
+    assert view._card(row).texts[0][0] == "“a cat”"
+
+
+def test_training_comes_first():
+    rows = make_rows(grey(0))
+    splits = datasets.DatasetDict({"testB": rows, "val": rows, "train": rows})
+    assert [split.split for split in view.survey_splits("set", splits, None, 0)] == ["train", "val", "testB"]
