@@ -184,6 +184,8 @@ def _download(archive: Archive, path: Path) -> None:
                 raise
             reasons.append(f"{urlsplit(address).netloc}: {one_line(str(error) or repr(error))}")
             print(f"{archive.name} does not come from {reasons[-1]}")
+    if not _size(_unfinished(path)):
+        _unfinished(path).unlink(missing_ok=True)
     raise OSError(
         f"No address serves {archive.name}. Try again later, and this command goes on from here; or download it by "
         f"hand from {' or '.join(archive.addresses)} to {path}, and this command unpacks it. The reasons: "

@@ -248,13 +248,13 @@ def draw_sheet(
 
 
 def _card(row: ShownRow) -> Card:
-    texts = [(f"“{TURNS_TEXT.sub('', phrase)}”", INK) for phrase in row.phrases]
+    texts = [(f"“{phrase}”", INK) for phrase in row.phrases]
     if row.left_out:
         texts.append((f"and {row.left_out:,} more", FAINT))
     if row.reason:
         texts.append((row.reason, POOR))
     picture = row.picture or Image.new("RGB", (SAMPLE_SIDE, SAMPLE_SIDE // 4), NO_PICTURE)
-    return Card(picture, [*texts, (row.about, FAINT)])
+    return Card(picture, [(TURNS_TEXT.sub("", text), color) for text, color in [*texts, (row.about, FAINT)]])
 
 
 def _plot_card(plot: Plot, width: int) -> Card:

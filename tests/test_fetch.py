@@ -167,6 +167,13 @@ def test_the_right_bytes_arrive_or_none(way, reason, serve, published, root):
     assert not left.exists() or published.annotations.startswith(left.read_bytes())
 
 
+def test_a_download_of_which_nothing_has_come_leaves_no_empty_file(serve, root):
+    serve(hostile.status(404))
+    with pytest.raises(OSError, match="No address"):
+        fetch.fetch(["refcoco"], root)
+    assert {path.name for path in root.iterdir()} == {".lock"}
+
+
 def test_a_busy_server_is_asked_again_after_a_while(serve, published, root, monkeypatch):
     waited = []
     monkeypatch.setattr(fetch, "TRIES", 3)

@@ -351,8 +351,8 @@ def test_the_page_needs_neither_scripts_nor_a_network(plots, tmp_path):
 
 
 def test_phrases_do_not_turn_the_text_beside_them_on_the_sheet():
-    row = view.ShownRow(["a \u202ecat"], 0, "val", None, "", "")
-    assert view._card(row).texts[0][0] == "“a cat”"
+    row = view.ShownRow(["a \u202ecat"], 0, "val · \u202ecat", None, "", "no \u2067file")
+    assert [text for text, _ in view._card(row).texts] == ["“a cat”", "no file", "val · cat"]
 
 
 def test_training_comes_first():
