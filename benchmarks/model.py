@@ -14,7 +14,6 @@ callable from `pixel_values` (N, 3, H, W) and `input_ids` (N, L) to logits (N, â
 import argparse
 import importlib
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ import train_hf
 from configuration_detris import DetrisConfig, one_line
 from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
+from pages import write_whole
 from training.arguments import DetrisTrainingArguments
 from training.trainer import adam_arguments
 
@@ -470,13 +470,6 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write the figures, and their table beside them."""
     write_whole(path, json.dumps(results, indent=2) + "\n")
     write_whole(path.with_suffix(".md"), make_table(results))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever finds a part of it."""
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def make_table(results: dict[str, Any]) -> str:

@@ -178,7 +178,7 @@ def test_only_whole_stages_are_kept(argv, tmp_path, monkeypatch):
     main(argv)
     assert len(ran) == 4
     main([*argv, "--stage", "pair"])  # asked for
-    assert not list((tmp_path / "scratch").glob("*.partial"))
+    assert not list((tmp_path / "scratch").glob(".*.tmp"))
     with pytest.raises(SystemExit, match="was measured with rounds 1, not 2: give another --output"):
         main([*argv, "--rounds", "2"])
     monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9))
