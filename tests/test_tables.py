@@ -534,7 +534,7 @@ def test_tables_of_the_hub(tmp_path):
         printed = run_client(code, server, tmp_path, isolated=False, cache=cache).splitlines()
         assert json.loads(printed[0]) == expected
         assert printed[1].startswith(
-            "OSError: someone/nothing is no file or folder here, nor to be had from the Hub ("
+            "OSError: someone/nothing is no file or folder here, nor to be had from the Hub: check its name ("
         )
         assert printed[2] == "ValueError: hub:someone/table has no split dev; it has testA, testB, train, val."
         assert {address.rpartition("/")[2] for address in server.downloads} == {"val-00000-of-00001.parquet"}
