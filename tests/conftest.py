@@ -325,16 +325,8 @@ def datasets_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def table_reads(tmp_path, monkeypatch):
     """Gives the indices of the records of tables that any process has read since it was last called."""
+    from helpers.prepared import reads_of
+
     from data.tables import TableRecords
 
-    path, read = tmp_path / "reads", TableRecords.read
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    monkeypatch.setattr(TableRecords, "read", lambda self, index: os.write(log, b"%d\n" % index) and read(self, index))
-
-    def since():
-        indices = [int(line) for line in path.read_text().split()]
-        os.truncate(path, 0)
-        return indices
-
-    yield since
-    os.close(log)
+    yield from reads_of(TableRecords, tmp_path / "reads", monkeypatch)

@@ -1,7 +1,6 @@
 """Data sets by their names; what is wrong with a stranger's folder is told as what it is."""
 
 import json
-import os
 import shutil
 
 import datasets
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.folders import put_odd_file
 from helpers.refer_folder import ReferFolder, not_waiting
 from helpers.rows import OUT_OF_MEMORY, SOUND, make_row, make_rows, save, write_prepared
 from PIL import Image
@@ -239,14 +239,6 @@ def test_pipes_and_devices_in_a_saved_folder_are_not_read(tmp_path, name, kind):
     put_odd_file(tmp_path / "saved" / name, kind)
     with not_waiting(), pytest.raises(ValueError, match=f"{name} is no regular file"):
         load_splits(saved)
-
-
-def put_odd_file(path, kind):
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
 
 
 def test_a_prepared_set_of_grefcoco_keeps_what_it_skipped(tmp_path):

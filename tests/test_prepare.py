@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers.other_layouts import assert_same_rows, small_set
-from helpers.prepared import entries, load_prepared, open_refer, problems_of
+from helpers.prepared import entries, load_prepared, open_refer, problems_of, reads_of
 from helpers.refer_folder import HEIGHT, MASKS, MINI, WIDTH, A, ReferFolder, rectangle
 
 from data import check, prepare
@@ -174,18 +174,7 @@ def done(work):
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
     """Indices that were read in any process since the last call."""
-    path = tmp_path / "reads"
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    read = ReferRecords.read
-    monkeypatch.setattr(ReferRecords, "read", lambda self, index: os.write(log, b"%d\n" % index) and read(self, index))
-
-    def since():
-        indices = [int(line) for line in path.read_text().split()]
-        os.truncate(path, 0)
-        return indices
-
-    yield since
-    os.close(log)
+    yield from reads_of(ReferRecords, tmp_path / "reads", monkeypatch)
 
 
 @pytest.mark.slow

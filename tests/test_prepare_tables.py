@@ -148,13 +148,13 @@ print(pa.default_memory_pool().max_memory())
 
 
 @pytest.mark.slow
-def test_two_thousand_images_are_never_in_memory_together(tmp_path):
-    size, count = 30_000, 2000
+def test_thousands_of_images_are_never_in_memory_together(tmp_path):
+    size, count = 10_000, 6000
     big_table(tmp_path / "val.parquet", count, size)
     command, environment = [sys.executable, "-c", MEMORY], os.environ | {"PYTHONPATH": str(ROOT)}
     peak = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True).stdout
-    assert int(peak) < count * size / 2  # what Arrow held at most
-    assert len(pq.read_table(tmp_path / "out" / "val-00000-of-00002.parquet", columns=["ref_id"])) == 1000
+    assert int(peak) < 0.6 * count * size  # Arrow reads 16 parts of 100 images ahead, and may hold each twice
+    assert len(pq.read_table(tmp_path / "out" / "val-00000-of-00006.parquet", columns=["ref_id"])) == 1000
 
 
 def test_chunks_hold_no_images(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 """Which rows a run sees: splits, mixtures, streams; what is wrong with a stranger's set is told as what it is."""
 
-import os
 import shutil
 
 import datasets
 import numpy as np
 import pytest
+from helpers.folders import put_odd_file
 from helpers.refer_folder import ReferFolder, not_waiting
 from helpers.rows import make_row, make_rows, save, write_prepared
 from helpers.runs import SIZES
@@ -200,14 +200,6 @@ def test_pipes_and_devices_in_a_prepared_folder_are_not_read(tmp_path, name, kin
     for streaming in (False, True):
         with not_waiting(), pytest.raises(ValueError, match=message):
             load_rows(DataArguments(dataset=str(folder), streaming=streaming), True, False, False)
-
-
-def put_odd_file(path, kind):
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------

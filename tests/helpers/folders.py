@@ -1,6 +1,7 @@
-"""Folders of a saved model and of its adapters, and changes of their files."""
+"""Folders of a saved model and of its adapters, and changes of files."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,3 +43,12 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def saved_fields(folder: Path) -> dict:
     """The fields in the config.json of a saved model or adapter."""
     return json.loads((folder / "config.json").read_text())
+
+
+def put_odd_file(path, kind):
+    """Put a `pipe`, a `device`, or a link to nothing in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")

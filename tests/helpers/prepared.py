@@ -1,6 +1,7 @@
 """A prepared folder as tests look at it: its rows, what was left out, its files."""
 
 import json
+import os
 
 import datasets
 
@@ -22,3 +23,22 @@ def entries(folder):
 def open_refer(folder):
     folder.write()
     return open_records("refer", folder.root, "refcoco/unc")
+
+
+def reads_of(records, path, monkeypatch):
+    """Let a class of records note what is read; yield what gives the indices that any process has read since.
+
+    Args:
+        records: the class.
+        path: a file for the notes.
+    """
+    log, read = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), records.read
+    monkeypatch.setattr(records, "read", lambda self, index: os.write(log, b"%d\n" % index) and read(self, index))
+
+    def since():
+        indices = [int(line) for line in path.read_text().split()]
+        os.truncate(path, 0)
+        return indices
+
+    yield since
+    os.close(log)
