@@ -146,7 +146,7 @@ class TableRecords(Records):
         layout = self._table_layout
         where = f"{self.refs}, split {split}, row {place.row}" + (f", object {place.position}" * bool(place.position))
         with record_errors_begin_with(where, f"the layout {layout.name}"):
-            rows, image, size, digest = self._open(number, place)
+            rows, image, size = self._open(number, place)
             fields = layout.read(rows, place.position, size)
             given = {key: value for key, value in fields.items() if value is not None or key == "mask"}
             file_name = given.pop("file_name", None)
@@ -154,23 +154,22 @@ class TableRecords(Records):
                 image = image | {"path": PurePosixPath(checked_text(file_name, "file_name", MAX_FILE_NAME)).name}
             ref_id = given.setdefault("ref_id", self._ref_ids.get(index, index))
             given.setdefault("ann_id", NO_TARGET if given["mask"] is None else ref_id)
-            given.setdefault("image_id", _image_id(image, digest))
+            if "image_id" not in given:
+                given["image_id"] = _image_id(image)
             return make_row(
                 **({"category": "", "bbox": None} | given | {"split": split, "image": image, "size": size}),
                 own=layout.own,
             )
 
-    def _open(self, number: int, place: Place) -> tuple[list[dict], str | dict, tuple[int, int], bytes]:
-        """The rows of a place without the image, the image, its (height, width) and the digest of its bytes."""
+    def _open(self, number: int, place: Place) -> tuple[list[dict], str | dict, tuple[int, int]]:
+        """The rows of a place without the image, the image, and its (height, width)."""
         key = number, place.row, place.rows
         if not self._opened or self._opened[0] != key:  # the objects of a row follow each other
             annotations, _ = self._tables[number]
             rows = annotations[place.row : place.row + place.rows].to_pylist()
             image = self._image(number, place.row)
-            content = image["bytes"] if isinstance(image, dict) else image
-            size = image_size(content, self.layout)
-            digest = hashlib.sha256(content if isinstance(content, bytes) else read_regular(content)).digest()
-            self._opened = key, (rows, image, size, digest)
+            size = image_size(image["bytes"] if isinstance(image, dict) else image, self.layout)
+            self._opened = key, (rows, image, size)
         return self._opened[1]
 
     def _image(self, number: int, row: int) -> str | dict:
@@ -212,12 +211,13 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _image_id(image: str | dict, digest: bytes) -> int:
+def _image_id(image: str | dict) -> int:
     """COCO's number of an image, or else a negative number, which is none of COCO's, from the digest of its bytes."""
     name = os.path.basename((image["path"] if isinstance(image, dict) else image) or "")
     if match := PUBLISHED_BY_COCO.fullmatch(name):
         return int(match[1])
-    return -1 - (int.from_bytes(digest[:8]) >> 1)
+    content = image["bytes"] if isinstance(image, dict) else read_regular(image)
+    return -1 - (int.from_bytes(hashlib.sha256(content).digest()[:8]) >> 1)
 
 
 def _choose_layout(where: str, names: list[str], kind: str, columns: dict[str, str] | None) -> TableLayout:
