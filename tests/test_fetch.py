@@ -231,16 +231,9 @@ def test_a_stream_without_end_is_left(serve, published, root):
     assert server.hung_up.wait(5) and not (root / "refcoco.zip.partial").exists()
 
 
-def test_a_complete_download_is_not_asked_for(serve, published, root):
-    (root / "refcoco.zip.partial").write_bytes(published.annotations)
-    server = serve(hostile.whole)
-    fetch.fetch(["refcoco"], root)
-    assert_nothing_wrong(root, published, fetched=True)
-    assert not server.requests
-
-
-def test_it_goes_on_with_what_was_downloaded_by_hand(serve, published, root):
-    (root / "refcoco.zip").write_bytes(published.annotations)
+@pytest.mark.parametrize("name", ["refcoco.zip.partial", "refcoco.zip"])  # the second was downloaded by hand
+def test_a_complete_download_is_not_asked_for(serve, published, root, name):
+    (root / name).write_bytes(published.annotations)
     server = serve(hostile.whole)
     fetch.fetch(["refcoco"], root)
     assert_nothing_wrong(root, published, fetched=True)

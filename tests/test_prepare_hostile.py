@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from helpers.canary import Code, guarded
+from helpers.canary import Code, fuzz_settings, guarded
 from helpers.other_layouts import open_lines
 from helpers.prepared import entries, load_prepared, open_refer, problems_of
 from helpers.refer_folder import HEIGHT, WIDTH, A, B, ReferFolder, pixels, rectangle, rle
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import prepare
@@ -23,13 +23,7 @@ from data.records import FEATURES
 
 CALLS, RECORDS = 25, 81
 CASES = Counter()
-FUZZ = settings(
-    max_examples=CALLS,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # a call tells which record it was; making it smaller would take minutes
-    suppress_health_check=list(HealthCheck),
-)
+FUZZ = fuzz_settings(CALLS)
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.canary import Code, guarded
+from helpers.canary import Code, fuzz_settings, guarded
 from helpers.prepared import load_prepared, problems_of
 from helpers.refer_folder import HEIGHT, WIDTH, A, not_waiting, pixels, rectangle, rle
 from helpers.table_writers import COLUMNS, SCHEMAS, TEXT, changed, columns, png, sound, write
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare
@@ -28,13 +28,7 @@ from data.sources import open_records
 
 CALLS, RECORDS = 5, 70
 CASES = Counter()
-FUZZ = settings(
-    max_examples=CALLS,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # a call tells which record it was; making it smaller would take minutes
-    suppress_health_check=list(HealthCheck),
-)
+FUZZ = fuzz_settings(CALLS)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""A folder in which nobody may open a file, and code that nobody may run."""
+"""A folder in which nobody may open a file, code that nobody may run, and how hostile records are drawn."""
 
 import os
 import sys
 from contextlib import contextmanager
 
 import PIL.Image
+from hypothesis import HealthCheck, Phase, settings
 
 from .refer_folder import HEIGHT, WIDTH, A, pixels
 
@@ -48,3 +49,14 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def fuzz_settings(calls):
+    """Settings that call a test so often, each time with many records, in the same way in each run."""
+    return settings(
+        max_examples=calls,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],  # a call tells which record it was; making it smaller would take minutes
+        suppress_health_check=list(HealthCheck),
+    )

@@ -145,32 +145,28 @@ def announced_as_nonsense(request: Request) -> None:
     request.send(request.head_of_rest(**{"Content-Length": "many"}))
 
 
+def _send_until_hung_up(request: Request, content: bytes) -> None:
+    try:
+        while not request.server.ended.is_set():
+            request.send(content)
+    except OSError:
+        request.server.hung_up.set()
+
+
 def endless(request: Request) -> None:
     """The file, and then zeros without end."""
     without_length(request)
-    try:
-        while not request.server.ended.is_set():
-            request.send(bytes(2**16))
-    except OSError:
-        request.server.hung_up.set()
+    _send_until_hung_up(request, bytes(2**16))
 
 
 def endless_zeros(request: Request) -> None:
     request.head(200)
-    try:
-        while not request.server.ended.is_set():
-            request.send(bytes(2**16))
-    except OSError:
-        request.server.hung_up.set()
+    _send_until_hung_up(request, bytes(2**16))
 
 
 def endless_head(request: Request) -> None:
-    try:
-        request.send(b"HTTP/1.1 200 OK\r\n")
-        while not request.server.ended.is_set():
-            request.send(b"X: " + b"x" * 2**16 + b"\r\n")
-    except OSError:
-        request.server.hung_up.set()
+    request.send(b"HTTP/1.1 200 OK\r\n")
+    _send_until_hung_up(request, b"X: " + b"x" * 2**16 + b"\r\n")
 
 
 def no_http(request: Request) -> None:
