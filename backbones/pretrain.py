@@ -17,7 +17,7 @@ read, but not to refer, on scenes of `data/shapes` that have a seed of their own
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 
@@ -91,6 +91,10 @@ class PretrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = 300
     max_grad_norm: float = 1.0
+    unaligned: bool = field(
+        default=False,
+        metadata={"help": "Teach phrases beside a second vision tower that is thrown away, as CLIP's is."},
+    )
     logging_steps: int = 100
     save_strategy: str = "no"
     dataloader_num_workers: int = 1
@@ -177,11 +181,20 @@ class Collator:
 
 
 class Pretraining(nn.Module):
-    """Both backbones and the heads that teach them. `forward` returns the loss, as `Trainer` asks for."""
+    """Both backbones and the heads that teach them. `forward` returns the loss, as `Trainer` asks for.
 
-    def __init__(self, vision: Dinov2WithRegistersModel, text: CLIPTextModelWithProjection):
+    Args:
+        matched: the tower whose patches phrases are compared with, if that is not `vision`.
+    """
+
+    def __init__(
+        self,
+        vision: Dinov2WithRegistersModel,
+        text: CLIPTextModelWithProjection,
+        matched: Dinov2WithRegistersModel | None = None,
+    ):
         super().__init__()
-        self.vision, self.text = vision, text
+        self.vision, self.text, self.matched = vision, text, matched
         self.attribute_heads = nn.ModuleList(nn.Linear(WIDTH, len(values) + 1) for values in ATTRIBUTES.values())
         self.surroundings_head = nn.Linear(WIDTH, WINDOW**2)
         self.geometry_head = nn.Linear(WIDTH, 3)
@@ -213,6 +226,8 @@ class Pretraining(nn.Module):
             guess = self.geometry_head(patches)[on_object]
             losses.append(F.smooth_l1_loss(guess, patch_geometry[on_object], beta=0.1))
 
+        if self.matched is not None:
+            patches = self.matched(pixel_values).last_hidden_state[:, 1 + REGISTERS :]  # (B, g², D)
         text = self.text(input_ids)
         similarity = torch.einsum(
             "nd,npd->np", F.normalize(text.text_embeds, dim=1), F.normalize(patches, dim=2)[phrase_image]
@@ -278,8 +293,9 @@ def main() -> None:
         tokenizer=tokenizer,
         max_text_length=TEXT_LENGTH,
     )
+    matched = Dinov2WithRegistersModel(vision.config) if arguments.unaligned else None
     Trainer(
-        model=Pretraining(vision, text),
+        model=Pretraining(vision, text, matched),
         args=arguments,
         train_dataset=Scenes(),
         data_collator=Collator(processor),

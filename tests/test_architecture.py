@@ -43,7 +43,7 @@ ORDER = """
     training.evaluating_trainer training.trainer training.report training.predictions training.results
 
     train_hf quickstart backbones.pretrain benchmarks.data benchmarks.two_processes
-    benchmarks.counting benchmarks.evaluation benchmarks.model
+    benchmarks.counting benchmarks.evaluation benchmarks.model benchmarks.adapters
 """.split()
 PACKAGES = ("data", "data.shapes", "training")
 # Modules that may import only some of those above them: beginning of their name -> beginnings of the others' names.

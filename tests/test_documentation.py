@@ -25,6 +25,8 @@ from transformers import HfArgumentParser
 
 import quickstart
 import segment
+from backbones.pretrain import PretrainingArguments
+from benchmarks import adapters
 from checkpoint_files import skeleton
 from configuration_detris import PEFT_METHODS, DetrisConfig
 from data.images import MIN_WRAPPED
@@ -146,6 +148,20 @@ def check_quickstart(arguments: list[str]) -> None:
             raise Wrong(f"{error} {complaint.getvalue()}") from None
 
 
+def check_adapters(arguments: list[str]) -> None:
+    def stop(*_: object) -> None:
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as complaint:
+        patch.setattr(adapters, "make_backbones", stop)
+        try:
+            adapters.main(arguments)
+        except Parsed:
+            return
+        except (OSError, ValueError, SystemExit) as error:
+            raise Wrong(f"{error} {complaint.getvalue()}") from None
+
+
 def check_segment(arguments: list[str]) -> None:
     with redirect_stderr(StringIO()) as complaint:
         try:
@@ -172,6 +188,7 @@ PROGRAMS = {
     "quickstart.py": check_quickstart,
     "segment.py": check_segment,
     "app.py": check_app,
+    "benchmarks.adapters": check_adapters,
 }
 
 
@@ -325,6 +342,8 @@ def test_commands_in_the_text_work_too(monkeypatch):
         "python convert_detris_checkpoint.py x6team/DETRIS --filename NAME.pth out",
         "python -m data.prepare folders path/to/mine --output out",
         "python -m benchmarks.data",
+        "python -m benchmarks.adapters --output_dir out --methods none",
+        "python -m benchmarks.adapters --output_dir out --learnin_rate 3",
         "accelerate launch --num_gpus 2 train_hf.py configs/base_refcoco.yaml",
         "accelerate launch --num_processes 2 train_hf.py configs/base.yaml",
         "curl -O somewhere",
@@ -341,6 +360,8 @@ def known_options() -> set[str]:
     """The long options of our programs."""
     helps = [HfArgumentParser((ModelArguments, DataArguments, DetrisTrainingArguments)).format_help()]
     helps.append(HfArgumentParser(quickstart.QuickstartArguments).format_help())
+    helps.append(HfArgumentParser(adapters.BenchmarkArguments).format_help())
+    helps.append(HfArgumentParser(PretrainingArguments).format_help())
     for program, arguments in (
         ("convert_detris_checkpoint.py", ["source"]),
         ("data.check", ["root"]),

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, Dinov2WithRegistersModel
 
-from backbones.pretrain import IMAGE_SIZE, REGISTERS, TEXT_LENGTH, Collator
+from backbones.pretrain import IMAGE_SIZE, REGISTERS, TEXT_LENGTH, Collator, Pretraining
 from data.shapes import COLORS, HELD_OUT, SHAPES, draw_scene
 from processing_detris import DetrisImageProcessor, DetrisProcessor
 
@@ -57,3 +57,19 @@ def test_phrases_find_a_patch_of_their_object(processor):
     chance = (batch["phrase_share"] > 0).float().mean()
     assert chance < 0.25
     assert found.float().mean() > 0.6
+
+
+def test_unaligned_backbones_learn_nothing_of_each_other(processor):
+    batch = Collator(processor)([draw_scene(TEST_SEED, "train", index, IMAGE_SIZE) for index in range(2)])
+    other_phrases = batch | {name: batch[name].roll(1, 0) for name in ("input_ids", "attention_mask")}
+
+    def gradient_of_vision(unaligned: bool, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(0)
+        towers = [Dinov2WithRegistersModel.from_pretrained(FOLDER / "vision", dtype=torch.float32) for _ in range(2)]
+        text = CLIPTextModelWithProjection.from_pretrained(FOLDER / "text", dtype=torch.float32)
+        Pretraining(towers[0], text, towers[1] if unaligned else None)(**batch)["loss"].backward()
+        assert text.text_projection.weight.grad.abs().max() > 0
+        return torch.cat([weight.grad.flatten() for weight in towers[0].parameters() if weight.grad is not None])
+
+    assert torch.equal(gradient_of_vision(True, batch), gradient_of_vision(True, other_phrases))
+    assert not torch.equal(gradient_of_vision(False, batch), gradient_of_vision(False, other_phrases))
