@@ -19,7 +19,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -121,11 +120,11 @@ def make_table(runs: dict[str, list[Run]], seeds: list[int], search: Run, patien
     splits = data_args.test_splits
     best_step, best = max(search.curve, key=lambda point: point[1])
     lines = [
-        f"{search.steps:,} steps of {training_args.per_device_train_batch_size} objects, for so long as the head alone "
-        f"took at a constant learning rate until {patience} evaluations, each {training_args.eval_steps} steps apart, "
-        f"brought nothing better than its {best:.3f} on val after {best_step:,} steps. Seeds "
-        f"{', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}.",
+        f"Each method was trained for {search.steps:,} steps of {training_args.per_device_train_batch_size} objects. The "
+        f"head alone had taken so many at a constant learning rate until {patience} evaluations, each "
+        f"{training_args.eval_steps} steps apart, brought nothing better than its {best:.3f} on val after "
+        f"{best_step:,} steps. Seeds {', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         f"| method | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
         f"|---|{'---:|' * (len(splits) + 1)}",
