@@ -120,8 +120,8 @@ def make_table(runs: dict[str, list[Run]], seeds: list[int], search: Run, patien
     splits = data_args.test_splits
     best_step, best = max(search.curve, key=lambda point: point[1])
     lines = [
-        f"Each method was trained for {search.steps:,} steps of {training_args.per_device_train_batch_size} objects. The "
-        f"head alone had taken so many at a constant learning rate until {patience} evaluations, each "
+        f"Each method was trained for {search.steps:,} steps of {training_args.per_device_train_batch_size} objects. "
+        f"The head alone had taken so many at a constant learning rate until {patience} evaluations, each "
         f"{training_args.eval_steps} steps apart, brought nothing better than its {best:.3f} on val after "
         f"{best_step:,} steps. Seeds {', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}, transformers {transformers.__version__}.",
