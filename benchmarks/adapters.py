@@ -4,13 +4,15 @@
     python -m benchmarks.adapters --output_dir runs/adapters --seeds 0 1     # goes on with a second seed
 
 1. It makes two backbones that have never met: `python -m backbones.pretrain --unaligned`.
-2. It trains the head alone at a constant learning rate until `--patience` evaluations in a row have brought no better
-   mean IoU on val. The steps that this took are the steps of all further runs.
+2. It trains the head alone with each of `--learning_rates`, which stays constant, until `--patience` evaluations in a
+   row have brought no better mean IoU on val. The run with the best one sets the learning rate and the number of steps
+   of all further runs.
 3. It trains every method for so many steps, with a learning rate that falls to zero. All arguments but those in
    `METHODS` are those of `configs/adapters.yaml`, or of `train_hf.py` on the command line.
 
 Afterwards the folder holds `adapters.md`, a table of the last weights' mean IoU; `adapters.png`, val's mean IoU
-against steps; and a folder for each run. The same command goes on where an earlier one was stopped.
+against steps; and a folder for each run. The same command goes on where an earlier one was stopped. Seeds can be
+trained side by side by a command each, with `OMP_NUM_THREADS=1`, once the steps are found; a last one names them all.
 """
 
 import json
@@ -37,11 +39,13 @@ HEAD = "head only"
 METHODS = {  # fields of DetrisConfig
     HEAD: {"peft_method": "none"},
     "larger head": {"peft_method": "none", "decoder_dim": 80},  # has as many parameters as head and adapters of DETRIS
-    "lora": {"peft_method": "lora"},
     "detris": {"peft_method": "detris"},
+    "lora": {"peft_method": "lora"},
     "detris+lora": {"peft_method": "detris+lora"},
 }
+OWN = ("model_name_or_path", "vision_backbone", "text_backbone", "peft_method", "max_steps", "learning_rate", "seed")
 CURVE = "mean_iou"
+SEARCH_SEED = 0  # whichever seeds follow
 LINES = ("-", "--", ":")  # of the seeds
 
 
@@ -53,8 +57,11 @@ class BenchmarkArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each is a run of every method."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"choices": list(METHODS)})
     pretraining_steps: int = field(default=3000, metadata={"help": "Steps in which the backbones are made."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 3e-3], metadata={"help": "Among which the head alone chooses."}
+    )
     patience: int = field(
-        default=6, metadata={"help": "Evaluations without a better mean IoU after which the head alone is done."}
+        default=4, metadata={"help": "Evaluations without a better mean IoU after which the head alone is done."}
     )
     most_steps: int = field(default=20_000, metadata={"help": "Steps after which it is done in any case."})
 
@@ -74,6 +81,11 @@ class Run:
     curve: list[tuple[int, float]]
     steps: int
     arguments: list[str]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The point of the curve with the highest mean IoU."""
+        return max(self.curve, key=lambda point: point[1])
 
 
 def make_backbones(folder: Path, steps: int) -> None:
@@ -109,22 +121,25 @@ def train_once(folder: Path, arguments: list[str]) -> Run:
     return run
 
 
-def make_table(runs: dict[str, list[Run]], seeds: list[int], search: Run, patience: int) -> str:
+def make_table(runs: dict[str, list[Run]], seeds: list[int], searches: dict[float, Run], chosen: float) -> str:
     """Make a Markdown table with a row for each method, and a caption.
 
     Args:
         runs: those of each method, one for each seed.
-        search: the run that found the number of steps.
+        searches: the runs of the head alone, by their constant learning rates.
+        chosen: the learning rate of all methods.
     """
-    _, data_args, training_args = parse_arguments([CONFIG, *search.arguments])
+    search = searches[chosen]
+    _, data_args, args = parse_arguments([CONFIG, *search.arguments])
     splits = data_args.test_splits
-    best_step, best = max(search.curve, key=lambda point: point[1])
+    found = ", ".join(f"{run.best[1]:.3f} at {rate:g} ({run.best[0]:,} steps)" for rate, run in searches.items())
     lines = [
-        f"Each method was trained for {search.steps:,} steps of {training_args.per_device_train_batch_size} objects. "
-        f"The head alone had taken so many at a constant learning rate until {patience} evaluations, each "
-        f"{training_args.eval_steps} steps apart, brought nothing better than its {best:.3f} on val after "
-        f"{best_step:,} steps. Seeds {', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, transformers {transformers.__version__}.",
+        f"Each method was trained for {search.steps:,} steps of {args.per_device_train_batch_size} objects, "
+        f"with a learning rate that falls from {chosen:g} to zero. The head alone had taken so many at this rate, "
+        f"kept constant, until {args.early_stopping_patience} evaluations, each {args.eval_steps} steps "
+        f"apart, brought nothing better on val. Its best on val at each constant rate: {found}. Seeds "
+        f"{', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}.",
         "",
         f"| method | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
         f"|---|{'---:|' * (len(splits) + 1)}",
@@ -136,52 +151,86 @@ def make_table(runs: dict[str, list[Run]], seeds: list[int], search: Run, patien
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(path: Path, runs: dict[str, list[Run]], seeds: list[int], search: Run) -> None:
+def draw_curves(path: Path, runs: dict[str, list[Run]], seeds: list[int], searches: dict[float, Run]) -> None:
     """Draw val's mean IoU against steps: a colour for each method, a kind of line for each seed."""
     figure, axes = new_figure()
     figure.set_size_inches(8, 5)
-    axes.plot(*zip(*search.curve), ":", color="black", linewidth=1, label=f"{HEAD}, constant learning rate")
+    for (rate, run), color in zip(searches.items(), ("black", "0.6")):
+        axes.plot(*zip(*run.curve), ":", color=color, linewidth=1, label=f"{HEAD}, constant rate {rate:g}")
     for (method, of_seeds), color in zip(runs.items(), COLORS):
         for run, seed, line in zip(of_seeds, seeds, LINES):
-            label = f"{method}, seed {seed}" if len(seeds) > 1 else method
-            axes.plot(*zip(*run.curve), line, color=color, label=label)
+            axes.plot(*zip(*run.curve), line, color=color, label=f"{method}, seed {seed}")
     axes.set_xlabel("steps")
     axes.set_ylabel("mean IoU on val")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
+class Benchmark:
+    """The runs of one folder.
+
+    Args:
+        shared: arguments of `train_hf.py` that hold for all of them.
+
+    Raises:
+        ValueError: one of these is unknown or invalid, or differs between the runs.
+    """
+
+    def __init__(self, args: BenchmarkArguments, shared: list[str]):
+        for argument in shared:
+            if argument.partition("=")[0].removeprefix("--") in OWN:
+                raise ValueError(f"{argument} is given, but the benchmark sets it for each of its runs: leave it out.")
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.model_config = parse_arguments([CONFIG, *shared])[0].model_config
+        backbones = self.folder / "backbones"
+        self.shared = [*shared, "--vision_backbone", str(backbones / "vision")]
+        self.shared += ["--text_backbone", str(backbones / "text")]
+
+    def train(self, name: str, method: str, steps: int, rate: float, seed: int, *others: str) -> Run:
+        """Train a method in a folder of this name."""
+        values = {
+            "model_config": json.dumps(self.model_config | METHODS[method]),
+            "max_steps": steps,
+            "learning_rate": rate,
+            "seed": seed,
+        }
+        named = [f"--{key}={value}" for key, value in values.items()]
+        return train_once(self.folder / name, [*self.shared, *named, *others])
+
+    def search(self, rate: float) -> Run:
+        """Train the head alone with a constant learning rate until it no longer improves."""
+        others = ["--lr_scheduler_type=constant_with_warmup", f"--early_stopping_patience={self.args.patience}"]
+        others += ["--load_best_model_at_end=true", "--do_predict=false"]
+        return self.train(f"search_{rate:g}", HEAD, self.args.most_steps, rate, SEARCH_SEED, *others)
+
+    def run(self) -> None:
+        """Make what is missing, and write table and picture after each run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        make_backbones(self.folder / "backbones", self.args.pretraining_steps)
+        searches = {rate: self.search(rate) for rate in self.args.learning_rates}
+        chosen = max(searches, key=lambda rate: searches[rate].best[1])
+        runs = {method: [] for method in self.args.methods}
+        for seed in self.args.seeds:
+            for method, of_seeds in runs.items():
+                name = f"{method.replace(' ', '_')}_{seed}"
+                of_seeds.append(self.train(name, method, searches[chosen].steps, chosen, seed))
+                finished = {method: done for method, done in runs.items() if done}
+                table = make_table(finished, self.args.seeds, searches, chosen)
+                write_whole(self.folder / "adapters.md", table)
+                draw_curves(self.folder / "adapters.png", finished, self.args.seeds, searches)
+        print(table)
+
+
 def main(argv: list[str]) -> None:
-    """Make what is missing, and write table and picture after each run.
+    """Run the benchmark.
 
     Args:
         argv: arguments of `BenchmarkArguments`, and of `train_hf.py`.
     """
-    parser = HfArgumentParser(BenchmarkArguments, prog="python -m benchmarks.adapters", description=__doc__)
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__, allow_abbrev=False)
     args, shared = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    model_config = parse_arguments([CONFIG, *shared])[0].model_config
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    backbones = output_dir / "backbones"
-    make_backbones(backbones, args.pretraining_steps)
-    shared += ["--vision_backbone", str(backbones / "vision"), "--text_backbone", str(backbones / "text")]
-
-    def arguments(method: str, steps: int, seed: int) -> list[str]:
-        fields = json.dumps(model_config | METHODS[method])
-        return [*shared, "--model_config", fields, "--max_steps", str(steps), "--seed", str(seed)]
-
-    rate = ["--lr_scheduler_type", "constant_with_warmup", "--early_stopping_patience", str(args.patience)]
-    rate += ["--load_best_model_at_end", "true", "--do_predict", "false"]
-    search = train_once(output_dir / "search", [*arguments(HEAD, args.most_steps, args.seeds[0]), *rate])
-    runs = {method: [] for method in args.methods}
-    for seed in args.seeds:
-        for method, of_seeds in runs.items():
-            folder = output_dir / f"{method.replace(' ', '_')}_{seed}"
-            of_seeds.append(train_once(folder, arguments(method, search.steps, seed)))
-            finished = {name: done for name, done in runs.items() if done}
-            write_whole(output_dir / "adapters.md", make_table(finished, args.seeds, search, args.patience))
-            draw_curves(output_dir / "adapters.png", finished, args.seeds, search)
-    print((output_dir / "adapters.md").read_text(encoding="utf-8"))
+    Benchmark(args, shared).run()
 
 
 if __name__ == "__main__":

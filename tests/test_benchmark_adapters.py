@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 SPLITS = ("val", "testA", "testB", "unseen")
 FEW = ["--shapes_config", json.dumps({"image_size": 80, "sizes": {"train": 8} | dict.fromkeys(SPLITS, 2)})]
 FEW += ["--per_device_train_batch_size", "2", "--warmup_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
-FEW += ["--disable_tqdm", "true", "--patience", "2"]
-TWO = ["--methods", HEAD, "detris"]
+FEW += ["--disable_tqdm", "true", "--patience", "2", "--most_steps", "12"]
+TWO = ["--methods", HEAD, "detris", "--seeds", "3", "4", "--learning_rates", "0.5", "0.001"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -41,8 +41,7 @@ def run(one_thread, tmp_path_factory) -> Path:
     folder = folder_with_backbones(tmp_path_factory.mktemp("adapters"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        # The loss has no reason to fall in few steps; with such a rate the head's mean IoU is best at first.
-        main(["--output_dir", str(folder), "--seeds", "3", "4", "--learning_rate", "0.5", *TWO, *FEW])
+        main(["--output_dir", str(folder), *TWO, *FEW])
     return folder
 
 
@@ -61,15 +60,22 @@ def test_the_larger_head_has_as_many_parameters_as_head_and_adapters():
 
 @pytest.mark.slow
 def test_all_methods_train_for_as_long_as_the_head_alone_took_to_stop_improving(run):
-    search = json.loads((run / "search" / "run.json").read_text())
-    values = [value for _, value in search["curve"]]
-    assert search["steps"] < 20_000
-    assert values.index(max(values)) == len(values) - 3  # the patience, after the best one
+    searches = [json.loads((run / f"search_{rate}" / "run.json").read_text()) for rate in ("0.5", "0.001")]
+    for search in searches:
+        values = [value for _, value in search["curve"]]
+        ended = values.index(max(values)) == len(values) - 3  # two evaluations after the best one
+        assert ended or search["steps"] == 12
+    best, rate, steps = max(
+        (max(value for _, value in search["curve"]), rate, search["steps"])
+        for search, rate in zip(searches, (0.5, 0.001))
+    )
+    assert f"{best:.3f} at {rate} " in (run / "adapters.md").read_text()
     for name in ("head_only_3", "detris_3", "head_only_4", "detris_4"):
         state = json.loads((run / name / "trainer_state.json").read_text())
-        assert state["global_step"] == search["steps"] == state["log_history"][-1]["step"]
+        assert state["global_step"] == steps == state["log_history"][-1]["step"]
         arguments = json.loads((run / name / "run.json").read_text())["arguments"]
-        assert parse_arguments([CONFIG, *arguments])[2].seed == int(name[-1])
+        args = parse_arguments([CONFIG, *arguments])[2]
+        assert (args.seed, args.learning_rate, args.lr_scheduler_type) == (int(name[-1]), rate, "cosine")
 
 
 @pytest.mark.slow
@@ -90,10 +96,10 @@ def test_the_picture_shows_vals_mean_iou_against_steps(run, monkeypatch):
     new_figure = benchmark.new_figure
     monkeypatch.setattr(benchmark, "new_figure", lambda: drawn.append(new_figure()) or drawn[-1])
     monkeypatch.setattr(train_hf, "main", None)  # nothing is trained again
-    main(["--output_dir", str(run), "--seeds", "3", "4", "--learning_rate", "0.5", *TWO, *FEW])
+    main(["--output_dir", str(run), *TWO, *FEW])
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1][1].get_lines()}
     assert set(lines) == {
-        f"{HEAD}, constant learning rate",
+        *(f"{HEAD}, constant rate {rate}" for rate in ("0.5", "0.001")),
         *(f"{method}, seed {seed}" for method in (HEAD, "detris") for seed in (3, 4)),
     }
     state = json.loads((run / "detris_4" / "trainer_state.json").read_text())
@@ -107,7 +113,7 @@ def test_the_picture_shows_vals_mean_iou_against_steps(run, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monkeypatch):
     folder = folder_with_backbones(tmp_path)
-    command = ["--output_dir", str(folder), "--seeds", "3", "--learning_rate", "0.5", "--methods", HEAD, *FEW]
+    command = ["--output_dir", str(folder), "--seeds", "3", "--learning_rates", "0.5", "--methods", HEAD, *FEW]
     evaluate, asked = DetrisTrainer.evaluate, []
 
     def evaluate_once(trainer, *args, **kwargs):
@@ -121,21 +127,29 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
         main(command)
     main(command)
     assert asked[:3] == [2, 4, 4]  # the two steps before the checkpoint were not repeated
-    for name in ("search", "head_only_3"):
-        whole, resumed = (json.loads((path / name / "run.json").read_text()) for path in (run, folder))
-        assert (resumed["curve"], resumed["steps"]) == (whole["curve"], whole["steps"])
+    whole, resumed = (json.loads((path / "search_0.5" / "run.json").read_text()) for path in (run, folder))
+    assert (resumed["curve"], resumed["steps"]) == (whole["curve"], whole["steps"])
 
 
 def test_runs_with_other_arguments_are_not_mixed(tmp_path):
     folder = folder_with_backbones(tmp_path)
     done = {"metrics": {}, "curve": [[2, 0.5]], "steps": 2, "arguments": ["--seed", "0"]}
-    (folder / "search").mkdir()
-    (folder / "search" / "run.json").write_text(json.dumps(done))
-    with pytest.raises(ValueError, match="search was trained with other arguments: give another --output_dir"):
+    (folder / "search_0.001").mkdir()
+    (folder / "search_0.001" / "run.json").write_text(json.dumps(done))
+    with pytest.raises(ValueError, match="search_0.001 was trained with other arguments: give another --output_dir"):
         main(["--output_dir", str(folder), *FEW])
 
 
-@pytest.mark.parametrize("wrong", [["--methods", "dora"], ["--learnin_rate", "1"], ["--eval_steps", "soon"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--methods", "dora"],
+        ["--learnin_rate", "1"],
+        ["--eval_steps", "soon"],
+        ["--learning_rate", "0.1"],  # those of all runs would be replaced
+        ["--peft_method=lora"],
+    ],
+)
 def test_wrong_arguments_are_refused_before_the_backbones_are_made(wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "make_backbones", None)
     with pytest.raises((ValueError, SystemExit)):
