@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -75,17 +76,26 @@ class Run:
         curve: steps, and val's mean IoU after them.
         steps: those that were trained.
         arguments: what it was trained with.
+        machine: where, and by which versions.
     """
 
     metrics: dict[str, float]
     curve: list[tuple[int, float]]
     steps: int
     arguments: list[str]
+    machine: str
 
     @property
     def best(self) -> tuple[int, float]:
         """The point of the curve with the highest mean IoU."""
         return max(self.curve, key=lambda point: point[1])
+
+
+def describe_machine() -> str:
+    """Name the processor, its threads if it is no GPU, and the versions of the libraries that compute."""
+    threads = f"{cpu_name()} ({torch.get_num_threads()} threads for a run)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def make_backbones(folder: Path, steps: int) -> None:
@@ -114,7 +124,7 @@ def train_once(folder: Path, arguments: list[str]) -> Run:
     metrics = train_hf.main([CONFIG, *arguments, "--output_dir", str(folder), *goes_on])
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     curve = [(entry["step"], entry[f"eval_{CURVE}"]) for entry in state["log_history"] if f"eval_{CURVE}" in entry]
-    run = Run(metrics, curve, state["global_step"], arguments)
+    run = Run(metrics, curve, state["global_step"], arguments, describe_machine())
     write_whole(path, json.dumps(vars(run), indent=2) + "\n")
     for checkpoint in checkpoints_in(folder):
         shutil.rmtree(checkpoint)
@@ -132,14 +142,14 @@ def make_table(runs: dict[str, list[Run]], seeds: list[int], searches: dict[floa
     search = searches[chosen]
     _, data_args, args = parse_arguments([CONFIG, *search.arguments])
     splits = data_args.test_splits
+    machines = " and ".join(dict.fromkeys(run.machine for of_seeds in runs.values() for run in of_seeds))
     found = ", ".join(f"{run.best[1]:.3f} at {rate:g} ({run.best[0]:,} steps)" for rate, run in searches.items())
     lines = [
         f"Each method was trained for {search.steps:,} steps of {args.per_device_train_batch_size} objects, "
         f"with a learning rate that falls from {chosen:g} to zero. The head alone had taken so many at this rate, "
         f"kept constant, until {args.early_stopping_patience} evaluations, each {args.eval_steps} steps "
         f"apart, brought nothing better on val. Its best on val at each constant rate: {found}. Seeds "
-        f"{', '.join(map(str, seeds))}; float32, {cpu_name()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}.",
+        f"{', '.join(map(str, seeds))}; float32, {machines}.",
         "",
         f"| method | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
         f"|---|{'---:|' * (len(splits) + 1)}",
@@ -155,10 +165,10 @@ def draw_curves(path: Path, runs: dict[str, list[Run]], seeds: list[int], search
     """Draw val's mean IoU against steps: a colour for each method, a kind of line for each seed."""
     figure, axes = new_figure()
     figure.set_size_inches(8, 5)
-    for (rate, run), color in zip(searches.items(), ("black", "0.6")):
+    for (rate, run), color in zip(searches.items(), cycle(("black", "0.6"))):
         axes.plot(*zip(*run.curve), ":", color=color, linewidth=1, label=f"{HEAD}, constant rate {rate:g}")
-    for (method, of_seeds), color in zip(runs.items(), COLORS):
-        for run, seed, line in zip(of_seeds, seeds, LINES):
+    for (method, of_seeds), color in zip(runs.items(), cycle(COLORS)):
+        for run, seed, line in zip(of_seeds, seeds, cycle(LINES)):
             axes.plot(*zip(*run.curve), line, color=color, label=f"{method}, seed {seed}")
     axes.set_xlabel("steps")
     axes.set_ylabel("mean IoU on val")
@@ -183,9 +193,9 @@ class Benchmark:
         self.args = args
         self.folder = Path(args.output_dir)
         self.model_config = parse_arguments([CONFIG, *shared])[0].model_config
-        backbones = self.folder / "backbones"
-        self.shared = [*shared, "--vision_backbone", str(backbones / "vision")]
-        self.shared += ["--text_backbone", str(backbones / "text")]
+        self.backbones = self.folder / f"backbones_{args.pretraining_steps}"
+        self.shared = [*shared, "--vision_backbone", str(self.backbones / "vision")]
+        self.shared += ["--text_backbone", str(self.backbones / "text")]
 
     def train(self, name: str, method: str, steps: int, rate: float, seed: int, *others: str) -> Run:
         """Train a method in a folder of this name."""
@@ -207,7 +217,7 @@ class Benchmark:
     def run(self) -> None:
         """Make what is missing, and write table and picture after each run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        make_backbones(self.folder / "backbones", self.args.pretraining_steps)
+        make_backbones(self.backbones, self.args.pretraining_steps)
         searches = {rate: self.search(rate) for rate in self.args.learning_rates}
         chosen = max(searches, key=lambda rate: searches[rate].best[1])
         runs = {method: [] for method in self.args.methods}

@@ -31,7 +31,7 @@ def at_the_root(monkeypatch):
 def folder_with_backbones(folder: Path) -> Path:
     """A folder in which the backbones are made already."""
     for name in ("vision", "text"):
-        shutil.copytree(ROOT / "backbones" / name, folder / "backbones" / name)
+        shutil.copytree(ROOT / "backbones" / name, folder / "backbones_3000" / name)
     return folder
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
 
 def test_runs_with_other_arguments_are_not_mixed(tmp_path):
     folder = folder_with_backbones(tmp_path)
-    done = {"metrics": {}, "curve": [[2, 0.5]], "steps": 2, "arguments": ["--seed", "0"]}
+    done = {"metrics": {}, "curve": [[2, 0.5]], "steps": 2, "arguments": ["--seed", "0"], "machine": "another"}
     (folder / "search_0.001").mkdir()
     (folder / "search_0.001" / "run.json").write_text(json.dumps(done))
     with pytest.raises(ValueError, match="search_0.001 was trained with other arguments: give another --output_dir"):
