@@ -1,6 +1,6 @@
 """Make the small frozen backbones that ship with the project: `make backbones`, or
 
-    python -m backbones.pretrain --output_dir backbones [--max_steps 6000]
+    python -m backbones.pretrain --output_dir backbones [--max_steps 6000] [--unaligned]
 
 A `Dinov2WithRegistersModel` and a `CLIPTextModelWithProjection` of about a million parameters each learn to see and to
 read, but not to refer, on scenes of `data/shapes` that have a seed of their own and leave the held-out pairs out:
@@ -16,6 +16,7 @@ read, but not to refer, on scenes of `data/shapes` that have a seed of their own
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -93,7 +94,10 @@ class PretrainingArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     unaligned: bool = field(
         default=False,
-        metadata={"help": "Teach phrases beside a second vision tower that is thrown away, as CLIP's is."},
+        metadata={
+            "help": "Match phrases with the patches of a second vision tower that is not saved, so that the two "
+            "backbones learn nothing of each other."
+        },
     )
     logging_steps: int = 100
     save_strategy: str = "no"
@@ -261,6 +265,8 @@ def center_sentences(text: CLIPTextModelWithProjection, processor: DetrisProcess
 
 def main() -> None:
     (arguments,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()
+    if arguments.unaligned and Path(arguments.output_dir).resolve() == Path(__file__).resolve().parent:
+        sys.exit(f"{arguments.output_dir} holds the shipped backbones: name another --output_dir for unaligned ones.")
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     end = tokenizer.eos_token_id

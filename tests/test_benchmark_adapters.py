@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,44 +10,48 @@ from helpers.markdown import table_rows
 
 import train_hf
 from benchmarks import adapters as benchmark
-from benchmarks.adapters import CONFIG, HEAD, METHODS, main
+from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, main
+from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
 from training.arguments import parse_arguments
 from training.trainer import DetrisTrainer
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("val", "testA", "testB", "unseen")
-FEW = ["--shapes_config", json.dumps({"image_size": 80, "sizes": {"train": 8} | dict.fromkeys(SPLITS, 2)})]
-FEW += ["--per_device_train_batch_size", "2", "--warmup_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
-FEW += ["--disable_tqdm", "true", "--patience", "2", "--most_steps", "12"]
-TWO = ["--methods", HEAD, "detris", "--seeds", "3", "4", "--learning_rates", "0.5", "0.001"]
+FEW = {
+    "shapes_config": {"image_size": 80, "sizes": {"train": 8} | dict.fromkeys(SPLITS, 2)},
+    "per_device_train_batch_size": 2,
+    "warmup_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "logging_steps": 2,
+    "learning_rate": 0.5,  # with which the head alone is best at first
+    "disable_tqdm": True,
+}
+BACKBONES = [f"--{name}_backbone={ROOT / 'backbones' / name}" for name in ("vision", "text")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the arguments' file finds the small backbones
-
-
-def folder_with_backbones(folder: Path) -> Path:
-    """A folder in which the backbones are made already."""
+def command_in(folder: Path, *others: str, **changes: object) -> list[str]:
+    """A command for a folder in which the backbones are made already, with a file of arguments beside it."""
     for name in ("vision", "text"):
-        shutil.copytree(ROOT / "backbones" / name, folder / "backbones_3000" / name)
-    return folder
+        shutil.copytree(ROOT / "backbones" / name, folder / "backbones_3000" / name, dirs_exist_ok=True)
+    config = folder.with_suffix(".json")
+    config.write_text(json.dumps(load_yaml(CONFIG) | FEW | changes))
+    return ["--output_dir", str(folder), "--config", str(config), "--patience", "2", *others]
 
 
 @pytest.fixture(scope="module")
-def run(one_thread, tmp_path_factory) -> Path:
-    """The folder of a benchmark with two methods and two seeds."""
-    folder = folder_with_backbones(tmp_path_factory.mktemp("adapters"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        main(["--output_dir", str(folder), *TWO, *FEW])
-    return folder
+def run(one_thread, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a benchmark with two methods and two seeds, and its command."""
+    folder = tmp_path_factory.mktemp("adapters") / "run"
+    command = command_in(folder, "--methods", HEAD, "detris", "--seeds", "3", "4")
+    main(command)
+    return folder, command
 
 
 def model_of(method: str) -> DetrisForReferringSegmentation:
-    args = parse_arguments([CONFIG])[0]
+    args = parse_arguments([str(CONFIG), *BACKBONES])[0]
     args.model_config |= METHODS[method]
     return train_hf.build_model(args)[0]
 
@@ -60,60 +65,71 @@ def test_the_larger_head_has_as_many_parameters_as_head_and_adapters():
 
 @pytest.mark.slow
 def test_all_methods_train_for_as_long_as_the_head_alone_took_to_stop_improving(run):
-    searches = [json.loads((run / f"search_{rate}" / "run.json").read_text()) for rate in ("0.5", "0.001")]
-    for search in searches:
-        values = [value for _, value in search["curve"]]
-        ended = values.index(max(values)) == len(values) - 3  # two evaluations after the best one
-        assert ended or search["steps"] == 12
-    best, rate, steps = max(
-        (max(value for _, value in search["curve"]), rate, search["steps"])
-        for search, rate in zip(searches, (0.5, 0.001))
-    )
-    assert f"{best:.3f} at {rate} " in (run / "adapters.md").read_text()
+    folder, _ = run
+    state = json.loads((folder / "search" / "trainer_state.json").read_text())
+    values = [log["eval_mean_iou"] for log in state["log_history"] if "eval_mean_iou" in log]
+    assert values.index(max(values)) == len(values) - 3  # two evaluations after the best one
+    steps = 2 * len(values)
+    caption = (folder / "adapters.md").read_text().splitlines()[0]
+    assert f"trained for {steps} steps of 2 objects" in caption and f"not better than its {max(values):.3f}" in caption
     for name in ("head_only_3", "detris_3", "head_only_4", "detris_4"):
-        state = json.loads((run / name / "trainer_state.json").read_text())
+        state = json.loads((folder / name / "trainer_state.json").read_text())
         assert state["global_step"] == steps == state["log_history"][-1]["step"]
-        arguments = json.loads((run / name / "run.json").read_text())["arguments"]
-        args = parse_arguments([CONFIG, *arguments])[2]
-        assert (args.seed, args.learning_rate, args.lr_scheduler_type) == (int(name[-1]), rate, "cosine")
+        rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
+        assert rates[-1] < 0.1 < rates[0]  # logged before the last step, after which it is zero
+
+
+@pytest.mark.slow
+def test_each_run_trains_its_method_with_its_seed(run):
+    folder, _ = run
+    for method in (HEAD, "detris"):
+        for seed in (3, 4):
+            trained = folder / f"{method.replace(' ', '_')}_{seed}"
+            model = DetrisForReferringSegmentation.from_pretrained(trained)
+            assert model.config.peft_method == METHODS[method]["peft_method"]
+    heads = [DetrisForReferringSegmentation.from_pretrained(folder / f"head_only_{seed}") for seed in (3, 4)]
+    weights = [model.neck.aggregation.state_dict() for model in heads]
+    assert any(not weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.slow
 def test_the_table_says_what_each_run_has_reached(run):
-    rows = table_rows(run / "adapters.md", "method", *(f"mIoU {split}" for split in SPLITS), "trained parameters")
+    folder, _ = run
+    rows = table_rows(folder / "adapters.md", "method", *(f"mIoU {split}" for split in SPLITS), "trained parameters")
     assert [row[0] for row in rows] == [HEAD, "detris"]
     for row in rows:
+        runs = [folder / f"{row[0].replace(' ', '_')}_{seed}" for seed in (3, 4)]
         for split, cell in zip(SPLITS, row[1:-1], strict=True):
-            folders = [run / f"{row[0].replace(' ', '_')}_{seed}" for seed in (3, 4)]
-            reached = [json.loads((folder / f"{split}_results.json").read_text()) for folder in folders]
+            reached = [json.loads((run / f"{split}_results.json").read_text()) for run in runs]
             assert cell == " / ".join(f"{metrics[f'{split}_mean_iou']:.3f}" for metrics in reached)
         assert int(row[-1].replace(",", "")) == model_of(row[0]).num_parameters(only_trainable=True)
 
 
 @pytest.mark.slow
 def test_the_picture_shows_vals_mean_iou_against_steps(run, monkeypatch):
-    drawn = []
-    new_figure = benchmark.new_figure
+    folder, command = run
+    drawn, new_figure = [], benchmark.new_figure
     monkeypatch.setattr(benchmark, "new_figure", lambda: drawn.append(new_figure()) or drawn[-1])
     monkeypatch.setattr(train_hf, "main", None)  # nothing is trained again
-    main(["--output_dir", str(run), *TWO, *FEW])
+    main(command)
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1][1].get_lines()}
     assert set(lines) == {
-        *(f"{HEAD}, constant rate {rate}" for rate in ("0.5", "0.001")),
+        f"{HEAD}, constant learning rate",
         *(f"{method}, seed {seed}" for method in (HEAD, "detris") for seed in (3, 4)),
     }
-    state = json.loads((run / "detris_4" / "trainer_state.json").read_text())
+    state = json.loads((folder / "detris_4" / "trainer_state.json").read_text())
     evaluated = [[log["step"], log["eval_mean_iou"]] for log in state["log_history"] if "eval_mean_iou" in log]
     assert lines["detris, seed 4"] == evaluated
-    last = json.loads((run / "detris_4" / "val_results.json").read_text())["val_mean_iou"]
+    last = json.loads((folder / "detris_4" / "val_results.json").read_text())["val_mean_iou"]
     assert len(evaluated) > 1 and evaluated[-1][1] == pytest.approx(last)
-    assert (run / "adapters.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "adapters.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monkeypatch):
-    folder = folder_with_backbones(tmp_path)
-    command = ["--output_dir", str(folder), "--seeds", "3", "--learning_rates", "0.5", "--methods", HEAD, *FEW]
+    whole, _ = run
+    folder = tmp_path / "run"
+    command = command_in(folder, "--methods", HEAD, "--seeds", "3")
     evaluate, asked = DetrisTrainer.evaluate, []
 
     def evaluate_once(trainer, *args, **kwargs):
@@ -125,33 +141,64 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
     monkeypatch.setattr(DetrisTrainer, "evaluate", evaluate_once)
     with pytest.raises(KeyboardInterrupt):
         main(command)
-    main(command)
+    with pytest.raises(SystemExit, match="search was begun with other settings: name another --output_dir"):
+        main([*command, "--patience", "3"])
+    with pytest.raises(SystemExit, match="search was begun with other settings"):
+        main(command_in(folder, "--methods", HEAD, learning_rate=0.1))
+    main(command_in(folder, "--methods", HEAD, "--seeds", "3"))
     assert asked[:3] == [2, 4, 4]  # the two steps before the checkpoint were not repeated
-    whole, resumed = (json.loads((path / "search_0.5" / "run.json").read_text()) for path in (run, folder))
-    assert (resumed["curve"], resumed["steps"]) == (whole["curve"], whole["steps"])
+    states = [json.loads((path / "search" / "trainer_state.json").read_text()) for path in (whole, folder)]
+    curves = [[log["eval_mean_iou"] for log in state["log_history"] if "eval_mean_iou" in log] for state in states]
+    assert curves[0] == curves[1]
 
 
-def test_runs_with_other_arguments_are_not_mixed(tmp_path):
-    folder = folder_with_backbones(tmp_path)
-    done = {"metrics": {}, "curve": [[2, 0.5]], "steps": 2, "arguments": ["--seed", "0"], "machine": "another"}
-    (folder / "search_0.001").mkdir()
-    (folder / "search_0.001" / "run.json").write_text(json.dumps(done))
-    with pytest.raises(ValueError, match="search_0.001 was trained with other arguments: give another --output_dir"):
-        main(["--output_dir", str(folder), *FEW])
+def test_a_search_that_ends_at_the_limit_is_called_so(tmp_path):
+    search = benchmark.Run({}, [(2, 0.1), (4, 0.2)], 4, "a machine")
+    head = benchmark.Run(dict.fromkeys([f"{split}_mean_iou" for split in SPLITS], 0.1), [], 4, "another")
+    head.metrics["trained_parameters"] = 7
+    limited, free = (
+        Benchmark(tmp_path, CONFIG, 1, patience=2, most_steps=most).make_table({HEAD: [head]}, [0, 1], search)
+        for most in (4, 5)
+    )
+    assert "up to the limit that was given, and was best with its 0.200" in limited
+    assert "were not better than its 0.200 on val after 4 steps. Seeds: 0. Machine: a machine and another." in free
+
+
+def test_the_backbones_are_those_that_learn_nothing_of_each_other(tmp_path, monkeypatch):
+    commands = []
+
+    def pretrain(command: list[str], **_: object) -> None:
+        commands.append(command)
+        if len(commands) == 1:
+            raise subprocess.CalledProcessError(1, command)
+        Path(command[command.index("--output_dir") + 1]).mkdir()
+
+    monkeypatch.setattr(subprocess, "run", pretrain)
+    made = Benchmark(tmp_path, CONFIG, pretraining_steps=7, patience=2, most_steps=9)
+    with pytest.raises(subprocess.CalledProcessError):
+        made.make_backbones()
+    assert not made.backbones.exists()
+    made.make_backbones()
+    made.make_backbones()
+    assert len(commands) == 2 and made.backbones.is_dir()
+    assert commands[1][1:4] == ["-m", "backbones.pretrain", "--unaligned"]
+    assert commands[1][-2:] == ["--max_steps", "7"]
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "said"),
     [
-        ["--methods", "dora"],
-        ["--learnin_rate", "1"],
-        ["--eval_steps", "soon"],
-        ["--learning_rate", "0.1"],  # those of all runs would be replaced
-        ["--peft_method=lora"],
+        (["--methods", "dora"], "invalid choice: 'dora'"),
+        (["--methods", "lora", "lora"], "--methods is ['lora', 'lora']: give each one once"),
+        (["--seeds", "0", "0"], "--seeds is [0, 0]: give each one once"),
+        (["--seeds", "-1"], "seed is -1"),
+        (["--patience", "0"], "--patience is 0: give at least 1"),
+        (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate"),
+        (["--config", "nothing.yaml"], "nothing.yaml"),
     ],
 )
-def test_wrong_arguments_are_refused_before_the_backbones_are_made(wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "make_backbones", None)
-    with pytest.raises((ValueError, SystemExit)):
+def test_wrong_arguments_are_refused_before_the_backbones_are_made(wrong, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "out"), *wrong])
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -302,6 +302,19 @@ def test_early_stopping_counts_on_when_resumed(make_trainer, tmp_path):
     assert resumed.state.epoch == 4
 
 
+def test_a_run_that_early_stopping_has_ended_is_not_trained_on_when_resumed(make_trainer, tmp_path):
+    def make(patience: int, figures: list[float]):
+        trainer = make_trainer(num_train_epochs=9, **EPOCHS)
+        trainer.add_callback(EarlyStoppingCallback(patience))
+        return with_figures(trainer, figures)
+
+    make(2, [0.5, 0.4, 0.3]).train()
+    for patience, figures, epochs in ((2, [], 3), (3, [0.2], 4)):
+        resumed = make(patience, figures)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+        assert resumed.state.epoch == epochs
+
+
 def test_early_stopping_may_begin_when_resumed(make_trainer, tmp_path):
     with_figures(make_trainer(num_train_epochs=1, **EPOCHS), [0.5]).train()
     resumed = with_figures(make_trainer(num_train_epochs=9, **EPOCHS), [0.4, 0.3])

@@ -26,7 +26,6 @@ from transformers import HfArgumentParser
 import quickstart
 import segment
 from backbones.pretrain import PretrainingArguments
-from benchmarks import adapters
 from checkpoint_files import skeleton
 from configuration_detris import PEFT_METHODS, DetrisConfig
 from data.images import MIN_WRAPPED
@@ -64,6 +63,7 @@ MODULES = {
     "data.fetch": "data.fetch",
     "data.prepare": "data.prepare",
     "data.view": "data.view",
+    "benchmarks.adapters": "benchmarks.adapters",
     "benchmarks.data": "benchmarks.data",
     "benchmarks.model": "benchmarks.model",
     "benchmarks.two_processes": "benchmarks.two_processes",
@@ -148,20 +148,6 @@ def check_quickstart(arguments: list[str]) -> None:
             raise Wrong(f"{error} {complaint.getvalue()}") from None
 
 
-def check_adapters(arguments: list[str]) -> None:
-    def stop(*_: object) -> None:
-        raise Parsed
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as complaint:
-        patch.setattr(adapters, "make_backbones", stop)
-        try:
-            adapters.main(arguments)
-        except Parsed:
-            return
-        except (OSError, ValueError, SystemExit) as error:
-            raise Wrong(f"{error} {complaint.getvalue()}") from None
-
-
 def check_segment(arguments: list[str]) -> None:
     with redirect_stderr(StringIO()) as complaint:
         try:
@@ -188,7 +174,6 @@ PROGRAMS = {
     "quickstart.py": check_quickstart,
     "segment.py": check_segment,
     "app.py": check_app,
-    "benchmarks.adapters": check_adapters,
 }
 
 
@@ -360,7 +345,6 @@ def known_options() -> set[str]:
     """The long options of our programs."""
     helps = [HfArgumentParser((ModelArguments, DataArguments, DetrisTrainingArguments)).format_help()]
     helps.append(HfArgumentParser(quickstart.QuickstartArguments).format_help())
-    helps.append(HfArgumentParser(adapters.BenchmarkArguments).format_help())
     helps.append(HfArgumentParser(PretrainingArguments).format_help())
     for program, arguments in (
         ("convert_detris_checkpoint.py", ["source"]),
@@ -368,6 +352,7 @@ def known_options() -> set[str]:
         ("data.fetch", ["refcoco", "root"]),
         ("data.prepare", ["folder", "path", "--output", "out"]),
         ("data.view", ["shapes"]),
+        ("benchmarks.adapters", ["--output_dir", "out"]),
         ("benchmarks.model", ["--output", "out"]),
     ):
         helps.append(parse_and_stop(importlib.import_module(MODULES[program]).main, program, arguments))

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, Dinov2WithRegistersModel
 
+from backbones import pretrain
 from backbones.pretrain import IMAGE_SIZE, REGISTERS, TEXT_LENGTH, Collator, Pretraining
 from data.shapes import COLORS, HELD_OUT, SHAPES, draw_scene
 from processing_detris import DetrisImageProcessor, DetrisProcessor
@@ -73,3 +74,25 @@ def test_unaligned_backbones_learn_nothing_of_each_other(processor):
 
     assert torch.equal(gradient_of_vision(True, batch), gradient_of_vision(True, other_phrases))
     assert not torch.equal(gradient_of_vision(False, batch), gradient_of_vision(False, other_phrases))
+
+
+def test_unaligned_backbones_do_not_take_the_place_of_the_shipped_ones(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    monkeypatch.setattr("sys.argv", ["pretrain", "--unaligned"])
+    with pytest.raises(SystemExit, match="backbones holds the shipped backbones: name another --output_dir"):
+        pretrain.main()
+
+
+@pytest.mark.parametrize("unaligned", [True, False])
+def test_the_option_gives_the_phrases_a_tower_of_their_own(unaligned, tmp_path, monkeypatch):
+    made = []
+
+    def stop(model, **_):
+        made.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "Trainer", stop)
+    monkeypatch.setattr("sys.argv", ["pretrain", "--output_dir", str(tmp_path), "--unaligned", str(unaligned)])
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main()
+    assert (made[0].matched is not None) == unaligned and made[0].matched is not made[0].vision

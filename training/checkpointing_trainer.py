@@ -123,6 +123,15 @@ class CheckpointingTrainer(Trainer):
             ) from error
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """Train an epoch, unless the run is finished: Trainer would train a finished run for one more step."""
-        if self.state.global_step < self.state.max_steps:
+        """Train an epoch, unless the run is finished.
+
+        Trainer would train a finished run for one more step, and one that early stopping has ended up to the next
+        evaluation.
+        """
+        ended_early = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+        if self.state.global_step < self.state.max_steps and not ended_early:
             super()._run_epoch(*args, **kwargs)
