@@ -210,9 +210,10 @@ def draw_curves(path: Path, runs: dict[str, list[Run]], seeds: list[int], search
     figure, axes = new_figure()
     figure.set_size_inches(8, 5)
     axes.plot(*zip(*search.curve), ":", color="black", linewidth=1, label=f"{HEAD}, constant learning rate")
-    for (method, of_seeds), color in zip(runs.items(), COLORS):
+    colors = dict(zip(METHODS, COLORS))
+    for method, of_seeds in runs.items():
         for run, seed, line in zip(of_seeds, seeds, cycle(LINES)):
-            axes.plot(*zip(*run.curve), linestyle=line, color=color, label=f"{method}, seed {seed}")
+            axes.plot(*zip(*run.curve), linestyle=line, color=colors[method], label=f"{method}, seed {seed}")
     axes.set_xlabel("steps")
     axes.set_ylabel("mean IoU on val")
     axes.legend(fontsize=8)

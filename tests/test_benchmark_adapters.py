@@ -18,6 +18,7 @@ from training.trainer import DetrisTrainer
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("val", "testA", "testB", "unseen")
+HEADER = "method", *(f"mIoU {split}" for split in SPLITS), "trained parameters"
 FEW = {
     "shapes_config": {"image_size": 80, "sizes": {"train": 8} | dict.fromkeys(SPLITS, 2)},
     "per_device_train_batch_size": 2,
@@ -63,6 +64,13 @@ def test_the_larger_head_has_as_many_parameters_as_head_and_adapters():
     assert not any("adapter" in name for name, _ in model_of("larger head").named_parameters())
 
 
+def test_the_documented_table_counts_what_its_methods_train():
+    rows = table_rows(ROOT / "docs" / "measurements.md", *HEADER)
+    assert {"head only", "detris"} <= {row[0] for row in rows}
+    for method, *_, count in rows:
+        assert int(count.replace(",", "")) == model_of(method).num_parameters(only_trainable=True)
+
+
 @pytest.mark.slow
 def test_all_methods_train_for_as_long_as_the_head_alone_took_to_stop_improving(run):
     folder, _ = run
@@ -95,7 +103,7 @@ def test_each_run_trains_its_method_with_its_seed(run):
 @pytest.mark.slow
 def test_the_table_says_what_each_run_has_reached(run):
     folder, _ = run
-    rows = table_rows(folder / "adapters.md", "method", *(f"mIoU {split}" for split in SPLITS), "trained parameters")
+    rows = table_rows(folder / "adapters.md", *HEADER)
     assert [row[0] for row in rows] == [HEAD, "detris"]
     for row in rows:
         runs = [folder / f"{row[0].replace(' ', '_')}_{seed}" for seed in (3, 4)]
