@@ -35,7 +35,7 @@ from pages import COLORS, new_figure, write_whole
 from training.arguments import parse_arguments
 from training.checkpoints import LAST, checkpoints_in
 
-from .model import cpu_name
+from .model import device_name
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "adapters.yaml"
@@ -71,8 +71,8 @@ class Run:
 
 def describe_machine() -> str:
     """Name the processor, its threads if it is no GPU, and the versions of the libraries that compute."""
-    processor = f"{cpu_name()} ({torch.get_num_threads()} threads for a run)"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    processor = f"{device_name('cpu')} ({torch.get_num_threads()} threads for a run)"
+    device = device_name("cuda") if torch.cuda.is_available() else processor
     return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
@@ -84,10 +84,11 @@ def read_run(folder: Path, machine: str) -> Run:
     return Run(metrics, curve, state["global_step"], machine)
 
 
+@dataclass
 class Benchmark:
     """The runs of one folder.
 
-    Args:
+    Attributes:
         output_dir: the folder.
         config: a file of arguments of `train_hf.py`.
         pretraining_steps: those in which the backbones are made.
@@ -95,10 +96,16 @@ class Benchmark:
         most_steps: those after which it is done in any case.
     """
 
-    def __init__(self, output_dir: Path, config: Path, pretraining_steps: int, patience: int, most_steps: int):
-        self.output_dir, self.config, self.patience, self.most_steps = output_dir, config, patience, most_steps
-        self.pretraining_steps = pretraining_steps
-        self.backbones = output_dir / f"backbones_{pretraining_steps}"
+    output_dir: Path
+    config: Path
+    pretraining_steps: int
+    patience: int
+    most_steps: int
+
+    @property
+    def backbones(self) -> Path:
+        """The folder of the two backbones."""
+        return self.output_dir / f"backbones_{self.pretraining_steps}"
 
     def make_backbones(self) -> None:
         """Pretrain the two backbones if they are not there."""

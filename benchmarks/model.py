@@ -422,7 +422,7 @@ COLUMNS = {  # what a row holds -> the column's head, and digits behind the poin
 def describe(settings: Settings) -> dict[str, Any]:
     """What the figures of one file have in common: machine, versions and settings."""
     return {
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu_name(),
+        "device": device_name(settings.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -437,8 +437,10 @@ def describe(settings: Settings) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or the processor's as Linux gives it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -10,10 +10,9 @@ from helpers.markdown import table_rows
 
 import train_hf
 from benchmarks import adapters as benchmark
-from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, main
+from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, main, parse_with_shipped_backbones
 from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
-from training.arguments import parse_arguments
 from training.trainer import DetrisTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +28,6 @@ FEW = {
     "learning_rate": 0.5,  # with which the head alone is best at first
     "disable_tqdm": True,
 }
-BACKBONES = [f"--{name}_backbone={ROOT / 'backbones' / name}" for name in ("vision", "text")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -52,9 +50,15 @@ def run(one_thread, tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def model_of(method: str) -> DetrisForReferringSegmentation:
-    args = parse_arguments([str(CONFIG), *BACKBONES])[0]
+    args, _, _ = parse_with_shipped_backbones(CONFIG, seed=0)
     args.model_config |= METHODS[method]
     return train_hf.build_model(args)[0]
+
+
+def evaluations_in(folder: Path) -> list[list[float]]:
+    """Steps of a run, and val's mean IoU after them, as Trainer noted them."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [[log["step"], log["eval_mean_iou"]] for log in state["log_history"] if "eval_mean_iou" in log]
 
 
 def test_the_larger_head_has_as_many_parameters_as_head_and_adapters():
@@ -74,8 +78,7 @@ def test_the_documented_table_counts_what_its_methods_train():
 @pytest.mark.slow
 def test_all_methods_train_for_as_long_as_the_head_alone_took_to_stop_improving(run):
     folder, _ = run
-    state = json.loads((folder / "search" / "trainer_state.json").read_text())
-    values = [log["eval_mean_iou"] for log in state["log_history"] if "eval_mean_iou" in log]
+    values = [value for _, value in evaluations_in(folder / "search")]
     assert values.index(max(values)) == len(values) - 3  # two evaluations after the best one
     steps = 2 * len(values)
     caption = (folder / "adapters.md").read_text().splitlines()[0]
@@ -125,8 +128,7 @@ def test_the_picture_shows_vals_mean_iou_against_steps(run, monkeypatch):
         f"{HEAD}, constant learning rate",
         *(f"{method}, seed {seed}" for method in (HEAD, "detris") for seed in (3, 4)),
     }
-    state = json.loads((folder / "detris_4" / "trainer_state.json").read_text())
-    evaluated = [[log["step"], log["eval_mean_iou"]] for log in state["log_history"] if "eval_mean_iou" in log]
+    evaluated = evaluations_in(folder / "detris_4")
     assert lines["detris, seed 4"] == evaluated
     last = json.loads((folder / "detris_4" / "val_results.json").read_text())["val_mean_iou"]
     assert len(evaluated) > 1 and evaluated[-1][1] == pytest.approx(last)
@@ -155,9 +157,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
         main(command_in(folder, "--methods", HEAD, learning_rate=0.1))
     main(command_in(folder, "--methods", HEAD, "--seeds", "3"))
     assert asked[:3] == [2, 4, 4]  # the two steps before the checkpoint were not repeated
-    states = [json.loads((path / "search" / "trainer_state.json").read_text()) for path in (whole, folder)]
-    curves = [[log["eval_mean_iou"] for log in state["log_history"] if "eval_mean_iou" in log] for state in states]
-    assert curves[0] == curves[1]
+    assert evaluations_in(folder / "search") == evaluations_in(whole / "search")
 
 
 def test_a_search_that_ends_at_the_limit_is_called_so(tmp_path):
