@@ -13,7 +13,7 @@ Afterwards the output folder holds `adapters.md`, a table of the mean IoU that t
 val's mean IoU against steps; and a folder for each run. The same command goes on where an earlier one was stopped.
 
 When the steps are found, two commands can share the work, such as one for each seed, with `OMP_NUM_THREADS=1` each.
-Each writes a table of its own runs. A command that names all runs and is given last writes the table of all.
+Table and picture show every run of the folder that has ended, whichever command trained it.
 """
 
 import argparse
@@ -69,19 +69,16 @@ class Run:
     machine: str
 
 
+def folder_name(method: str, seed: int | str) -> str:
+    """Name the folder of a run."""
+    return f"{method.replace(' ', '_')}_{seed}"
+
+
 def describe_machine() -> str:
     """Name the processor, its threads if it is no GPU, and the versions of the libraries that compute."""
     processor = f"{device_name('cpu')} ({torch.get_num_threads()} threads for a run)"
     device = device_name("cuda") if torch.cuda.is_available() else processor
     return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
-
-
-def read_run(folder: Path, machine: str) -> Run:
-    """Read what a run has left."""
-    metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    curve = [(log["step"], log["eval_mean_iou"]) for log in state["log_history"] if "eval_mean_iou" in log]
-    return Run(metrics, curve, state["global_step"], machine)
 
 
 @dataclass
@@ -117,46 +114,64 @@ class Benchmark:
         subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
         scratch.rename(self.backbones)
 
-    def train(self, name: str, method: str, steps: int, seed: int, **others: Any) -> Run:
-        """Train a method in a folder of this name, or go on, or read what an earlier call has left there.
+    def settings(self, method: str, steps: int, seed: int, **others: Any) -> dict[str, Any]:
+        """What a run is trained with. Its folder keeps this, so that no run with other settings is taken for it.
 
         Args:
             others: further arguments of `train_hf.py`.
+        """
+        values = load_yaml(self.config)
+        fields = json.dumps(values["model_config"] | METHODS[method])
+        given = {"model_config": fields, "max_steps": steps, "seed": seed} | others
+        return {"config": values, "backbones": self.backbones.name, "given": given}
+
+    def read_run(self, name: str, settings: dict[str, Any]) -> Run | None:
+        """Read what a run has left in the folder of this name, if it has ended.
+
+        Raises:
+            SystemExit: the folder holds a run with other settings.
+        """
+        folder = self.output_dir / name
+        if not (folder / RECORD).exists():
+            return None
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["settings"] != settings:
+            raise SystemExit(f"{folder} was begun with other settings: name another --output_dir, or delete it.")
+        if "machine" not in record:
+            return None
+        metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        curve = [(log["step"], log["eval_mean_iou"]) for log in state["log_history"] if "eval_mean_iou" in log]
+        return Run(metrics, curve, state["global_step"], record["machine"])
+
+    def train(self, name: str, settings: dict[str, Any]) -> None:
+        """Train in the folder of this name, or go on there, unless that run has ended.
 
         Raises:
             SystemExit: the folder holds a run with other settings, or a signal has stopped this one.
         """
+        if self.read_run(name, settings):
+            return
         folder = self.output_dir / name
-        values = load_yaml(self.config)
-        fields = json.dumps(values["model_config"] | METHODS[method])
-        given = {"model_config": fields, "max_steps": steps, "seed": seed} | others
-        settings = {"config": values, "backbones": self.backbones.name, "given": given}
         record = {"settings": settings}
-        if (folder / RECORD).exists():
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["settings"] != settings:
-            raise SystemExit(f"{folder} was begun with other settings: name another --output_dir, or delete it.")
-        if "machine" not in record:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
-            towers = {f"{tower}_backbone": self.backbones / tower for tower in ("vision", "text")}
-            goes_on = f"--resume_from_checkpoint={LAST}" if checkpoints_in(folder) else "--overwrite_output_dir"
-            try:
-                arguments = [f"--{key}={value}" for key, value in (given | towers).items()]
-                train_hf.main([str(self.config), *arguments, f"--output_dir={folder}", goes_on])
-            except SystemExit:
-                print("The benchmark goes on from there by its own command.", file=sys.stderr)
-                raise
-            record["machine"] = describe_machine()
-            write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
-            for checkpoint in checkpoints_in(folder):
-                shutil.rmtree(checkpoint)
-        return read_run(folder, record["machine"])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        towers = {f"{tower}_backbone": self.backbones / tower for tower in ("vision", "text")}
+        goes_on = f"--resume_from_checkpoint={LAST}" if checkpoints_in(folder) else "--overwrite_output_dir"
+        try:
+            arguments = [f"--{key}={value}" for key, value in (settings["given"] | towers).items()]
+            train_hf.main([str(self.config), *arguments, f"--output_dir={folder}", goes_on])
+        except SystemExit:
+            print("The benchmark goes on from there by its own command.", file=sys.stderr)
+            raise
+        record["machine"] = describe_machine()
+        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        for checkpoint in checkpoints_in(folder):
+            shutil.rmtree(checkpoint)
 
     def find_steps(self) -> Run:
         """Train the head alone with a constant learning rate until it no longer improves."""
-        return self.train(
-            "search",
+        settings = self.settings(
             HEAD,
             self.most_steps,
             SEARCH_SEED,
@@ -165,26 +180,38 @@ class Benchmark:
             load_best_model_at_end=True,
             do_predict=False,
         )
+        self.train("search", settings)
+        return self.read_run("search", settings)
+
+    def finished_runs(self, steps: int) -> dict[str, dict[int, Run]]:
+        """Read all runs of the folder that have ended: those of each method, by seed."""
+        runs = {method: {} for method in METHODS}
+        for method, of_method in runs.items():
+            prefix = folder_name(method, "")
+            seeds = [folder.name.removeprefix(prefix) for folder in self.output_dir.glob(f"{prefix}*")]
+            for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
+                if run := self.read_run(folder_name(method, seed), self.settings(method, steps, seed)):
+                    of_method[seed] = run
+        return {method: of_method for method, of_method in runs.items() if of_method}
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Make what is missing, and write table and picture after each run."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.make_backbones()
         search = self.find_steps()
-        runs = {method: [] for method in methods}
         for seed in seeds:
-            for method, of_seeds in runs.items():
-                of_seeds.append(self.train(f"{method.replace(' ', '_')}_{seed}", method, search.steps, seed))
-                finished = {method: done for method, done in runs.items() if done}
-                write_whole(self.output_dir / "adapters.md", self.make_table(finished, seeds, search))
-                draw_curves(self.output_dir / "adapters.png", finished, seeds, search)
+            for method in methods:
+                self.train(folder_name(method, seed), self.settings(method, search.steps, seed))
+                runs = self.finished_runs(search.steps)
+                write_whole(self.output_dir / "adapters.md", self.make_table(runs, search))
+                draw_curves(self.output_dir / "adapters.png", runs, search)
         print((self.output_dir / "adapters.md").read_text(encoding="utf-8"))
 
-    def make_table(self, runs: dict[str, list[Run]], seeds: list[int], search: Run) -> str:
+    def make_table(self, runs: dict[str, dict[int, Run]], search: Run) -> str:
         """Make a Markdown table with a row for each method, and a caption.
 
         Args:
-            runs: those of each method, one for each seed as far as they are done.
+            runs: those of each method, by seed.
             search: the run of the head alone that found the number of steps.
         """
         _, data_args, args = parse_with_shipped_backbones(self.config, SEARCH_SEED)
@@ -194,33 +221,35 @@ class Benchmark:
             f"until {self.patience} evaluations in a row, one every {args.eval_steps} steps, were not better than"
         )
         ended = patience if search.steps < self.most_steps else "up to the limit that was given, and was best with"
-        machines = [search.machine, *(run.machine for of_seeds in runs.values() for run in of_seeds)]
-        shown = seeds[: max(map(len, runs.values()))]
+        machines = [search.machine, *(run.machine for of_method in runs.values() for run in of_method.values())]
         lines = [
             f"Each method was trained for {search.steps:,} steps of {args.train_batch_size} objects, with a learning "
             f"rate that falls from {args.learning_rate:g} to zero. The head alone took so many steps at this rate, "
             f"kept constant, {ended} its {best:.3f} on val after {best_step:,} steps. "
-            f"Seeds: {', '.join(map(str, shown))}. Machine: {' and '.join(dict.fromkeys(machines))}.",
+            f"Machine: {' and '.join(dict.fromkeys(machines))}.",
             "",
-            f"| method | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
-            f"|---|{'---:|' * (len(splits) + 1)}",
+            f"| method | seeds | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
+            f"|---|---|{'---:|' * (len(splits) + 1)}",
         ]
-        for method, of_seeds in runs.items():
-            cells = [" / ".join(f"{run.metrics[f'{split}_mean_iou']:.3f}" for run in of_seeds) for split in splits]
-            cells.append(f"{of_seeds[0].metrics['trained_parameters']:,d}")
+        for method, of_method in runs.items():
+            metrics = [run.metrics for run in of_method.values()]
+            cells = [" / ".join(map(str, of_method))]
+            cells += [" / ".join(f"{of_run[f'{split}_mean_iou']:.3f}" for of_run in metrics) for split in splits]
+            cells.append(f"{metrics[0]['trained_parameters']:,d}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
 
-def draw_curves(path: Path, runs: dict[str, list[Run]], seeds: list[int], search: Run) -> None:
+def draw_curves(path: Path, runs: dict[str, dict[int, Run]], search: Run) -> None:
     """Draw val's mean IoU against steps: a colour for each method, a kind of line for each seed."""
     figure, axes = new_figure()
     figure.set_size_inches(8, 5)
     axes.plot(*zip(*search.curve), ":", color="black", linewidth=1, label=f"{HEAD}, constant learning rate")
     colors = dict(zip(METHODS, COLORS))
-    for method, of_seeds in runs.items():
-        for run, seed, line in zip(of_seeds, seeds, cycle(LINES)):
-            axes.plot(*zip(*run.curve), linestyle=line, color=colors[method], label=f"{method}, seed {seed}")
+    lines = dict(zip(sorted({seed for of_method in runs.values() for seed in of_method}), cycle(LINES)))
+    for method, of_method in runs.items():
+        for seed, run in of_method.items():
+            axes.plot(*zip(*run.curve), linestyle=lines[seed], color=colors[method], label=f"{method}, seed {seed}")
     axes.set_xlabel("steps")
     axes.set_ylabel("mean IoU on val")
     axes.legend(fontsize=8)

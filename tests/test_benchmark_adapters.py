@@ -17,7 +17,7 @@ from training.trainer import DetrisTrainer
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("val", "testA", "testB", "unseen")
-HEADER = "method", *(f"mIoU {split}" for split in SPLITS), "trained parameters"
+HEADER = "method", "seeds", *(f"mIoU {split}" for split in SPLITS), "trained parameters"
 FEW = {
     "shapes_config": {"image_size": 80, "sizes": {"train": 8} | dict.fromkeys(SPLITS, 2)},
     "per_device_train_batch_size": 2,
@@ -42,11 +42,13 @@ def command_in(folder: Path, *others: str, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(one_thread, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The folder of a benchmark with two methods and two seeds, and its command."""
+    """The folder of a benchmark with two methods, and the second of two commands, each of which trained one seed."""
     folder = tmp_path_factory.mktemp("adapters") / "run"
-    command = command_in(folder, "--methods", HEAD, "detris", "--seeds", "3", "4")
-    main(command)
-    return folder, command
+    command = command_in(folder, "--methods", HEAD, "detris", "--seeds")
+    (folder / "detris_old").mkdir()  # is no run of the benchmark
+    main([*command, "3"])
+    main([*command, "4"])
+    return folder, [*command, "4"]
 
 
 def model_of(method: str) -> DetrisForReferringSegmentation:
@@ -104,13 +106,14 @@ def test_each_run_trains_its_method_with_its_seed(run):
 
 
 @pytest.mark.slow
-def test_the_table_says_what_each_run_has_reached(run):
+def test_the_table_says_what_each_run_of_the_folder_has_reached(run):
     folder, _ = run
     rows = table_rows(folder / "adapters.md", *HEADER)
     assert [row[0] for row in rows] == [HEAD, "detris"]
     for row in rows:
         runs = [folder / f"{row[0].replace(' ', '_')}_{seed}" for seed in (3, 4)]
-        for split, cell in zip(SPLITS, row[1:-1], strict=True):
+        assert row[1] == "3 / 4"
+        for split, cell in zip(SPLITS, row[2:-1], strict=True):
             reached = [json.loads((run / f"{split}_results.json").read_text()) for run in runs]
             assert cell == " / ".join(f"{metrics[f'{split}_mean_iou']:.3f}" for metrics in reached)
         assert int(row[-1].replace(",", "")) == model_of(row[0]).num_parameters(only_trainable=True)
@@ -165,11 +168,12 @@ def test_a_search_that_ends_at_the_limit_is_called_so(tmp_path):
     head = benchmark.Run(dict.fromkeys([f"{split}_mean_iou" for split in SPLITS], 0.1), [], 4, "another")
     head.metrics["trained_parameters"] = 7
     limited, free = (
-        Benchmark(tmp_path, CONFIG, 1, patience=2, most_steps=most).make_table({HEAD: [head]}, [0, 1], search)
+        Benchmark(tmp_path, CONFIG, 1, patience=2, most_steps=most).make_table({HEAD: {5: head}}, search)
         for most in (4, 5)
     )
     assert "up to the limit that was given, and was best with its 0.200" in limited
-    assert "were not better than its 0.200 on val after 4 steps. Seeds: 0. Machine: a machine and another." in free
+    assert "were not better than its 0.200 on val after 4 steps. Machine: a machine and another." in free
+    assert f"| {HEAD} | 5 | 0.100 |" in free
 
 
 def test_the_backbones_are_those_that_learn_nothing_of_each_other(tmp_path, monkeypatch):
