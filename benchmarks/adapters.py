@@ -1,7 +1,7 @@
 """Measure what each method of adapting the backbones adds to the head, on the synthetic set.
 
     python -m benchmarks.adapters --output_dir runs/adapters
-    python -m benchmarks.adapters --output_dir runs/adapters --seeds 0 1     # goes on with a second seed
+    python -m benchmarks.adapters --output_dir runs/adapters --seeds 1     # goes on with a second seed
 
 1. It makes two backbones that were trained apart, by `backbones.pretrain` with `--unaligned`.
 2. It trains the head alone with a constant learning rate until `--patience` evaluations in a row have brought no
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Run:
 
 
 def folder_name(method: str, seed: int | str) -> str:
-    """Name the folder of a run."""
+    """Name the folder of a run, or those of all seeds where the seed is `*`."""
     return f"{method.replace(' ', '_')}_{seed}"
 
 
@@ -115,7 +116,7 @@ class Benchmark:
         scratch.rename(self.backbones)
 
     def settings(self, method: str, steps: int, seed: int, **others: Any) -> dict[str, Any]:
-        """What a run is trained with. Its folder keeps this, so that no run with other settings is taken for it.
+        """Return what a run is trained with. Its folder keeps these settings, and `read_run` refuses others.
 
         Args:
             others: further arguments of `train_hf.py`.
@@ -184,21 +185,26 @@ class Benchmark:
         return self.read_run("search", settings)
 
     def finished_runs(self, steps: int) -> dict[str, dict[int, Run]]:
-        """Read all runs of the folder that have ended: those of each method, by seed."""
-        runs = {method: {} for method in METHODS}
-        for method, of_method in runs.items():
-            prefix = folder_name(method, "")
-            seeds = [folder.name.removeprefix(prefix) for folder in self.output_dir.glob(f"{prefix}*")]
+        """Read all runs of the folder that have ended: those of each method, by seed.
+
+        Raises:
+            SystemExit: one of them has other settings.
+        """
+        runs = {}
+        for method in METHODS:
+            folders = self.output_dir.glob(folder_name(method, "*"))
+            seeds = [folder.name.rpartition("_")[2] for folder in folders]
             for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
                 if run := self.read_run(folder_name(method, seed), self.settings(method, steps, seed)):
-                    of_method[seed] = run
-        return {method: of_method for method, of_method in runs.items() if of_method}
+                    runs.setdefault(method, {})[seed] = run
+        return runs
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Make what is missing, and write table and picture after each run."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.make_backbones()
         search = self.find_steps()
+        self.finished_runs(search.steps)  # refuses runs with other settings before hours have gone by
         for seed in seeds:
             for method in methods:
                 self.train(folder_name(method, seed), self.settings(method, search.steps, seed))
@@ -253,7 +259,9 @@ def draw_curves(path: Path, runs: dict[str, dict[int, Run]], search: Run) -> Non
     axes.set_xlabel("steps")
     axes.set_ylabel("mean IoU on val")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    write_whole(path, file.getvalue())  # another command may write the same picture
 
 
 def parse_with_shipped_backbones(config: Path, seed: int) -> tuple:
@@ -273,8 +281,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks.adapters", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="of all runs; what is done there stays")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every method is trained once with each")
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="what to compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each method is trained once with each")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="what to train")
     parser.add_argument("--config", type=Path, default=CONFIG, help="file with all other arguments of train_hf.py")
     parser.add_argument("--pretraining_steps", type=int, default=3000, help="in which the backbones are made")
     parser.add_argument("--patience", type=int, default=4, help="evaluations without a better one that end the search")

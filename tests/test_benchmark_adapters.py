@@ -10,7 +10,7 @@ from helpers.markdown import table_rows
 
 import train_hf
 from benchmarks import adapters as benchmark
-from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, main, parse_with_shipped_backbones
+from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, folder_name, main, parse_with_shipped_backbones
 from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
 from training.trainer import DetrisTrainer
@@ -42,13 +42,19 @@ def command_in(folder: Path, *others: str, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(one_thread, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The folder of a benchmark with two methods, and the second of two commands, each of which trained one seed."""
+    """The folder of a benchmark with two methods and two seeds, and the last of three commands that trained them."""
     folder = tmp_path_factory.mktemp("adapters") / "run"
-    command = command_in(folder, "--methods", HEAD, "detris", "--seeds")
-    (folder / "detris_old").mkdir()  # is no run of the benchmark
-    main([*command, "3"])
-    main([*command, "4"])
-    return folder, [*command, "4"]
+    (folder / "detris_old").mkdir(parents=True)  # is no run of the benchmark
+    main(command_in(folder, "--methods", HEAD, "detris", "--seeds", "3"))
+    main(command_in(folder, "--methods", HEAD, "--seeds", "4"))
+    unfinished = json.loads((folder / "detris_3" / "run.json").read_text())
+    unfinished["settings"]["given"]["seed"] = 5
+    del unfinished["machine"]
+    (folder / "detris_5").mkdir()
+    (folder / "detris_5" / "run.json").write_text(json.dumps(unfinished))
+    command = command_in(folder, "--methods", "detris", "--seeds", "4")
+    main(command)
+    return folder, command
 
 
 def model_of(method: str) -> DetrisForReferringSegmentation:
@@ -72,7 +78,7 @@ def test_the_larger_head_has_as_many_parameters_as_head_and_adapters():
 
 def test_the_documented_table_counts_what_its_methods_train():
     rows = table_rows(ROOT / "docs" / "measurements.md", *HEADER)
-    assert {"head only", "detris"} <= {row[0] for row in rows}
+    assert [row[0] for row in rows] == list(METHODS)
     for method, *_, count in rows:
         assert int(count.replace(",", "")) == model_of(method).num_parameters(only_trainable=True)
 
@@ -97,7 +103,7 @@ def test_each_run_trains_its_method_with_its_seed(run):
     folder, _ = run
     for method in (HEAD, "detris"):
         for seed in (3, 4):
-            trained = folder / f"{method.replace(' ', '_')}_{seed}"
+            trained = folder / folder_name(method, seed)
             model = DetrisForReferringSegmentation.from_pretrained(trained)
             assert model.config.peft_method == METHODS[method]["peft_method"]
     heads = [DetrisForReferringSegmentation.from_pretrained(folder / f"head_only_{seed}") for seed in (3, 4)]
@@ -111,7 +117,7 @@ def test_the_table_says_what_each_run_of_the_folder_has_reached(run):
     rows = table_rows(folder / "adapters.md", *HEADER)
     assert [row[0] for row in rows] == [HEAD, "detris"]
     for row in rows:
-        runs = [folder / f"{row[0].replace(' ', '_')}_{seed}" for seed in (3, 4)]
+        runs = [folder / folder_name(row[0], seed) for seed in (3, 4)]
         assert row[1] == "3 / 4"
         for split, cell in zip(SPLITS, row[2:-1], strict=True):
             reached = [json.loads((run / f"{split}_results.json").read_text()) for run in runs]
