@@ -21,6 +21,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle
@@ -35,6 +36,7 @@ from data.untrusted import load_yaml
 from pages import COLORS, new_figure, write_whole
 from training.arguments import parse_arguments
 from training.checkpoints import LAST, checkpoints_in
+from training.run_folder import locked
 
 from .model import device_name
 
@@ -106,14 +108,24 @@ class Benchmark:
         return self.output_dir / f"backbones_{self.pretraining_steps}"
 
     def make_backbones(self) -> None:
-        """Pretrain the two backbones if they are not there."""
+        """Pretrain the two backbones if they are not there.
+
+        Raises:
+            SystemExit: another command makes them.
+        """
         if self.backbones.exists():
             return
         scratch = self.backbones.with_name(f"{self.backbones.name}.partial")
-        command = ["-m", "backbones.pretrain", "--unaligned", "--output_dir", scratch]
-        command += ["--max_steps", self.pretraining_steps]
-        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
-        scratch.rename(self.backbones)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(scratch))
+            except (ValueError, OSError) as error:
+                raise SystemExit(str(error)) from error
+            command = ["-m", "backbones.pretrain", "--unaligned", "--output_dir", scratch / "pair"]
+            command += ["--max_steps", self.pretraining_steps]
+            subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+            (scratch / "pair").rename(self.backbones)
+        shutil.rmtree(scratch)
 
     def settings(self, method: str, steps: int, seed: int, **others: Any) -> dict[str, Any]:
         """Return what a run is trained with. Its folder keeps these settings, and `read_run` refuses others.
@@ -122,7 +134,7 @@ class Benchmark:
             others: further arguments of `train_hf.py`.
         """
         values = load_yaml(self.config)
-        fields = json.dumps(values["model_config"] | METHODS[method])
+        fields = json.dumps((values.get("model_config") or {}) | METHODS[method])
         given = {"model_config": fields, "max_steps": steps, "seed": seed} | others
         return {"config": values, "backbones": self.backbones.name, "given": given}
 
@@ -130,41 +142,51 @@ class Benchmark:
         """Read what a run has left in the folder of this name, if it has ended.
 
         Raises:
-            SystemExit: the folder holds a run with other settings.
+            SystemExit: the folder holds a run with other settings, or files that cannot be read.
         """
         folder = self.output_dir / name
         if not (folder / RECORD).exists():
             return None
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["settings"] != settings:
-            raise SystemExit(f"{folder} was begun with other settings: name another --output_dir, or delete it.")
-        if "machine" not in record:
-            return None
-        metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        curve = [(log["step"], log["eval_mean_iou"]) for log in state["log_history"] if "eval_mean_iou" in log]
-        return Run(metrics, curve, state["global_step"], record["machine"])
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if record["settings"] != settings:
+                raise SystemExit(f"{folder} was begun with other settings: name another --output_dir, or delete it.")
+            if "machine" not in record:
+                return None
+            metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            curve = [(log["step"], log["eval_mean_iou"]) for log in state["log_history"] if "eval_mean_iou" in log]
+            return Run(metrics, curve, state["global_step"], record["machine"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{folder} is damaged ({error!r}): delete it to train that run again.") from error
 
     def train(self, name: str, settings: dict[str, Any]) -> None:
         """Train in the folder of this name, or go on there, unless that run has ended.
 
         Raises:
-            SystemExit: the folder holds a run with other settings, or a signal has stopped this one.
+            SystemExit: the folder holds a run with other settings, or another command is at work in it, or
+                `train_hf.py` refuses the settings, or a signal has stopped the run.
         """
         if self.read_run(name, settings):
             return
+        self.make_backbones()
         folder = self.output_dir / name
         record = {"settings": settings}
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
         towers = {f"{tower}_backbone": self.backbones / tower for tower in ("vision", "text")}
         goes_on = f"--resume_from_checkpoint={LAST}" if checkpoints_in(folder) else "--overwrite_output_dir"
-        try:
-            arguments = [f"--{key}={value}" for key, value in (settings["given"] | towers).items()]
-            train_hf.main([str(self.config), *arguments, f"--output_dir={folder}", goes_on])
-        except SystemExit:
-            print("The benchmark goes on from there by its own command.", file=sys.stderr)
-            raise
+        arguments = [f"--{key}={value}" for key, value in (settings["given"] | towers).items()]
+        with ExitStack() as stack:
+            try:
+                prepared = train_hf.prepare([str(self.config), *arguments, f"--output_dir={folder}", goes_on], stack)
+            except (ValueError, OSError) as error:
+                raise SystemExit(str(error)) from error
+            try:
+                train_hf.run(prepared)
+            except SystemExit:
+                print("The benchmark goes on from there by its own command.", file=sys.stderr)
+                raise
         record["machine"] = describe_machine()
         write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
         for checkpoint in checkpoints_in(folder):
@@ -201,8 +223,10 @@ class Benchmark:
 
     def run(self, methods: list[str], seeds: list[int]) -> None:
         """Make what is missing, and write table and picture after each run."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.make_backbones()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--output_dir {self.output_dir} cannot be made ({error}): name another.") from error
         search = self.find_steps()
         self.finished_runs(search.steps)  # refuses runs with other settings before hours have gone by
         for seed in seeds:
@@ -223,16 +247,15 @@ class Benchmark:
         _, data_args, args = parse_with_shipped_backbones(self.config, SEARCH_SEED)
         splits = data_args.test_splits
         best_step, best = max(search.curve, key=lambda point: point[1])
-        patience = (
-            f"until {self.patience} evaluations in a row, one every {args.eval_steps} steps, were not better than"
-        )
-        ended = patience if search.steps < self.most_steps else "up to the limit that was given, and was best with"
+        ended = f"the next {self.patience} evaluations, one every {args.eval_steps} steps, were not better"
+        if search.steps >= self.most_steps:
+            ended = "the run ended at the limit that was given"
         machines = [search.machine, *(run.machine for of_method in runs.values() for run in of_method.values())]
         lines = [
             f"Each method was trained for {search.steps:,} steps of {args.train_batch_size} objects, with a learning "
-            f"rate that falls from {args.learning_rate:g} to zero. The head alone took so many steps at this rate, "
-            f"kept constant, {ended} its {best:.3f} on val after {best_step:,} steps. "
-            f"Machine: {' and '.join(dict.fromkeys(machines))}.",
+            f"rate that rises to {args.learning_rate:g} in {args.warmup_steps} steps and falls to zero. The number of "
+            f"steps comes from a run of the head alone with a constant rate: it was best after {best_step:,} steps, "
+            f"with {best:.3f} on val, and {ended}. Machine: {' and '.join(dict.fromkeys(machines))}.",
             "",
             f"| method | seeds | {' | '.join(f'mIoU {split}' for split in splits)} | trained parameters |",
             f"|---|---|{'---:|' * (len(splits) + 1)}",
@@ -295,6 +318,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             parser.error(f"--{name} is {getattr(args, name)}: give each one once")
     try:
+        load_yaml(args.config)
         for seed in args.seeds:
             parse_with_shipped_backbones(args.config, seed)
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ from benchmarks import adapters as benchmark
 from benchmarks.adapters import CONFIG, HEAD, METHODS, Benchmark, folder_name, main, parse_with_shipped_backbones
 from data.untrusted import load_yaml
 from modeling_detris import DetrisForReferringSegmentation
+from training.run_folder import locked
 from training.trainer import DetrisTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,9 @@ def test_all_methods_train_for_as_long_as_the_head_alone_took_to_stop_improving(
     assert values.index(max(values)) == len(values) - 3  # two evaluations after the best one
     steps = 2 * len(values)
     caption = (folder / "adapters.md").read_text().splitlines()[0]
-    assert f"trained for {steps} steps of 2 objects" in caption and f"not better than its {max(values):.3f}" in caption
+    assert f"trained for {steps} steps of 2 objects" in caption
+    best = f"best after {steps - 4} steps, with {max(values):.3f} on val, and the next 2 evaluations"
+    assert best in caption
     for name in ("head_only_3", "detris_3", "head_only_4", "detris_4"):
         state = json.loads((folder / name / "trainer_state.json").read_text())
         assert state["global_step"] == steps == state["log_history"][-1]["step"]
@@ -130,7 +133,7 @@ def test_the_picture_shows_vals_mean_iou_against_steps(run, monkeypatch):
     folder, command = run
     drawn, new_figure = [], benchmark.new_figure
     monkeypatch.setattr(benchmark, "new_figure", lambda: drawn.append(new_figure()) or drawn[-1])
-    monkeypatch.setattr(train_hf, "main", None)  # nothing is trained again
+    monkeypatch.setattr(train_hf, "prepare", None)  # nothing is trained again
     main(command)
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[-1][1].get_lines()}
     assert set(lines) == {
@@ -169,6 +172,42 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
     assert evaluations_in(folder / "search") == evaluations_in(whole / "search")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", ""), ("run.json", "[1]"), ("run.json", "{}"), ("trainer_state.json", None)],
+)
+def test_a_damaged_run_is_named(name, content, run, tmp_path):
+    folder, command = run
+    folder = shutil.copytree(folder, tmp_path / "run")
+    (folder / "detris_3" / name).unlink()
+    if content is not None:
+        (folder / "detris_3" / name).write_text(content)
+    with pytest.raises(SystemExit, match="run/detris_3 is damaged .*: delete it to train that run again"):
+        main(["--output_dir", str(folder), *command[2:]])
+
+
+def test_two_commands_do_not_make_the_same_backbones(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    with locked(tmp_path / "backbones_3000.partial"):
+        with pytest.raises(SystemExit, match="Another run is at work in .*backbones_3000.partial: wait until it has"):
+            main(["--output_dir", str(tmp_path)])
+
+
+def test_two_commands_do_not_train_the_same_run(tmp_path):
+    command = command_in(tmp_path / "run")
+    with locked(tmp_path / "run" / "search"):
+        with pytest.raises(SystemExit, match="Another run is at work in .*/run/search: wait until it has ended"):
+            main(command)
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match=f"--output_dir {folder} cannot be made .*: name another."):
+            main(["--output_dir", str(folder)])
+
+
 def test_a_search_that_ends_at_the_limit_is_called_so(tmp_path):
     search = benchmark.Run({}, [(2, 0.1), (4, 0.2)], 4, "a machine")
     head = benchmark.Run(dict.fromkeys([f"{split}_mean_iou" for split in SPLITS], 0.1), [], 4, "another")
@@ -177,8 +216,8 @@ def test_a_search_that_ends_at_the_limit_is_called_so(tmp_path):
         Benchmark(tmp_path, CONFIG, 1, patience=2, most_steps=most).make_table({HEAD: {5: head}}, search)
         for most in (4, 5)
     )
-    assert "up to the limit that was given, and was best with its 0.200" in limited
-    assert "were not better than its 0.200 on val after 4 steps. Machine: a machine and another." in free
+    assert "with 0.200 on val, and the run ended at the limit that was given. Machine" in limited
+    assert "one every 500 steps, were not better. Machine: a machine and another." in free
     assert f"| {HEAD} | 5 | 0.100 |" in free
 
 
@@ -213,6 +252,7 @@ def test_the_backbones_are_those_that_learn_nothing_of_each_other(tmp_path, monk
         (["--patience", "0"], "--patience is 0: give at least 1"),
         (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate"),
         (["--config", "nothing.yaml"], "nothing.yaml"),
+        (["--config", str(ROOT / "configs")], "configs is no regular file"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_backbones_are_made(wrong, said, tmp_path, capsys):
