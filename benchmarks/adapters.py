@@ -253,7 +253,7 @@ class Benchmark:
         machines = [search.machine, *(run.machine for of_method in runs.values() for run in of_method.values())]
         lines = [
             f"Each method was trained for {search.steps:,} steps of {args.train_batch_size} objects, with a learning "
-            f"rate that rises to {args.learning_rate:g} in {args.warmup_steps} steps and falls to zero. The number of "
+            f"rate that rises to {args.learning_rate:g} in {args.get_warmup_steps(search.steps)} steps and falls to zero. The number of "
             f"steps comes from a run of the head alone with a constant rate: it was best after {best_step:,} steps, "
             f"with {best:.3f} on val, and {ended}. Machine: {' and '.join(dict.fromkeys(machines))}.",
             "",
