@@ -245,7 +245,7 @@ class Benchmark:
             search: the run of the head alone that found the number of steps.
         """
         _, data_args, args = parse_with_shipped_backbones(self.config, SEARCH_SEED)
-        splits = data_args.test_splits
+        splits, warmup = data_args.test_splits, args.get_warmup_steps(search.steps)
         best_step, best = max(search.curve, key=lambda point: point[1])
         ended = f"the next {self.patience} evaluations, one every {args.eval_steps} steps, were not better"
         if search.steps >= self.most_steps:
@@ -253,7 +253,7 @@ class Benchmark:
         machines = [search.machine, *(run.machine for of_method in runs.values() for run in of_method.values())]
         lines = [
             f"Each method was trained for {search.steps:,} steps of {args.train_batch_size} objects, with a learning "
-            f"rate that rises to {args.learning_rate:g} in {args.get_warmup_steps(search.steps)} steps and falls to zero. The number of "
+            f"rate that rises to {args.learning_rate:g} in {warmup} steps and falls to zero. The number of "
             f"steps comes from a run of the head alone with a constant rate: it was best after {best_step:,} steps, "
             f"with {best:.3f} on val, and {ended}. Machine: {' and '.join(dict.fromkeys(machines))}.",
             "",
