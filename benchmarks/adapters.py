@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -320,7 +320,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     try:
         load_yaml(args.config)
         for seed in args.seeds:
-            parse_with_shipped_backbones(args.config, seed)
+            model_args, _, _ = parse_with_shipped_backbones(args.config, seed)
+        fields = model_args.model_config or {}
+        for method in args.methods:
+            train_hf.build_model(replace(model_args, model_config=fields | METHODS[method]))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args

@@ -167,6 +167,9 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(run, tmp_path, monke
         main([*command, "--patience", "3"])
     with pytest.raises(SystemExit, match="search was begun with other settings"):
         main(command_in(folder, "--methods", HEAD, learning_rate=0.1))
+    with pytest.raises(SystemExit, match="search was begun with other settings"):
+        main([*command, "--pretraining_steps", "5"])
+    assert not (folder / "backbones_5").exists()
     main(command_in(folder, "--methods", HEAD, "--seeds", "3"))
     assert asked[:3] == [2, 4, 4]  # the two steps before the checkpoint were not repeated
     assert evaluations_in(folder / "search") == evaluations_in(whole / "search")
@@ -185,6 +188,15 @@ def test_a_damaged_run_is_named(name, content, run, tmp_path):
         (folder / "detris_3" / name).write_text(content)
     with pytest.raises(SystemExit, match="run/detris_3 is damaged .*: delete it to train that run again"):
         main(["--output_dir", str(folder), *command[2:]])
+
+
+def test_fields_that_fit_no_model_are_refused_before_the_backbones_are_made(tmp_path, capsys):
+    command = command_in(tmp_path / "run", model_config={})  # is that of a larger model
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "feature_layers names layers [8], which do not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_commands_do_not_make_the_same_backbones(tmp_path, monkeypatch):
