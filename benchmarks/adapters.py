@@ -321,9 +321,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         load_yaml(args.config)
         for seed in args.seeds:
             model_args, _, _ = parse_with_shipped_backbones(args.config, seed)
-        fields = model_args.model_config or {}
         for method in args.methods:
-            train_hf.build_model(replace(model_args, model_config=fields | METHODS[method]))
+            train_hf.build_model(replace(model_args, model_config=model_args.model_config | METHODS[method]))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
